@@ -1,0 +1,75 @@
+# make demo    environment, install, then the bundled model at work on a bundled picture
+# make test    the developer's tools too, then format, lint, types and all tests
+#
+# PYTHON=python3.12 make test    another interpreter (3.11 or newer), in an environment of its own
+# TORCH=...                      another PyTorch, in pip's words (see "Install" in README.md)
+# PYTEST_ARGS="-m 'not slow'"    passed on to pytest
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+# A named interpreter gets a folder of its own, so that switching back and forth installs nothing twice.
+VENV ?= .venv$(if $(filter-out file,$(origin PYTHON)),-$(notdir $(PYTHON)))
+RUN := $(VENV)/bin/python
+# -qq keeps pip's notes out of the way; errors still show.
+PIP := $(RUN) -m pip --disable-pip-version-check install -qq
+
+# What is installed is told by files in the environment. Their names hold the interpreter's version:
+# after an upgrade of $(PYTHON) they are missing, and the environment is made again.
+WHICH := import platform, sys; print(sys.implementation.name + platform.python_version())
+VERSION := $(shell $(PYTHON) -c '$(WHICH)' 2>/dev/null)
+STAMP := $(VENV)/.installed-$(VERSION)
+
+.PHONY: help demo test install dev lint format types clean
+
+help:
+	@sed -n '/^#/!q; s/^# \?//; p' Makefile
+
+demo: install
+	@$(RUN) -m nanomolmo2 demo
+
+test: lint types
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+
+lint: dev
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+types: dev
+	$(RUN) -m mypy
+
+format: dev
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+	@echo "kept: .venv*, checkpoints, runs"
+
+install: $(STAMP)
+dev: $(STAMP)-dev
+
+$(STAMP)-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo >&2 \
+	  "PYTHON=$(PYTHON) does not run or is older than 3.11; name one that does, such as PYTHON=python3.12"; exit 1; }
+	@if [ "$$($(RUN) -c '$(WHICH)' 2>/dev/null)" != "$(VERSION)" ]; then \
+	  echo "making $(VENV) with $(VERSION)"; $(PYTHON) -m venv --clear $(VENV); fi
+	@touch $@
+
+# PyTorch comes first and pinned: asked for as a range, pip would take the newest, with several GB of CUDA.
+$(STAMP): pyproject.toml $(STAMP)-python
+	@echo "installing $(TORCH) and nanomolmo2 into $(VENV) (once)"
+	@$(PIP) $(TORCH)
+	@$(PIP) -e .
+	@touch $@
+
+$(STAMP)-dev: pyproject.toml $(STAMP)
+	@echo "installing the developer's tools into $(VENV) (once)"
+	@$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,5 @@
+"""Alias of ``nanomolmo2.models.nanomolmo2``."""
+
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2, NanoMolmo2Config
+
+__all__ = ["NanoMolmo2", "NanoMolmo2Config"]

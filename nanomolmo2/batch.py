@@ -1,0 +1,36 @@
+"""Batch: what the processor hands to the model. B rows of T tokens, I pictures in reading order."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Padded tensors of several examples; ``None`` where a part is not used.
+
+    ``labels`` are not shifted: the label at t is the token at t (the model shifts); -100 = ignored.
+    """
+
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor | None = None  # (B, T) bool, True = a real token
+    position_ids: Tensor | None = None  # (B, T) int64; branches restart after the prefix
+    labels: Tensor | None = None  # (B, T) int64
+    loss_weights: Tensor | None = None  # (B, T) float32, aligned with labels
+    subsegment_ids: Tensor | None = None  # (B, T) int64; prefix 10000, branches 0, 1, ...; pad -1
+    pixel_values: Tensor | None = None  # (I, 3, H, W) float32
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch with every tensor on ``device``."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in self.tensors().items()}
+        return dataclasses.replace(self, **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts that are there, by name: ``model(**batch.tensors())``."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}

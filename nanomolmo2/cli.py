@@ -1,0 +1,434 @@
+"""The command ``nanomolmo2``: ask, info, download, train, eval, demo.
+
+A command is a frozen dataclass: its fields are the options, ``run`` does the work. Help is answered
+without loading torch: everything heavy is imported inside ``run``.
+
+Exit codes: 0; 1 an input or the work failed; 2 the command line is wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from nanomolmo2 import __version__
+from nanomolmo2.files import atomic_path
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import nn
+
+    from nanomolmo2.generation.pipeline import Answer, Pipeline
+    from nanomolmo2.processor import Point
+
+BASE = "base"  # on the command line; None in Python
+MODEL_HELP = (
+    "the bundled 'tiny', 'base' (SigLIP 2 and Qwen3-0.6B-Base from the cache or the hub, with a "
+    "fresh connector), a folder with config.json and safetensors, or owner/name on the hub"
+)
+ModelName = Annotated[str, arg(metavar="MODEL", help=MODEL_HELP)]
+CacheDir = Annotated[
+    Path, arg(metavar="DIR", help="folder of the converted SigLIP 2 and Qwen3 weights")
+]
+Debug = Annotated[bool, arg(help="show the traceback of an error")]
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class UsageError(ValueError):
+    """The command line asks for something that cannot be: exit code 2."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Ask a question about one or more pictures.
+
+    The answer is printed as it is written. The points in an answer are in the model's own format
+    (thousandths of the picture's sides); --draw paints them, --json lists them in pixels.
+    """
+
+    inputs: Annotated[
+        Positional[tuple[str, ...]],
+        arg(
+            metavar="PICTURE... QUESTION",
+            help="picture files (JPEG, PNG, WebP, GIF, BMP, TIFF) in the order they are shown to "
+            "the model, then the question in quotes",
+            help_behavior_hint="(required)",
+        ),
+    ]
+    model: ModelName = "tiny"
+    max_new_tokens: Annotated[
+        int, arg(metavar="N", help="longest answer, in tokens; it is cut off there")
+    ] = 256
+    temperature: Annotated[
+        float,
+        arg(
+            metavar="T", help="0 always takes the likeliest token; higher is more varied (0.2 to 1)"
+        ),
+    ] = 0.0
+    top_p: Annotated[
+        float,
+        arg(
+            metavar="P",
+            help="with a temperature: draw only from the likeliest tokens that together have this "
+            "probability, above 0 to 1; 1 = from all",
+        ),
+    ] = 1.0
+    top_k: Annotated[
+        int,
+        arg(metavar="K", help="with a temperature: draw only from the K likeliest; 0 = from all"),
+    ] = 0
+    seed: Annotated[
+        int | None,
+        arg(metavar="SEED", help="makes a drawn answer repeatable; none = another one each time"),
+    ] = None
+    draw: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE",
+            help="write the picture with the answer's points on it (.png, .jpg, .webp); of several "
+            "pictures, FILE-1, FILE-2, ... are written",
+        ),
+    ] = None
+    json: Annotated[
+        bool,
+        arg(
+            help="print one JSON object instead: text, count, points (pixels, thousandths, "
+            "picture, label), picture sizes, tokens, timings in seconds"
+        ),
+    ] = False
+    cache_dir: CacheDir = Path("checkpoints")
+    debug: Debug = False
+
+    def run(self) -> None:
+        paths, question = self._split_inputs()
+        targets = [] if self.draw is None else overlay_paths(self.draw, len(paths))
+        for target in targets:
+            check_writable(target)
+
+        from nanomolmo2.processor import load_image  # pictures first: the model takes longer
+
+        pictures = [load_image(path) for path in paths]
+        start = time.perf_counter()
+        pipeline = load_pipeline(self.model, self.cache_dir)
+        load_seconds = time.perf_counter() - start
+        answer = pipeline.ask(
+            pictures,
+            question,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            on_text=None if self.json else print_piece,
+        )
+        if self.json:
+            answer.timings["load"] = load_seconds
+            report = {"model": self.model, "question": question, **answer_report(answer, paths)}
+            print(json.dumps(report, ensure_ascii=False))
+        else:
+            print()
+        for i, target in enumerate(targets):
+            write_overlay(pictures[i], answer.points, target, number=i + 1)
+            print(f"wrote {target}", file=sys.stderr)
+
+    def _split_inputs(self) -> tuple[list[str], str]:
+        if len(self.inputs) < 2:
+            raise UsageError(
+                "expected at least one picture and a question, as in: nanomolmo2 ask dog.jpg "
+                f'"Where is the dog?"; found {" ".join(self.inputs) or "nothing"}'
+            )
+        *paths, question = self.inputs
+        if os.path.isfile(question):
+            raise UsageError(
+                f"the last argument, {question}, is a file where the question was expected: put "
+                "the question last, in quotes"
+            )
+        for name, value, fits in (
+            ("--max-new-tokens must be 1 or more", self.max_new_tokens, self.max_new_tokens >= 1),
+            ("--temperature must be 0 or more", self.temperature, self.temperature >= 0),
+            ("--top-p must be above 0 and at most 1", self.top_p, 0 < self.top_p <= 1),
+            ("--top-k must be 0 or more", self.top_k, self.top_k >= 0),
+        ):
+            if not fits:
+                raise UsageError(f"{name}, found {value}")
+        return paths, question
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show a model: its parts, parameters, memory and configuration."""
+
+    model: Annotated[
+        Positional[str],
+        arg(
+            metavar="MODEL",
+            help=MODEL_HELP + "; also a SigLIP or Qwen3 folder, or a .pt file that `nanomolmo2 "
+            "download` made",
+        ),
+    ]
+    cache_dir: CacheDir = Path("checkpoints")
+    debug: Debug = False
+
+    def run(self) -> None:
+        from nanomolmo2.models import NanoMolmo2
+
+        model = load_module(self.model, self.cache_dir)
+        parameters = list(model.parameters())
+        count = sum(p.numel() for p in parameters)
+        if isinstance(model, NanoMolmo2):
+            model.parameter_summary()
+            config = model.config
+            side = config.vision_config.image_size
+            print(
+                f"\npicture: {side} x {side} pixels, {config.num_visual_tokens} visual tokens"
+                f"\ncontext: {config.llm_config.max_position_embeddings:,} tokens"
+            )
+        else:
+            print(f"{type(model).__name__}: {count:,} parameters\n")
+        stored = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+        print(f"memory of the weights (stored as {stored}):")
+        for dtype, size in (("float32", 4), ("bfloat16, float16", 2), ("int8", 1)):
+            print(f"  {dtype:<18} {count * size / 1e6:>10,.1f} MB")
+        print("configuration:")
+        print(json.dumps(model.config.to_dict(), indent=2))
+
+
+@dataclass(frozen=True)
+class Download:
+    """Download SigLIP 2 and Qwen3-0.6B-Base and convert them, once.
+
+    Makes siglip2_so400m_384.pt (float32, 1.6 GB of a 4.5 GB download) and qwen3_0.6b_base.pt
+    (bfloat16, 1.2 GB). An interrupted download goes on where it stopped.
+    """
+
+    vision_only: Annotated[bool, arg(help="only SigLIP 2")] = False
+    llm_only: Annotated[bool, arg(help="only Qwen3-0.6B-Base")] = False
+    force: Annotated[bool, arg(help="convert again, even where an intact file is there")] = False
+    cache_dir: CacheDir = Path("checkpoints")
+    debug: Debug = False
+
+    def run(self) -> None:
+        if self.vision_only and self.llm_only:
+            raise UsageError("--vision-only and --llm-only exclude each other: for both, give none")
+        parts = ("vision",) * (not self.llm_only) + ("llm",) * (not self.vision_only)
+
+        from nanomolmo2.convert.hub import download
+
+        download(parts, self.cache_dir, force=self.force)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Let the bundled model caption, count and point on a bundled picture."""
+
+    draw: Annotated[
+        Path, arg(metavar="FILE", help="where to write the picture with the points on it")
+    ] = Path("demo.png")
+    debug: Debug = False
+
+    def run(self) -> None:
+        check_writable(self.draw)
+        from nanomolmo2.demo import run_demo
+
+        run_demo(self.draw)
+
+
+Command = Ask | Info | Download | Demo
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Command line -> command.
+
+    Raises: UsageError if it cannot be read; SystemExit(0) after --help.
+    """
+    kinds = {kind.__name__.lower(): kind for kind in typing.get_args(Command)}
+    chosen = bool(arguments) and arguments[0] in kinds  # else a list: a line for each will do
+    commands = []
+    for name, kind in kinds.items():
+        paragraphs = [" ".join(text.split()) for text in str(kind.__doc__).split("\n\n")]
+        description = "\n\n".join(paragraphs) if chosen else paragraphs[0]
+        commands.append(Annotated[kind, subcommand(name, description=description)])
+    form: Any = typing.Union[tuple(commands)]  # noqa: UP007
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                form,
+                prog="nanomolmo2",
+                description="A vision-language model small enough to read. `nanomolmo2 COMMAND "
+                "--help` tells all about a command.",
+                args=list(arguments),
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise UsageError(
+        f"{first_sentence(complaint.getvalue())}; see nanomolmo2 "
+        f"{f'{arguments[0]} ' if chosen else ''}--help"
+    )
+
+
+def first_sentence(box: str) -> str:
+    """What tyro says first in its box; below a rule follow hints, more indented option help."""
+    lines = [line.strip("│") for line in box.splitlines()[1:]]  # the top border holds the title
+    said = itertools.takewhile(lambda line: line.strip("─╰╯ "), lines)
+    text = " ".join(line.strip() for line in said if not line.startswith(" " * 9)).rstrip(".")
+    if found := re.search(r"Perhaps you meant:[^-]*(--[\w-]+)", box):
+        text += f" (perhaps {found[1]}?)"
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (by default the process's own) and return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments in (["--version"], ["-V"]):
+        print(f"nanomolmo2 {__version__}")
+        return 0
+    debug = False
+    try:
+        command = parse(arguments)
+        debug = command.debug
+        command.run()
+        sys.stdout.flush()
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output is gone, as in `nanomolmo2 info tiny | head`. Python would
+        # complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"nanomolmo2: {describe(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def describe(error: Exception) -> str:
+    """One line about an error."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (ValueError, OSError)) and text:
+        return text
+    return f"{type(error).__name__}: {text} (unexpected; --debug shows where)"
+
+
+# ---- what the commands share ----
+
+
+def load_pipeline(name: str, cache_dir: Path) -> Pipeline:
+    """Model and processor by the name that the command line uses."""
+    from nanomolmo2.generation.pipeline import Pipeline
+
+    return Pipeline.from_pretrained(None if name == BASE else name, cache_dir=cache_dir)
+
+
+def load_module(name: str, cache_dir: Path) -> nn.Module:
+    """A whole model, or a part: a SigLIP or Qwen3 folder, or a converted file."""
+    from nanomolmo2.convert.parts import read_config
+    from nanomolmo2.convert.tensor_files import CacheFile
+    from nanomolmo2.models import LanguageModel, NanoMolmo2, VisionEncoder
+
+    loader: Any = NanoMolmo2
+    if os.path.isfile(name):
+        loader = {"vision_encoder": VisionEncoder, "llm": LanguageModel}[CacheFile(name).component]
+    elif os.path.isdir(name):
+        model_type = str(read_config(name).get("model_type"))
+        if model_type.startswith("siglip"):
+            loader = VisionEncoder
+        elif model_type.startswith("qwen"):
+            loader = LanguageModel
+    return loader.from_pretrained(None if name == BASE else name, cache_dir=cache_dir)
+
+
+def print_piece(text: str) -> None:
+    """Print a piece of an answer at once."""
+    print(text, end="", flush=True)
+
+
+def answer_report(answer: Answer, paths: Sequence[str]) -> dict[str, Any]:
+    """What --json prints of an answer; its fields are listed in docs/cli.md."""
+    points = []
+    for point in answer.points:
+        width, height = answer.image_sizes[point.image - 1]
+        points.append(
+            {
+                "image": point.image,
+                "id": point.id,
+                "label": point.label,
+                "x": point.x,
+                "y": point.y,
+                "x_thousandths": round(1000 * point.x / width),
+                "y_thousandths": round(1000 * point.y / height),
+            }
+        )
+    return {
+        "text": answer.text,
+        "count": answer.count,
+        "points": points,
+        "images": [
+            {"path": path, "width": width, "height": height}
+            for path, (width, height) in zip(paths, answer.image_sizes, strict=True)
+        ],
+        "input_tokens": answer.input_tokens,
+        "output_tokens": answer.output_tokens,
+        "timings": {name: round(seconds, 4) for name, seconds in answer.timings.items()},
+    }
+
+
+def overlay_paths(path: Path, pictures: int) -> list[Path]:
+    """``out.png`` for one picture; ``out-1.png``, ``out-2.png``, ... for several."""
+    if pictures == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(pictures)]
+
+
+def check_writable(path: Path, suffixes: Sequence[str] = PICTURE_SUFFIXES) -> None:
+    """Find out before the work whether its result can be written.
+
+    Raises: UsageError for another kind of file, a folder, or a place that cannot be written to.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(
+            f"{path} ends with {path.suffix or 'no suffix'}, expected one of {', '.join(suffixes)}"
+        )
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: name a file in it")
+    try:
+        # Asking for permission is not enough: folders of a read-only disk grant it too.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"nothing can be written to {path.parent}: {error.strerror}") from None
+
+
+def write_overlay(picture: Image, points: Sequence[Point], path: Path, *, number: int = 1) -> None:
+    """Write a picture with its points; complete or not at all."""
+    from nanomolmo2.processor.draw import draw_points
+
+    drawn = draw_points(picture, points, number=number)
+    with atomic_path(path) as temporary:
+        drawn.save(temporary)

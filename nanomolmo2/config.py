@@ -1,0 +1,133 @@
+"""The base of every configuration: a frozen dataclass that goes to JSON and back, strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Self
+
+from nanomolmo2.files import atomic_path
+
+
+class Config:
+    """Base for ``@dataclass(frozen=True)`` configurations.
+
+    Fields are stored values only; what follows from them is a property. Checks that involve more
+    than one field belong into the subclass's ``__post_init__``.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: nested configs become dicts, tuples become lists."""
+        return {f.name: _to_plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from plain JSON types.
+
+        Raises: ValueError for an unknown key or a value of the wrong type, naming both sides.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"{cls.__name__}: expected an object, found {_describe(values)}")
+        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        unknown = sorted(set(values) - set(names))
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__} does not know the field(s) {', '.join(unknown)}; it has "
+                f"{', '.join(names)}: remove or rename them, or use a newer nanomolmo2"
+            )
+        hints = typing.get_type_hints(cls)
+        return cls(
+            **{k: _from_plain(v, hints[k], f"{cls.__name__}.{k}") for k, v in values.items()}
+        )
+
+    def check_positive(self, *, but: tuple[str, ...] = ()) -> None:
+        """Sizes and counts are at least 1: every int field whose name is not in ``but``."""
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if type(value) is int and value < 1 and f.name not in but:
+                raise ValueError(f"{f.name} must be at least 1, found {value}")
+
+    def save(self, path: str | Path, **extra: Any) -> None:
+        """Write as JSON; ``extra`` keys (such as ``model_type``) come first."""
+        with atomic_path(path) as temporary:
+            text = json.dumps({**extra, **self.to_dict()}, indent=2, ensure_ascii=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path, *, ignore: tuple[str, ...] = ()) -> Self:
+        """Read what ``save`` wrote; keys in ``ignore`` are dropped first.
+
+        Raises: ValueError naming the file for anything that is not a valid configuration.
+        """
+        values = read_json_object(path)
+        try:
+            return cls.from_dict({k: v for k, v in values.items() if k not in ignore})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Parse a JSON file that must hold one object. Raises: ValueError naming the file."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): copy the file again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {_describe(values)}")
+    return values
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_dict()
+    if isinstance(value, (tuple, list)):
+        return [_to_plain(v) for v in value]
+    return value
+
+
+def _from_plain(value: Any, hint: Any, where: str) -> Any:
+    """Check one JSON value against a type hint and return it in the field's own type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _from_plain(value, option, where)
+            except ValueError:
+                continue
+        # A nested config or tuple gives the more telling message on its own.
+        options = [a for a in arguments if a is not type(None)]
+        if len(options) == 1:
+            return _from_plain(value, options[0], where)
+    elif origin is typing.Literal:
+        if any(type(value) is type(a) and value == a for a in arguments):
+            return value
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            if len(arguments) == 2 and arguments[1] is Ellipsis:
+                return tuple(_from_plain(v, arguments[0], where) for v in value)
+            if len(arguments) == len(value):
+                pairs = zip(value, arguments, strict=True)
+                return tuple(_from_plain(v, a, where) for v, a in pairs)
+    elif isinstance(hint, type) and issubclass(hint, Config):
+        return value if isinstance(value, hint) else hint.from_dict(value)
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise ValueError(f"{where}: expected {_hint_name(hint)}, found {_describe(value)}")
+
+
+def _describe(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def _hint_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

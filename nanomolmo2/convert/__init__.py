@@ -1,0 +1,1 @@
+"""Checkpoints: reference formats in, our own format in and out, and the Hugging Face hub."""

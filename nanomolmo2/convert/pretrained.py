@@ -1,0 +1,417 @@
+"""Load and save models: names, folders, the cache and the hub.
+
+A name or path is looked up in this order:
+
+1. a folder: our own format, or a Hugging Face checkpoint of the part;
+2. ``"tiny"``: the bundled model;
+3. no name, or the name of a part's own repository: the converted file in ``cache_dir``, if there;
+4. ``owner/name`` on the Hugging Face hub.
+
+Weights keep the dtype they are stored in unless another is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from nanomolmo2.convert.hub import WEIGHT_FILES, cache_matches, fetch
+from nanomolmo2.convert.model_card import MARK, model_card
+from nanomolmo2.convert.parts import (
+    CONFIG_NAME,
+    LLM,
+    VISION,
+    Part,
+    build_on_meta,
+    open_reference,
+    read_config,
+)
+from nanomolmo2.convert.state_dict import Shaped, check_keys, to_reference
+from nanomolmo2.convert.tensor_files import (
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    CacheFile,
+    Readable,
+    open_safetensors,
+)
+from nanomolmo2.models.connector import MultimodalConnector
+from nanomolmo2.models.language_model import LanguageModel
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2, NanoMolmo2Config
+from nanomolmo2.models.vision_encoder import VisionEncoder
+
+if TYPE_CHECKING:
+    from nanomolmo2.processor import Processor
+
+MODEL_TYPE = "nanomolmo2"
+PROCESSOR_NAME = "processor_config.json"
+TOKENIZER_NAME = "tokenizer.json"
+TINY = Path(__file__).parents[1] / "assets" / "tiny"
+
+# Everything a repository in our own format may hold.
+_OWN_FILES = (*WEIGHT_FILES, "*.json", "README.md")
+
+Device = torch.device | str | None
+
+
+def load_vision_encoder(
+    name_or_path: str | Path | None = None,
+    *,
+    cache_dir: str | Path | None = "checkpoints",
+    dtype: torch.dtype | None = None,
+    device: Device = None,
+    revision: str | None = None,
+) -> VisionEncoder:
+    """Load a vision encoder; by default SigLIP 2 So400m/14 at 384 pixels.
+
+    Args:
+        name_or_path: a folder (SigLIP checkpoint, whole or vision tower, or one of our models),
+            ``"tiny"`` or a hub repository.
+        cache_dir: folder of the converted files; None = ask the hub and leave the cache alone.
+        dtype: of the weights; as stored by default.
+        device: of the weights; the CPU by default.
+        revision: branch, tag or commit on the hub.
+    Raises: ValueError for anything that is not such a checkpoint; OSError without network.
+    """
+    module = _load_part(VISION, name_or_path, cache_dir, dtype, device, revision)
+    return cast(VisionEncoder, module)
+
+
+def load_language_model(
+    name_or_path: str | Path | None = None,
+    *,
+    cache_dir: str | Path | None = "checkpoints",
+    dtype: torch.dtype | None = None,
+    device: Device = None,
+    revision: str | None = None,
+) -> LanguageModel:
+    """Load a decoder; by default Qwen3-0.6B-Base. Arguments as :func:`load_vision_encoder`."""
+    module = _load_part(LLM, name_or_path, cache_dir, dtype, device, revision)
+    return cast(LanguageModel, module)
+
+
+def load_nanomolmo2(
+    name_or_path: str | Path | None = None,
+    *,
+    cache_dir: str | Path | None = "checkpoints",
+    dtype: torch.dtype | None = None,
+    device: Device = None,
+    revision: str | None = None,
+) -> NanoMolmo2:
+    """Load a whole model from a folder that ``save_pretrained`` wrote, ``"tiny"``, or the hub.
+
+    Without a name: SigLIP 2 and Qwen3-0.6B-Base, joined by a fresh connector.
+    Arguments as :func:`load_vision_encoder`.
+    """
+    if name_or_path is None:
+        return _assemble(cache_dir, dtype, device, revision)
+    directory = _find_directory(name_or_path, revision)
+    model, tensors = _open_own(directory)
+    _fill(model, tensors, dtype, device)
+    return model.eval()
+
+
+def load(
+    name_or_path: str | Path | None = None,
+    *,
+    cache_dir: str | Path | None = "checkpoints",
+    dtype: torch.dtype | None = None,
+    device: Device = None,
+    revision: str | None = None,
+) -> tuple[NanoMolmo2, Processor]:
+    """Load a model and the processor that belongs to it. Arguments as :func:`load_nanomolmo2`.
+
+    Raises: ValueError also where the two do not fit each other.
+    """
+    model = load_nanomolmo2(
+        name_or_path, cache_dir=cache_dir, dtype=dtype, device=device, revision=revision
+    )
+    processor = load_processor(name_or_path, revision=revision)
+    _check_agreement(model.config, processor)
+    return model, processor
+
+
+def load_processor(
+    name_or_path: str | Path | None = None, *, revision: str | None = None
+) -> Processor:
+    """Load the processor of a whole model; without a name that of the base design.
+
+    Raises: ValueError for a folder without one; OSError without network.
+    """
+    from nanomolmo2.processor import Processor, ProcessorConfig, Tokenizer
+
+    if name_or_path is not None:
+        return Processor.load(_find_directory(name_or_path, revision))
+    directory = fetch(LLM.repository, allow_patterns=(TOKENIZER_NAME,)).directory
+    return Processor(ProcessorConfig(), Tokenizer.from_file(directory / TOKENIZER_NAME))
+
+
+def save_pretrained(
+    model: NanoMolmo2 | VisionEncoder | LanguageModel,
+    directory: str | Path,
+    processor: Processor | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a folder that ``from_pretrained`` reads back bit for bit.
+
+    A whole model is written in our own format, with a generated model card; a part in the format of
+    its reference, which transformers also reads. Files are written aside and moved in when all are
+    complete; other files in the folder stay.
+
+    Args:
+        model: what to save, on any device.
+        directory: created if needed.
+        processor: saved along with a whole model, so that the folder can be served.
+        max_shard_size: weights above it are split, with an index; bytes, or text such as "5GB".
+    Raises: ValueError for a path that is a file.
+    """
+    directory = Path(directory).resolve()
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file: name a folder to save the model in")
+    aside = directory.with_name(f".{uuid.uuid4().hex[:8]}.tmp-{directory.name}")
+    aside.mkdir(parents=True)
+    try:
+        state_dict = model.state_dict()
+        if isinstance(model, NanoMolmo2):
+            model.config.save(aside / CONFIG_NAME, model_type=MODEL_TYPE)
+            card = directory / "README.md"
+            if not card.exists() or card.read_text(encoding="utf-8").startswith(MARK):
+                (aside / "README.md").write_text(model_card(model), encoding="utf-8")
+            if processor is not None:
+                processor.save(aside)
+        else:
+            part = VISION if isinstance(model, VisionEncoder) else LLM
+            # An encoder built without its last blocks would not be the model of its own config.
+            _check_fit(build_on_meta(part.build, model.config), state_dict, "the part to save")
+            _write_json(aside / CONFIG_NAME, part.config_to_reference(model.config))
+            state_dict = to_reference(state_dict, part.table)
+        _write_weights(state_dict, aside, max_shard_size)
+        _move_into(aside, directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _load_part(
+    part: Part,
+    name_or_path: str | Path | None,
+    cache_dir: str | Path | None,
+    dtype: torch.dtype | None,
+    device: Device,
+    revision: str | None,
+) -> nn.Module:
+    module, tensors = _open_part(part, name_or_path, cache_dir, revision)
+    _fill(module, tensors, dtype, device)
+    return module.eval()
+
+
+def _open_part(
+    part: Part,
+    name_or_path: str | Path | None,
+    cache_dir: str | Path | None,
+    revision: str | None,
+) -> tuple[nn.Module, Mapping[str, Readable]]:
+    """Find a part: its module on the meta device, and its tensors, not read yet."""
+    if name_or_path is None or str(name_or_path) == part.repository:
+        if cache_dir is not None and (path := Path(cache_dir) / part.cache_name).exists():
+            cache = CacheFile(path)
+            _check_origin(part, cache)
+            if revision is None or cache_matches(cache, part.repository, revision):
+                return _open_cache(part, cache)
+        return open_reference(fetch(part.repository, revision).directory, part)
+    if Path(name_or_path).is_file():
+        return _open_cache(part, CacheFile(name_or_path))
+    directory = _find_directory(name_or_path, revision)
+    if read_config(directory).get("model_type") != MODEL_TYPE:
+        return open_reference(directory, part)
+    model, tensors = _open_own(directory)
+    start = f"{part.component}."
+    own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+    return getattr(model, part.component), own
+
+
+def _open_own(directory: Path) -> tuple[NanoMolmo2, Mapping[str, Readable]]:
+    """A whole model in our format: on the meta device, and its tensors, not read yet."""
+    model_type = read_config(directory).get("model_type")
+    if model_type != MODEL_TYPE:
+        raise ValueError(
+            f"{directory} holds a checkpoint of type {model_type!r}, expected {MODEL_TYPE!r}: a "
+            f"vision encoder or language model alone loads with VisionEncoder.from_pretrained or "
+            f"LanguageModel.from_pretrained"
+        )
+    config = NanoMolmo2Config.load(directory / CONFIG_NAME, ignore=("model_type",))
+    model = cast(NanoMolmo2, build_on_meta(NanoMolmo2, config))
+    tensors = open_safetensors(directory)
+    _check_fit(model, tensors, str(directory))
+    return model, tensors
+
+
+def _open_cache(part: Part, cache: CacheFile) -> tuple[nn.Module, Mapping[str, Readable]]:
+    if cache.component != part.component:
+        raise _other_model(part, cache)
+    try:
+        config = type(part.config).from_dict(cache.config)
+    except ValueError as error:
+        raise ValueError(f"{cache.path}: {error}") from None
+    module = build_on_meta(part.build, config)
+    _check_fit(module, cache.tensors, str(cache.path))
+    return module, cache.tensors
+
+
+def _check_origin(part: Part, cache: CacheFile) -> None:
+    """A file in the cache folder must be the model that its name promises."""
+    same = cache.config == part.config.to_dict() and cache_matches(cache, part.repository, None)
+    if cache.component != part.component or not same:
+        raise _other_model(part, cache)
+
+
+def _other_model(part: Part, cache: CacheFile) -> ValueError:
+    detail = ""
+    if cache.component == part.component:
+        expected, found = part.config.to_dict(), cache.config
+        differing = [n for n in expected if found.get(n) != expected[n]]
+        detail = "".join(f", {n} {found.get(n)} instead of {expected[n]}" for n in differing[:3])
+    source = cache.source.get("repo", "an unknown repository")
+    return ValueError(
+        f"{cache.path} holds another model: found {cache.component} of {source}{detail}, expected "
+        f"{part.component} of {part.repository}; replace it with `nanomolmo2 download --force`, "
+        f"or pass cache_dir=None"
+    )
+
+
+def _assemble(
+    cache_dir: str | Path | None, dtype: torch.dtype | None, device: Device, revision: str | None
+) -> NanoMolmo2:
+    """SigLIP 2, Qwen3-0.6B-Base and a connector with fresh weights."""
+    if revision is not None:
+        raise ValueError(
+            f"revision {revision!r} can not be meant for two repositories: load the parts with "
+            f"VisionEncoder.from_pretrained and LanguageModel.from_pretrained"
+        )
+    vision, vision_tensors = _open_part(VISION, None, cache_dir, None)
+    llm, llm_tensors = _open_part(LLM, None, cache_dir, None)
+    config = NanoMolmo2Config(
+        vision_config=cast(VisionEncoder, vision).config, llm_config=cast(LanguageModel, llm).config
+    )
+    model = cast(NanoMolmo2, build_on_meta(NanoMolmo2, config))
+    vision_state = _read(vision_tensors, dtype, device)
+    # The connector takes the vision encoder's features as they come, so it has their dtype.
+    like = vision_state["patch_embedding.weight"]
+    model.connector = MultimodalConnector(config.connector).to(like.device, like.dtype)
+    model.vision_encoder.load_state_dict(vision_state, strict=True, assign=True)
+    _fill(model.llm, llm_tensors, dtype, device)
+    return model.eval()
+
+
+def _find_directory(name_or_path: str | Path, revision: str | None) -> Path:
+    """The folder of a checkpoint; it is downloaded if the name is one of the hub's."""
+    name = str(name_or_path)
+    if name == "tiny":
+        # First, so that the name means the same in every working folder; "./tiny" is a folder.
+        return TINY
+    path = Path(name_or_path).expanduser()
+    if name and path.is_dir():
+        return path
+    if name and path.exists():
+        raise ValueError(f"{path} is a file: name the folder that holds {CONFIG_NAME} and weights")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise ValueError(
+            f"there is no model {name!r}: expected 'tiny', a folder, or owner/name on the Hugging "
+            f"Face hub"
+        )
+    try:
+        return fetch(name, revision, allow_patterns=_OWN_FILES).directory
+    except (ValueError, OSError) as error:
+        raise type(error)(f"there is no folder {name}, and on the hub: {error}") from None
+
+
+def _check_fit(module: nn.Module, tensors: Mapping[str, Shaped], source: str) -> None:
+    expected = module.state_dict()
+    check_keys(
+        missing=[name for name in expected if name not in tensors],
+        unused=[name for name in tensors if name not in expected],
+        misshapen={
+            name: (tuple(tensors[name].shape), tuple(parameter.shape))
+            for name, parameter in expected.items()
+            if name in tensors and tuple(parameter.shape) != tuple(tensors[name].shape)
+        },
+        source=source,
+    )
+
+
+def _check_agreement(config: NanoMolmo2Config, processor: Processor) -> None:
+    """Model and processor were made apart and meet here."""
+    vision, settings = config.vision_config, processor.config
+    side, tokens = settings.image_size // vision.patch_size, settings.image_tokens
+    for what, found, expected in (
+        ("patches a side", side, vision.patches_per_side),
+        ("image_tokens", tokens or config.num_visual_tokens, config.num_visual_tokens),
+        ("the id of its image token", processor.image_token_id, config.image_token_id),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"the processor does not belong to the model: {what}: {found}, the model expects "
+                f"{expected}; use the {PROCESSOR_NAME} that was saved with the weights"
+            )
+
+
+def _fill(
+    module: nn.Module,
+    tensors: Mapping[str, Readable],
+    dtype: torch.dtype | None,
+    device: Device,
+) -> None:
+    """Give a module on the meta device its weights, without a second copy."""
+    module.load_state_dict(_read(tensors, dtype, device), strict=True, assign=True)
+
+
+def _read(
+    tensors: Mapping[str, Readable], dtype: torch.dtype | None, device: Device
+) -> dict[str, torch.Tensor]:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}, expected a floating point torch.dtype or None")
+    return {name: tensor.read(dtype=dtype, device=device) for name, tensor in tensors.items()}
+
+
+def _write_weights(
+    state_dict: Mapping[str, torch.Tensor], directory: Path, max_shard_size: int | str
+) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    pattern = WEIGHTS_NAME.replace(".", "{suffix}.")
+    split = split_torch_state_dict_into_shards(
+        dict(state_dict), max_shard_size=max_shard_size, filename_pattern=pattern
+    )
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: state_dict[name].detach().cpu().contiguous() for name in names}
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(directory / INDEX_NAME, index)
+
+
+def _move_into(aside: Path, directory: Path) -> None:
+    """Put complete files where they belong; weights of an earlier save that are left over go."""
+    if not directory.exists():
+        os.replace(aside, directory)
+        return
+    names = sorted(p.name for p in aside.iterdir())
+    for name in sorted(names, key=lambda n: n == CONFIG_NAME):
+        os.replace(aside / name, directory / name)
+    for pattern in (WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors"):
+        for old in directory.glob(pattern):
+            if old.name not in names:
+                old.unlink()
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

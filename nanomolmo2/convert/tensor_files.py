@@ -1,0 +1,366 @@
+"""Tensors in files: safetensors (one or sharded) and the converted ``.pt`` cache.
+
+Reading goes tensor by tensor and, where the dtype changes, piece by piece, so that a load never
+holds much more than the weights it returns.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanomolmo2.config import read_json_object
+from nanomolmo2.files import atomic_path, sha256_of
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+CACHE_FORMAT = "nanomolmo2"
+CACHE_VERSION = 1
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_PIECE = 1 << 22  # elements converted at a time
+_MAPPED_LIMIT = 1 << 26  # bytes of a mapped file that may stay in memory during a conversion
+
+
+class Readable(Protocol):
+    """A tensor that is still in its file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def read(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file; nothing is read before :meth:`read`."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Read, in ``dtype`` (as stored by default), onto ``device``.
+
+        Raises: ValueError if the file ends early.
+        """
+        target = torch.empty(self.shape, dtype=dtype or self.dtype)
+        flat = target.view(-1)
+        if target.dtype == self.dtype:
+            for _ in self._pieces(flat):
+                pass
+        else:
+            buffer = torch.empty(min(self.numel, _PIECE), dtype=self.dtype)
+            for start, piece in self._pieces(buffer):
+                flat[start : start + len(piece)] = piece
+        return target if device is None else target.to(device)
+
+    def equals(self, other: StoredTensor) -> bool:
+        """Whether both hold the same bits."""
+        if (self.shape, self.dtype) != (other.shape, other.dtype):
+            return False
+        size = min(self.numel, _PIECE)
+        mine, others = (torch.empty(size, dtype=self.dtype) for _ in range(2))
+        pairs = zip(self._pieces(mine), other._pieces(others), strict=True)
+        return all(torch.equal(_bytes(a), _bytes(b)) for (_, a), (_, b) in pairs)
+
+    def _pieces(self, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Fill ``buffer`` again and again; yields (first element, the filled part)."""
+        with open(self.path, "rb", buffering=0) as stream:
+            stream.seek(self.offset)
+            start = 0
+            while start < self.numel:
+                piece = buffer[: self.numel - start]
+                view, done = _bytes(piece).numpy().data, 0
+                while done < len(view):
+                    count = stream.readinto(view[done:])
+                    if not count:
+                        raise ValueError(
+                            f"{self.path} ended early while it was read: did it change?"
+                        )
+                    done += count
+                yield start, piece
+                start += len(piece)
+
+
+def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
+    """List the tensors of a checkpoint folder: ``model.safetensors``, or an index and its shards.
+
+    Raises: ValueError for a folder without weights, an index that names a missing file, one outside
+        the folder or a tensor that is not in it, and damaged or quantised files.
+    """
+    directory = Path(directory)
+    if (directory / WEIGHTS_NAME).exists():
+        return _open_file(directory / WEIGHTS_NAME)
+    if not (directory / INDEX_NAME).exists():
+        others = sorted(p.name for p in directory.glob("*.bin"))
+        remedy = (
+            f"{others[0]} is a pickle: convert it to safetensors first"
+            if others
+            else "copy the weights again"
+        )
+        raise ValueError(
+            f"{directory} holds no weights: expected {WEIGHTS_NAME} or {INDEX_NAME}; {remedy}"
+        )
+    return _open_shards(directory)
+
+
+def _open_shards(directory: Path) -> dict[str, StoredTensor]:
+    index = directory / INDEX_NAME
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ValueError(f"{index}: expected weight_map to map tensor names to file names")
+    files = sorted(set(weight_map.values()))
+    # Names only, so that an index can not reach outside. The hub cache's links stay readable.
+    outside = [f for f in files if f != Path(f).name or "\\" in f or f in ("", ".", "..")]
+    if outside:
+        raise ValueError(
+            f"{index} points outside its folder: {', '.join(outside)}; do not trust this checkpoint"
+        )
+    missing = [f for f in files if not (directory / f).exists()]
+    if missing:
+        raise ValueError(
+            f"{directory}: {len(missing)} of {len(files)} weight files are missing: "
+            f"{', '.join(missing[:8])}; download or copy them again"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in _open_file(directory / file).items():
+            if weight_map.get(name) != file:
+                raise ValueError(
+                    f"{directory / file} holds {name}, which {INDEX_NAME} places in "
+                    f"{weight_map.get(name, 'no file')}: the shards are of different checkpoints"
+                )
+            tensors[name] = tensor
+    absent = sorted(set(weight_map) - set(tensors))
+    if absent:
+        raise ValueError(
+            f"{directory}: {len(absent)} tensors of {INDEX_NAME} are in none of its files, such as "
+            f"{absent[0]}: the shards are of different checkpoints"
+        )
+    return tensors
+
+
+def _open_file(path: Path) -> dict[str, StoredTensor]:
+    try:
+        # The library checks the header, that tensors do not overlap, and that they fill the file.
+        with safe_open(path, framework="pt"):
+            pass
+        with open(path, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, ValueError) as error:
+        with open(path, "rb") as stream:
+            is_pointer = stream.read(24).startswith(b"version https://git-lfs")
+        remedy = "run git lfs pull" if is_pointer else "download or copy it again"
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({path.stat().st_size:,} bytes; {error}): "
+            f"{remedy}"
+        ) from None
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(
+                f"{path}: {name} is stored as {entry['dtype']}, expected one of "
+                f"{', '.join(_DTYPES)}: use the release that is not quantised"
+            )
+        tensors[name] = StoredTensor(
+            path=path,
+            offset=8 + length + entry["data_offsets"][0],
+            dtype=_DTYPES[entry["dtype"]],
+            shape=tuple(entry["shape"]),
+        )
+    return tensors
+
+
+class CacheFile:
+    """A converted checkpoint: one component under our names, memory-mapped.
+
+    Args:
+        path: what :func:`write_cache` made.
+    Raises: ValueError for anything else; code in the file is not run.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._check_size()
+        payload = self._load()
+        found = (payload.get("format"), payload.get("format_version"))
+        if found != (CACHE_FORMAT, CACHE_VERSION):
+            raise self._wrong(f"format {found[0]!r}, version {found[1]!r}")
+        kinds = {"component": str, "config": dict, "source": dict, "state_dict": dict}
+        for name, kind in kinds.items():
+            if not isinstance(payload.get(name), kind):
+                raise self._wrong(f"{name} of type {type(payload.get(name)).__name__}")
+        state_dict = payload.pop("state_dict")
+        if not all(isinstance(t, Tensor) and t.is_floating_point() for t in state_dict.values()):
+            raise self._wrong("entries that are not floating point tensors")
+        self.component: str = payload["component"]
+        self.config: dict[str, Any] = payload["config"]
+        self.source: dict[str, Any] = payload["source"]
+        self._mapped: Mapping[str, Tensor] = state_dict
+        self._touched = 0
+
+    @property
+    def tensors(self) -> dict[str, CachedTensor]:
+        """The tensors by our name, not read yet."""
+        return {n: CachedTensor(self, n, tuple(t.shape), t.dtype) for n, t in self._mapped.items()}
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor as a view of the mapped file."""
+        return self._mapped[name]
+
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of the flattened tensor, as a view of the mapped file.
+
+        Pages that were read count as our memory for as long as the file is mapped, so the file is
+        mapped anew every now and then.
+        """
+        if self._touched > _MAPPED_LIMIT:
+            self._mapped = self._load()["state_dict"]
+            self._touched = 0
+        piece = self._mapped[name].reshape(-1)[start:stop]
+        self._touched += piece.nbytes
+        return piece
+
+    def _check_size(self) -> None:
+        record = record_path(self.path)
+        if not record.exists():
+            return
+        expected, found = read_json_object(record).get("size"), self.path.stat().st_size
+        if expected != found:
+            raise ValueError(
+                f"{self.path} has {found:,} bytes, but {record.name} recorded {expected}: it was "
+                f"cut or replaced; make it again with `nanomolmo2 download --force`"
+            )
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            payload = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+            reason = str(error).split("\n")[0][:120]
+            raise self._wrong(f"something that torch can not load safely ({reason})") from None
+        if not isinstance(payload, dict):
+            raise self._wrong(type(payload).__name__)
+        return payload
+
+    def _wrong(self, found: str) -> ValueError:
+        return ValueError(
+            f"{self.path} is not a weight cache: found {found}, expected format {CACHE_FORMAT!r}, "
+            f"version {CACHE_VERSION}; delete it and run `nanomolmo2 download`, or pass "
+            f"cache_dir=None"
+        )
+
+
+@dataclass(frozen=True)
+class CachedTensor:
+    """A tensor of a :class:`CacheFile`."""
+
+    file: CacheFile
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """In ``dtype`` on ``device``; as stored on the CPU it is a view of the mapped file."""
+        if dtype is None or dtype == self.dtype:
+            target = self.file.mapped(self.name)
+        else:
+            target = torch.empty(self.shape, dtype=dtype)
+            flat = target.view(-1)
+            for start in range(0, len(flat), _PIECE):
+                stop = min(start + _PIECE, len(flat))
+                flat[start:stop] = self.file.piece(self.name, start, stop)
+        return target if device is None else target.to(device)
+
+
+def write_cache(
+    path: str | Path,
+    *,
+    component: str,
+    config: dict[str, Any],
+    source: dict[str, Any],
+    state_dict: Mapping[str, Tensor],
+) -> None:
+    """Write a converted checkpoint and, beside it, a record of its size and sha256.
+
+    Raises: OSError if the disk is full; nothing half-written stays.
+    """
+    path = Path(path)
+    payload = {
+        "format": CACHE_FORMAT,
+        "format_version": CACHE_VERSION,
+        "component": component,
+        "config": config,
+        "source": source,
+        "state_dict": dict(state_dict),
+    }
+    with atomic_path(path) as temporary:
+        try:
+            # By a stream: given a path, torch writes its random temporary name into the file.
+            with open(temporary, "wb") as stream:
+                torch.save(payload, stream)
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0]
+            raise OSError(f"could not write {path} ({reason}): is the disk full?") from None
+        record = {
+            "file": path.name,
+            "size": temporary.stat().st_size,
+            "sha256": sha256_of(temporary),
+            "component": component,
+            "source": source,
+        }
+    with atomic_path(record_path(path)) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def cache_is_intact(path: str | Path) -> bool:
+    """Whether a cache file is there with the recorded size and sha256."""
+    path = Path(path)
+    if not path.exists() or not record_path(path).exists():
+        return False
+    try:
+        record = read_json_object(record_path(path))
+    except ValueError:
+        return False
+    return record.get("size") == path.stat().st_size and record.get("sha256") == sha256_of(path)
+
+
+def record_path(path: str | Path) -> Path:
+    """``checkpoints/x.pt`` -> ``checkpoints/x.json``."""
+    return Path(path).with_suffix(".json")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8)

@@ -1,0 +1,1 @@
+"""Training and test examples: pictures with trees of messages."""

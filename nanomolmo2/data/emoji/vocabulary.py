@@ -1,0 +1,171 @@
+"""The vocabulary of `tiny`: made by hand so that a noun is one and the same token everywhere.
+
+A Unigram model whose pieces all have the same score, so the split into the fewest pieces wins, and
+of equal ones that with a noun. Words carry the space before them (" there"), except where a noun
+follows: there the space belongs to the word (" a ", "How| many "), so that "dog" in "Is there a
+dog?", "How many dogs?" and ``<points ...>dog</points>`` is the same piece. Everything else is
+spelled out in characters or bytes: any text comes back unchanged.
+
+Ids: 0 unknown (never used), 1-256 bytes, then the pieces, then the special tokens that a model may
+write, filled up to a multiple of 32 (`vocab_size` of the language model); then 16 ids that are only
+ever read (`additional_vocab_size`), in Molmo2's order.
+"""
+
+from __future__ import annotations
+
+import re
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models
+
+from nanomolmo2.data.emoji.questions import (
+    DIRECTIONS,
+    NONE_ANSWER,
+    NOTHING_ANSWER,
+    NUMBER_WORDS,
+    QUESTIONS,
+)
+from nanomolmo2.data.emoji.sprites import CATEGORIES, PLURALS
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    # The chat format's fixed pieces, one token each instead of about eight.
+    "<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+)
+# Offsets from vocab_size as in Molmo2's checkpoints; the rest of the 16 rows is free.
+ADDITIONAL_TOKENS = (
+    "<im_start>",
+    "<im_end>",
+    "<im_patch>",
+    "<im_col>",
+    "<low_res_im_start>",
+    "<|image|>",
+    "<im_low>",
+    "<frame_start>",
+    "<frame_end>",
+    "<|video|>",
+)
+ADDITIONAL_VOCAB_SIZE = 16
+VOCAB_MULTIPLE = 32
+
+POINT_PIECES = (
+    '<points coords="1',
+    '<points coords="',
+    '">',
+    "</points>",
+    '<tracks coords="0.0',
+    '<tracks coords="',
+    "</tracks>",
+    ";1",
+    ";2",
+)
+COUNTING_START, COUNTING_END = "Counting the ", " shows a total of"  # one decision each, not three
+# Words that no template has yet: questions about two pictures, videos, colours and sizes, and small
+# talk of people who try the model. Reserved now, so that a later model can keep its ids.
+FURTHER_WORDS = (
+    "Which picture has more or fewer than the other? Both have the same. The first second "
+    "third last picture image. What differs between these two pictures? In one of them it is "
+    "missing. Only there. Track this in every frame of the video. How does it move? When? It "
+    "moves to the up down top bottom middle corner. No tracks available. big small large "
+    "little red green blue yellow black white orange purple pink brown gray left right side "
+    "near far next to behind front largest smallest object objects animal animals food fruit "
+    "vehicle who why please tell me about an and not with at on was I think that thank you "
+    "Hello Image image Yes No Nothing None left above below"
+)
+
+_SCORE = -1.0
+_NOUN_SCORE = -0.9  # wins ties: " the |bee|s", not " the| be|es"
+_BAD_SCORE = -1000.0  # only taken where nothing else fits: "<0x41>" in a text stays six characters
+_SLOT = re.compile(r"\{\w+\}")
+_WORD = re.compile(r" ?[A-Za-z]+")
+
+
+def pieces() -> list[str]:
+    """The ordinary pieces, nouns first (in the order of `CATEGORIES`)."""
+    irregular = [
+        plural
+        for noun, plural in zip(CATEGORIES, PLURALS, strict=True)
+        if plural not in (noun, f"{noun}s", f"{noun}es")
+    ]
+    found = [*CATEGORIES, *irregular, "s", "es"]
+    for wordings in QUESTIONS.values():
+        for wording in wordings:
+            for direction in DIRECTIONS.values():
+                text = wording.replace("{where}", direction)
+                found += _words_around_slots(text)
+                found += _words_around_slots(text[0].lower() + text[1:])
+    found += [COUNTING_START, COUNTING_END]
+    for text in ("Yes.", "No.", NONE_ANSWER, NOTHING_ANSWER):
+        found += _WORD.findall(text)
+    # "A |dog|, |two |cat|s| and| an |apple|."
+    for word in ("a", "an", *NUMBER_WORDS):
+        found += [f"{word} ", f" {word} ", f"{word.capitalize()} "]
+    found += [" and", " the ", "the ", *POINT_PIECES]
+    for word in FURTHER_WORDS.split():
+        found.append(f" {word.strip('.?')}")
+    found += ["Image", "image", "\n", "\t"]
+    found += [f" {digit}" for digit in range(10)]
+    found += [chr(code) for code in range(32, 127)]
+    return list(dict.fromkeys(found))
+
+
+def build_tokenizer() -> tokenizers.Tokenizer:
+    """The tokenizer of `tiny`; see the head of this file for its ids."""
+    vocabulary = [("<unk>", _BAD_SCORE)]
+    vocabulary += [(f"<0x{byte:02X}>", _BAD_SCORE) for byte in range(256)]
+    nouns = {*CATEGORIES, *PLURALS}
+    vocabulary += [(piece, _NOUN_SCORE if piece in nouns else _SCORE) for piece in pieces()]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+
+    def add(names: list[str]) -> None:
+        tokenizer.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
+
+    add(list(SPECIAL_TOKENS))
+    add([f"<|reserved_{i}|>" for i in range(-tokenizer.get_vocab_size() % VOCAB_MULTIPLE)])
+    free = ADDITIONAL_VOCAB_SIZE - len(ADDITIONAL_TOKENS)
+    add([*ADDITIONAL_TOKENS, *(f"<|additional_{i}|>" for i in range(free))])
+    return tokenizer
+
+
+def vocab_size(tokenizer: tokenizers.Tokenizer) -> int:
+    """``vocab_size`` of the language model's config: ids from here on are only read."""
+    return int(tokenizer.get_vocab_size()) - ADDITIONAL_VOCAB_SIZE
+
+
+def noun_ids(tokenizer: tokenizers.Tokenizer) -> list[int]:
+    """Id of each noun, in the order of `CATEGORIES`; its row stands for the category."""
+    return [_id_of(tokenizer, noun) for noun in CATEGORIES]
+
+
+def plural_ids(tokenizer: tokenizers.Tokenizer) -> dict[int, int]:
+    """Category index -> id of its plural, for the few plurals that are tokens of their own."""
+    return {
+        i: _id_of(tokenizer, plural)
+        for i, (noun, plural) in enumerate(zip(CATEGORIES, PLURALS, strict=True))
+        if plural != noun and tokenizer.token_to_id(plural) is not None
+    }
+
+
+def _id_of(tokenizer: tokenizers.Tokenizer, piece: str) -> int:
+    found = tokenizer.token_to_id(piece)
+    if found is None:
+        raise ValueError(
+            f"the tokenizer has no piece {piece!r}; use the one that build_tokenizer() makes"
+        )
+    return int(found)
+
+
+def _words_around_slots(wording: str) -> list[str]:
+    """Words of a template; the last one before a slot takes the space that follows it."""
+    found: list[str] = []
+    parts = _SLOT.split(wording)
+    for i, part in enumerate(parts):
+        words = _WORD.findall(part)
+        if words and i + 1 < len(parts) and part.endswith(" "):
+            words[-1] += " "
+        found += words
+    return found

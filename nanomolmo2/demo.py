@@ -1,0 +1,99 @@
+"""The demo: the bundled model captions, counts and points on a bundled picture.
+
+``assets/demo/scene.json`` holds the questions and the true answers; scripts/make_demo_picture.py
+makes it and the picture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from nanomolmo2.files import atomic_path
+from nanomolmo2.generation.pipeline import Pipeline
+from nanomolmo2.processor import Point, load_image
+from nanomolmo2.processor.draw import draw_points
+
+DEMO = Path(__file__).parent / "assets" / "demo"
+ZOOM = 3  # the picture is small: the overlay is drawn larger
+
+Box = Sequence[float]  # x0, y0, x1, y1 in pixels
+
+
+def run_demo(draw: Path, pipeline: Pipeline | None = None, console: Console | None = None) -> None:
+    """Ask everything in scene.json, print the answers as they come, write the points to ``draw``.
+
+    Args:
+        pipeline: the bundled model by default.
+        console: standard output by default.
+    """
+    console = console or Console(highlight=False)
+    questions = json.loads((DEMO / "scene.json").read_text(encoding="utf-8"))["questions"]
+    picture = load_image(DEMO / "scene.png")
+    start = time.perf_counter()
+    pipeline = pipeline or Pipeline.from_pretrained("tiny")
+    parameters = sum(p.numel() for p in pipeline.model.parameters())
+    console.print(
+        f"Model: tiny, {parameters / 1e6:.1f} M parameters, loaded in "
+        f"{time.perf_counter() - start:.1f} s\nPicture: {shown(DEMO / 'scene.png')}, "
+        f"{picture.width} x {picture.height} pixels; the model has never seen it\n"
+    )
+    start = time.perf_counter()
+    points: list[Point] = []
+    for question in questions:
+        console.print(f"[bold]{question['question']}[/bold]")
+        answer = pipeline.ask(
+            picture,
+            question["question"],
+            on_text=lambda text: console.print(text, end="", markup=False, soft_wrap=True),
+        )
+        points += answer.points
+        truth = question.get("truth") or hits(answer.points, question["boxes"])
+        console.print(f"\n[dim]truth: {truth}[/dim]\n")
+    seconds = time.perf_counter() - start
+    large = picture.resize((ZOOM * picture.width, ZOOM * picture.height))
+    zoomed = [Point(ZOOM * p.x, ZOOM * p.y, p.image, p.id, p.label) for p in points]
+    with atomic_path(draw) as temporary:
+        draw_points(large, zoomed).save(temporary)
+    console.print(
+        f"{len(questions)} answers in {seconds:.1f} s. The points are drawn in [bold]{draw}[/bold]."
+        f"\n\nTry next:\n{suggestions(questions[-2]['question'])}",
+        soft_wrap=True,
+    )
+
+
+def hits(points: Sequence[Point], boxes: Sequence[Box]) -> str:
+    """How many of the things were pointed at, and how many points hit nothing."""
+
+    def inside(point: Point, box: Box) -> bool:
+        return box[0] <= point.x < box[2] and box[1] <= point.y < box[3]
+
+    found = sum(any(inside(p, box) for p in points) for box in boxes)
+    astray = sum(not any(inside(p, box) for box in boxes) for p in points)
+    return f"there are {len(boxes)}, {found} pointed at" + (f", {astray} astray" if astray else "")
+
+
+def suggestions(question: str) -> str:
+    """Commands to go on with, as they can be typed here."""
+    folder = Path(sys.executable).parent
+    on_path = str(folder) in os.environ.get("PATH", "").split(os.pathsep)
+    command = "nanomolmo2" if on_path else str(shown(folder / "nanomolmo2"))
+    return "\n".join(
+        (
+            f'  {command} ask {shown(DEMO / "scene.png")} "{question}" --draw points.png',
+            f"  {command} info tiny",
+            f"  {command} --help",
+        )
+    )
+
+
+def shown(path: Path) -> Path:
+    """A path relative to the working folder, if it is inside."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

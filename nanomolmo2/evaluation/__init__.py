@@ -1,0 +1,1 @@
+"""Evaluation: scorers, and the fixed emoji test sets."""

@@ -1,0 +1,203 @@
+"""Pipeline: pictures and a question in, an answer with its points out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2
+from nanomolmo2.processor import Message, Point, Processor, collate, parse_count, parse_points
+from nanomolmo2.processor.image import ImageSource
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote, and what it says.
+
+    Attributes:
+        text: the answer as written, points in the model's own format.
+        points: points of the answer in pixels of the pictures they belong to.
+        count: the number that the answer gives; None if it gives none.
+        image_sizes: (width, height) of the pictures, pixels.
+        input_tokens: length of the prompt; a picture that the model expands counts as one token.
+        output_tokens: length of the answer with its end token.
+        timings: seconds: ``prepare`` (pictures and text to tensors), then ``first_token`` (to the
+            first token of the answer) and ``generate`` (to the last).
+    """
+
+    text: str
+    points: tuple[Point, ...]
+    count: int | None
+    image_sizes: tuple[tuple[int, int], ...]
+    input_tokens: int
+    output_tokens: int
+    timings: dict[str, float]
+
+
+class Pipeline:
+    """A model together with its processor."""
+
+    def __init__(self, model: NanoMolmo2, processor: Processor) -> None:
+        self.model = model.eval()
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path | None = "tiny",
+        *,
+        cache_dir: str | Path | None = "checkpoints",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+    ) -> Self:
+        """Load a model and its processor, see :func:`nanomolmo2.convert.pretrained.load`.
+
+        Args:
+            dtype: of the weights; by default float32 on the CPU, where 16-bit arithmetic is slow,
+                and as stored elsewhere.
+        """
+        from nanomolmo2.convert.pretrained import load
+
+        if dtype is None and torch.device(device or "cpu").type == "cpu":
+            dtype = torch.float32
+        return cls(
+            *load(name_or_path, cache_dir=cache_dir, dtype=dtype, device=device, revision=revision)
+        )
+
+    def ask(
+        self,
+        images: ImageSource | Sequence[ImageSource] | None,
+        question: str | Sequence[Message],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer a question about pictures.
+
+        Args:
+            images: one picture or several in order (path, bytes, PIL image, array); None or empty
+                where the messages hold the pictures, or there are none.
+            question: a text, or a conversation that ends with the user's turn.
+            max_new_tokens: longest answer; it is cut off there.
+            temperature: 0 = greedy. top_p: 1 = off. top_k: 0 = off.
+            seed: makes a drawn answer repeatable; None = another one each time.
+            on_text: called with each piece of the answer as it is written; the pieces together are
+                ``Answer.text``.
+        Raises: ValueError for pictures that do not open, messages out of order, a prompt longer
+            than the model's context, sampling values out of range.
+        """
+        start = time.perf_counter()
+        messages: Sequence[Message]
+        messages = (
+            [{"role": "user", "content": question}] if isinstance(question, str) else question
+        )
+        encoded = self.processor.encode(messages, _as_list(images))
+        if messages[-1]["role"] != "user":
+            raise ValueError(
+                "the conversation ends with an answer, expected a question: leave the last "
+                "assistant message out"
+            )
+        device = next(self.model.parameters()).device
+        batch = collate([encoded], self.processor.pad_token_id).to(device)
+        prepared = time.perf_counter()
+
+        stream = TextStream(self.processor, on_text)
+        first_token = 0.0
+
+        def on_token(new: Tensor) -> None:
+            nonlocal first_token
+            first_token = first_token or time.perf_counter()
+            stream.put(int(new[0]))
+
+        stop_token_ids = {*self.processor.stop_token_ids, *self.model.config.eos_token_ids}
+        self.model.generate(
+            batch.input_ids,
+            batch.pixel_values,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            eos_token_id=sorted(stop_token_ids),
+            on_token=on_token,
+        )
+        text = stream.end()
+        done = time.perf_counter()
+        return Answer(
+            text=text,
+            points=_points(text, encoded.image_sizes),
+            count=parse_count(text),
+            image_sizes=encoded.image_sizes,
+            input_tokens=len(encoded.input_ids),
+            output_tokens=len(stream.ids),
+            timings={
+                "prepare": prepared - start,
+                "first_token": (first_token or done) - prepared,
+                "generate": done - prepared,
+            },
+        )
+
+
+class TextStream:
+    """Token ids one by one -> pieces of text as soon as they are sure.
+
+    A character may take several tokens; until it is whole, decoding gives U+FFFD, so a piece that
+    ends with it is held back. Only the ids since the last piece are decoded, together with those of
+    that piece: how a token reads can depend on the one before.
+    """
+
+    def __init__(self, processor: Processor, on_text: Callable[[str], None] | None = None) -> None:
+        self.ids: list[int] = []
+        self._processor = processor
+        self._on_text = on_text
+        self._pieces: list[str] = []
+        self._context = 0  # ids from here on are decoded
+        self._written = 0  # ids before this are in the pieces
+
+    def put(self, id: int) -> None:
+        """Take the next id."""
+        self.ids.append(id)
+        text = self._unwritten()
+        if text and not text.endswith("\ufffd"):
+            self._write(text)
+
+    def end(self) -> str:
+        """Write what was held back; return the whole text, which is the pieces in order."""
+        if text := self._unwritten():
+            self._write(text)
+        return "".join(self._pieces)
+
+    def _unwritten(self) -> str:
+        before = self._processor.decode(self.ids[self._context : self._written])
+        return self._processor.decode(self.ids[self._context :])[len(before) :]
+
+    def _write(self, text: str) -> None:
+        self._context, self._written = self._written, len(self.ids)
+        self._pieces.append(text)
+        if self._on_text is not None:
+            self._on_text(text)
+
+
+def _as_list(images: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
+
+
+def _points(text: str, image_sizes: Sequence[tuple[int, int]]) -> tuple[Point, ...]:
+    """Points of an answer; none where a weak model points at a picture that is not there."""
+    try:
+        return tuple(parse_points(text, image_sizes))
+    except ValueError:
+        return ()

@@ -1,0 +1,210 @@
+"""The connector: vision features to tokens of the language model's width.
+
+B pictures, N patches, n visual tokens, F feature width, Dv vision_dim, D llm_dim, W window patches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanomolmo2.config import Config
+from nanomolmo2.models.attention import attend
+from nanomolmo2.models.language_model import MLP
+from nanomolmo2.models.vision_encoder import LayerNorm
+
+
+@dataclass(frozen=True)
+class ConnectorConfig(Config):
+    """Which connector, and its sizes.
+
+    connector_type: ``linear`` (one projection), ``mlp`` (two, GELU between), ``resampler`` (learned
+        queries read all patches: ``num_query_tokens`` tokens whatever the grid), ``pooling``
+        (Molmo2: attention over ``pooling_size`` x ``pooling_size`` patches, then SwiGLU).
+    hidden_dim: inner width of ``mlp`` and of the resampler's MLP.
+    intermediate_size: inner width of the pooling connector's SwiGLU.
+    vit_layers: vision blocks whose outputs are joined, in this order; None = the final features.
+    """
+
+    vision_dim: int = 1152
+    llm_dim: int = 1024
+    connector_type: Literal["linear", "mlp", "resampler", "pooling"] = "linear"
+    hidden_dim: int = 2048
+    num_query_tokens: int = 64
+    num_attention_heads: int = 16
+    pooling_size: int = 2
+    intermediate_size: int = 3072
+    vit_layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self.check_positive()
+        known = ("linear", "mlp", "resampler", "pooling")
+        if self.connector_type not in known:
+            raise ValueError(
+                f"connector_type {self.connector_type!r} is unknown: choose one of "
+                f"{', '.join(known)}"
+            )
+        width = {"resampler": self.llm_dim, "pooling": self.vision_dim}.get(self.connector_type)
+        if width is not None and width % self.num_attention_heads:
+            raise ValueError(
+                f"the {self.connector_type} connector attends with width {width}, which must be a "
+                f"multiple of num_attention_heads ({self.num_attention_heads})"
+            )
+
+    @property
+    def feature_dim(self) -> int:
+        """F: width of what the vision encoder hands over."""
+        return self.vision_dim * (1 if self.vit_layers is None else len(self.vit_layers))
+
+    def num_visual_tokens(self, num_patches: int) -> int:
+        """n: visual tokens of a picture with a square grid of ``num_patches`` patches."""
+        if self.connector_type == "resampler":
+            return self.num_query_tokens
+        if self.connector_type == "pooling":
+            return math.ceil(math.isqrt(num_patches) / self.pooling_size) ** 2
+        return num_patches
+
+
+def window_index(rows: int, columns: int, size: int) -> Tensor:
+    """Patches of every pooling window: (n, size * size) int64, -1 where the window leaves the grid.
+
+    Windows run row by row, and so do the patches in a window. A grid that is no multiple of the
+    window is padded by half before and the rest behind.
+
+    Source: Molmo2, olmo/preprocessing/multicrop_preprocessor.py (pooling index).
+    """
+    grid = torch.arange(rows * columns).view(rows, columns)
+    extra_rows, extra_columns = -rows % size, -columns % size
+    top, left = extra_rows // 2, extra_columns // 2
+    grid = F.pad(grid, (left, extra_columns - left, top, extra_rows - top), value=-1)
+    windows = grid.unfold(0, size, size).unfold(1, size, size)  # (n rows, n columns, size, size)
+    return windows.reshape(-1, size * size)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries over other features, with biases."""
+
+    def __init__(self, query_dim: int, key_dim: int, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.head_dim = width // num_heads
+        self.q_proj = nn.Linear(query_dim, width)
+        self.k_proj = nn.Linear(key_dim, width)
+        self.v_proj = nn.Linear(key_dim, width)
+        self.o_proj = nn.Linear(width, width)
+
+    def forward(self, query: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T, query_dim), (B, S, key_dim), (B, 1, 1, S) True = see -> (B, T, width)."""
+        q, k, v = (
+            x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for x in (self.q_proj(query), self.k_proj(keys), self.v_proj(keys))
+        )
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class LinearConnector(nn.Module):
+    """One projection."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.feature_dim, config.llm_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.proj(features)
+
+
+class MLPConnector(nn.Module):
+    """Two projections with a GELU between."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.feature_dim, config.hidden_dim)
+        self.fc2 = nn.Linear(config.hidden_dim, config.llm_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(features)))
+
+
+class ResamplerConnector(nn.Module):
+    """Learned queries read all patches once, then an MLP with a residual."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        D = config.llm_dim
+        self.queries = nn.Parameter(torch.randn(config.num_query_tokens, D) * D**-0.5)
+        self.norm_features = LayerNorm(config.feature_dim, eps=1e-6)
+        self.norm_queries = LayerNorm(D, eps=1e-6)
+        self.attention = CrossAttention(D, config.feature_dim, D, config.num_attention_heads)
+        self.norm_mlp = LayerNorm(D, eps=1e-6)
+        self.fc1 = nn.Linear(D, config.hidden_dim)
+        self.fc2 = nn.Linear(config.hidden_dim, D)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.queries.expand(features.shape[0], -1, -1)
+        x = x + self.attention(self.norm_queries(x), self.norm_features(features))
+        return x + self.fc2(F.gelu(self.fc1(self.norm_mlp(x))))
+
+
+class PoolingConnector(nn.Module):
+    """Molmo2's connector: the mean of a window asks its patches, the answer goes through SwiGLU.
+
+    Source: Molmo2, olmo/nn/vision_backbone.py (attention pooling with ``pooling_attention_mask``).
+    """
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        self.pooling_size = config.pooling_size
+        self.image_pooling_2d = CrossAttention(
+            config.feature_dim, config.feature_dim, config.vision_dim, config.num_attention_heads
+        )
+        self.image_projector = MLP(config.vision_dim, config.intermediate_size, config.llm_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        B, N, _ = features.shape
+        side = math.isqrt(N)
+        if side * side != N:
+            raise ValueError(
+                f"the pooling connector cuts a square grid into windows, found {N} patches: "
+                f"send square pictures"
+            )
+        index = window_index(side, side, self.pooling_size).to(features.device)  # (n, W)
+        valid = index >= 0
+        # The empty slots of an uneven grid leave the mean and the keys: a zero vector would still
+        # be attended to through the key bias.
+        windows = features[:, index.clamp(min=0)] * valid[None, :, :, None]  # (B, n, W, F)
+        query = windows.sum(dim=2) / valid.sum(dim=1).clamp(min=1)[None, :, None]  # (B, n, F)
+        mask = None if bool(valid.all()) else valid.repeat(B, 1)[:, None, None, :]
+        pooled = self.image_pooling_2d(
+            query.flatten(0, 1)[:, None], windows.flatten(0, 1), mask
+        )  # (B*n, 1, Dv)
+        return self.image_projector(pooled[:, 0].unflatten(0, (B, -1)))
+
+
+CONNECTORS: dict[str, type[nn.Module]] = {
+    "linear": LinearConnector,
+    "mlp": MLPConnector,
+    "resampler": ResamplerConnector,
+    "pooling": PoolingConnector,
+}
+
+
+class MultimodalConnector(nn.Module):
+    """Vision features (B, N, F) to visual tokens (B, n, D), by the configured connector."""
+
+    def __init__(self, config: ConnectorConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or ConnectorConfig()
+        self.layers = CONNECTORS[config.connector_type](config)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Raises: ValueError for features of another width."""
+        if features.ndim != 3 or features.shape[-1] != self.config.feature_dim:
+            raise ValueError(
+                f"the connector expects features of shape (B, N, {self.config.feature_dim}), found "
+                f"{tuple(features.shape)}: does vision_dim fit the vision encoder?"
+            )
+        return self.layers(features)

@@ -1,0 +1,387 @@
+"""The Qwen3 decoder.
+
+B rows, T new positions, S all positions, D hidden_size, H heads, K key/value heads, Dh head width,
+V vocab_size.
+
+Source: Qwen/Qwen3-0.6B-Base (and the other dense Qwen3 sizes).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nanomolmo2.config import Config
+from nanomolmo2.models.attention import attend, causal_mask
+from nanomolmo2.models.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class LLMConfig(Config):
+    """Sizes of the decoder; the defaults are Qwen3-0.6B-Base.
+
+    ``additional_vocab_size`` rows of the embedding follow the ``vocab_size`` base rows: tokens that
+    can be read but never written (Molmo2's image tokens).
+    """
+
+    vocab_size: int = 151936
+    hidden_size: int = 1024
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    max_position_embeddings: int = 32768
+    rope_theta: float = 1_000_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    additional_vocab_size: int = 0
+
+    def __post_init__(self) -> None:
+        self.check_positive(but=("additional_vocab_size",))
+        if self.additional_vocab_size < 0:
+            raise ValueError(
+                f"additional_vocab_size must be 0 or more, found {self.additional_vocab_size}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads}): each key/value head serves a "
+                f"whole group of queries"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs")
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the embedding: every id that can be read."""
+        return self.vocab_size + self.additional_vocab_size
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm, in float32 whatever the compute dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_table(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position, float32, each (B, 1, T, Dh), the two halves alike."""
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, halves paired as in Qwen; float32 inside. x: (B, H, T, Dh)."""
+    y = x.float()
+    first, second = y.chunk(2, dim=-1)
+    return (y * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+@dataclass
+class Context:
+    """What every layer needs to know about the positions of one forward call."""
+
+    cos: Tensor  # (B or 1, 1, T, Dh)
+    sin: Tensor
+    mask: Tensor | None  # (B or 1, 1, T, S), None = causal or everything
+    causal: bool
+    cache: KVCache | None
+    key_mask: Tensor | None  # (B, S) for the cache to remember
+    next_positions: Tensor  # (B, 1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: grouped heads, q and k normalised per head before RoPE, no biases."""
+
+    def __init__(self, config: LLMConfig) -> None:
+        super().__init__()
+        D, H, K, Dh = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.head_dim = Dh
+        self.q_proj = nn.Linear(D, H * Dh, bias=False)
+        self.k_proj = nn.Linear(D, K * Dh, bias=False)
+        self.v_proj = nn.Linear(D, K * Dh, bias=False)
+        self.o_proj = nn.Linear(H * Dh, D, bias=False)
+        self.q_norm = RMSNorm(Dh, config.rms_norm_eps)
+        self.k_norm = RMSNorm(Dh, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H or K, Dh)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = rotate(self.q_norm(q).transpose(1, 2), context.cos, context.sin)
+        k = rotate(self.k_norm(k).transpose(1, 2), context.cos, context.sin)
+        v = v.transpose(1, 2)
+        if context.cache is not None:
+            k, v = context.cache.update(layer, k, v)
+        y = attend(q, k, v, context.mask, context.causal)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), no biases."""
+
+    def __init__(self, in_size: int, intermediate_size: int, out_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(in_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(in_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, out_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: LLMConfig) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.input_layernorm = RMSNorm(D, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
+        self.mlp = MLP(D, config.intermediate_size, D)
+
+    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), context, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LanguageModel(nn.Module):
+    """Token ids, or embeddings in their place, to logits."""
+
+    def __init__(self, config: LLMConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or LLMConfig()
+        self.embed_tokens = nn.Embedding(config.num_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self.gradient_checkpointing = False
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+    ) -> Any:
+        """Run the decoder.
+
+        Args:
+            input_ids: (B, T) int64 below ``num_embeddings``; or
+            inputs_embeds: (B, T, D).
+            attention_mask: (B, T) or, with a past, (B, S): 1 = real token, 0 = padding on either
+                side; or (B or 1, 1, T, S): True = see, or additive floats, used as it is.
+            position_ids: (B, T); by default real tokens are counted from 0, the past included.
+            past_key_values: the cache of earlier calls; the new positions are appended to it.
+            use_cache: also return the cache (a new one if none was given).
+            output_hidden_states: also return the embeddings, every block's output, and last the
+                normed output: ``num_hidden_layers + 2`` tensors.
+        Returns: logits (B, T, V); then, if asked for, the cache; then the hidden states.
+        Raises: ValueError for ids outside the vocabulary, masks of other shapes, a sequence longer
+            than ``max_position_embeddings``.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = KVCache(self.config.num_hidden_layers)
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        hidden = self.transform(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            states=states,
+        )
+        results: list[Any] = [self.head(hidden)]
+        if use_cache:
+            results.append(past_key_values)
+        if states is not None:
+            results.append(tuple(states))
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def transform(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The decoder without its head: (B, T, D), normed. Arguments as in :meth:`forward`.
+
+        The output width is the only difference, so callers that need few logits pass only the rows
+        they need to :meth:`head`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        x = self.embed(input_ids) if input_ids is not None else inputs_embeds
+        assert x is not None
+        context = self._context(x, attention_mask, position_ids, past_key_values)
+        for i, layer in enumerate(self.layers):
+            if states is not None:
+                states.append(x)
+            if self.gradient_checkpointing and torch.is_grad_enabled() and context.cache is None:
+                x = checkpoint(layer, x, context, i, use_reentrant=False)
+            else:
+                x = layer(x, context, i)
+        if context.cache is not None:
+            context.cache.advance(x.shape[1], context.key_mask, context.next_positions)
+        if states is not None:
+            states.append(x)
+        x = self.norm(x)
+        if states is not None:
+            states.append(x)
+        return x
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, T) ids -> (B, T, D). Raises: ValueError for ids outside the vocabulary."""
+        if input_ids.ndim != 2 or input_ids.is_floating_point():
+            raise ValueError(
+                f"expected token ids of shape (B, T) and an integer type, found "
+                f"{tuple(input_ids.shape)} {input_ids.dtype}"
+            )
+        # One comparison costs nothing on a CPU; elsewhere it would make every decode step wait.
+        if input_ids.numel() and (input_ids.device.type == "cpu" or input_ids.shape[1] > 1):
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= self.config.num_embeddings:
+                raise ValueError(
+                    f"token ids run from {low} to {high}, but the vocabulary has "
+                    f"{self.config.num_embeddings} (0..{self.config.num_embeddings - 1}): "
+                    f"is this the tokenizer of another model?"
+                )
+        return self.embed_tokens(input_ids)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> logits (..., V)."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        return F.linear(hidden, self.embed_tokens.weight[: self.config.vocab_size])
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | None = None, **options: Any) -> LanguageModel:
+        """Load weights; see :func:`nanomolmo2.convert.pretrained.load_language_model`."""
+        from nanomolmo2.convert.pretrained import load_language_model
+
+        return load_language_model(name_or_path, **options)
+
+    def _context(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KVCache | None,
+    ) -> Context:
+        """Masks and rotary tables for T new positions behind the cache's past."""
+        B, T = x.shape[:2]
+        past = cache.length if cache is not None else 0
+        S = past + T
+        if self.config.max_position_embeddings < S:
+            raise ValueError(
+                f"the sequence has {S} positions, the model's context holds "
+                f"{self.config.max_position_embeddings}: shorten the text or send fewer pictures"
+            )
+        mask: Tensor | None = None
+        key_mask: Tensor | None = None
+        if attention_mask is not None and attention_mask.ndim == 4:
+            mask = self._full_mask(attention_mask, B, T, S, x.dtype)
+            key_mask = self._key_mask(None, B, T, past, cache)
+        else:
+            key_mask = self._key_mask(attention_mask, B, T, past, cache)
+            if key_mask is not None:
+                see = causal_mask(T, S, x.device)[None] & key_mask[:, None, :]
+                # A padding query sees itself, so that no softmax is over nothing.
+                mask = (see | torch.eye(S, dtype=torch.bool, device=x.device)[past:])[:, None]
+            elif past and T > 1:
+                mask = causal_mask(T, S, x.device)[None, None]
+        if position_ids is None:
+            position_ids = self._positions(key_mask, B, T, past, cache, x.device)
+        elif tuple(position_ids.shape) not in ((1, T), (B, T)):
+            raise ValueError(
+                f"position_ids of shape {tuple(position_ids.shape)} do not fit {B} rows of {T} "
+                f"positions: pass one for every new position"
+            )
+        cos, sin = rope_table(position_ids, self.config.head_dim, self.config.rope_theta)
+        next_positions = position_ids.amax(dim=1, keepdim=True).expand(B, 1) + 1
+        causal = mask is None and T > 1
+        return Context(cos, sin, mask, causal, cache, key_mask, next_positions)
+
+    @staticmethod
+    def _full_mask(mask: Tensor, B: int, T: int, S: int, dtype: torch.dtype) -> Tensor:
+        if mask.shape[0] not in (1, B) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (T, S):
+            raise ValueError(
+                f"a 4-D attention mask must be (1 or {B}, 1, {T}, {S}), found {tuple(mask.shape)}"
+            )
+        return mask.to(dtype) if mask.is_floating_point() else mask.bool()
+
+    @staticmethod
+    def _key_mask(
+        attention_mask: Tensor | None, B: int, T: int, past: int, cache: KVCache | None
+    ) -> Tensor | None:
+        """(B, S) bool, or None where every slot is real."""
+        remembered = cache.key_mask if cache is not None else None
+        if attention_mask is None:
+            return None if remembered is None else F.pad(remembered, (0, T), value=True)
+        if attention_mask.ndim != 2 or attention_mask.shape[0] != B:
+            raise ValueError(
+                f"expected an attention mask of shape ({B}, {T}) or 4-D, found "
+                f"{tuple(attention_mask.shape)}"
+            )
+        mask = attention_mask.bool()
+        if past and mask.shape[1] == T:
+            before = mask.new_ones(B, past) if remembered is None else remembered
+            mask = torch.cat([before, mask], dim=1)
+        if mask.shape[1] != past + T:
+            raise ValueError(
+                f"the attention mask covers {mask.shape[1]} positions, but there are {past} past "
+                f"and {T} new ones: pass a column for each"
+            )
+        return None if bool(mask.all()) else mask
+
+    @staticmethod
+    def _positions(
+        key_mask: Tensor | None,
+        B: int,
+        T: int,
+        past: int,
+        cache: KVCache | None,
+        device: torch.device,
+    ) -> Tensor:
+        """(B or 1, T): real tokens counted from 0; padding repeats its left neighbour."""
+        if key_mask is not None:
+            return (key_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]
+        steps = torch.arange(T, device=device)[None]
+        if cache is not None and cache.positions is not None:
+            return cache.positions + steps
+        return past + steps

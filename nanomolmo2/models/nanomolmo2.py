@@ -1,0 +1,409 @@
+"""NanoMolmo2: vision encoder, connector and language model as one.
+
+B rows, L tokens a row, T positions after pictures took their place, n visual tokens a picture,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanomolmo2.config import Config
+from nanomolmo2.models.attention import sequence_mask
+from nanomolmo2.models.connector import ConnectorConfig, MultimodalConnector
+from nanomolmo2.models.language_model import LanguageModel, LLMConfig
+from nanomolmo2.models.merge import Pictures, Placement, list_pictures, place
+from nanomolmo2.models.vision_encoder import VisionConfig, VisionEncoder
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class NanoMolmo2Config(Config):
+    """The three parts and how they meet; the defaults are the base design (1,010 M parameters).
+
+    image_token_id: the placeholder; the default reuses Qwen3's ``<|image_pad|>``.
+    eos_token_id: ends a generated row, one id or several; None = nothing does.
+    bidirectional_image_attention: image tokens see each other in both directions (Molmo2).
+    image_special_token_ids: start, end and column tokens that count as image tokens in that mask.
+    """
+
+    vision_config: VisionConfig = field(default_factory=VisionConfig)
+    connector_config: ConnectorConfig | None = None
+    llm_config: LLMConfig = field(default_factory=LLMConfig)
+    image_token_id: int = 151655
+    freeze_vision: bool = True
+    eos_token_id: int | tuple[int, ...] | None = 151643
+    pad_token_id: int = 151643
+    bidirectional_image_attention: bool = False
+    image_special_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.connector_config is None:
+            made = ConnectorConfig(
+                vision_dim=self.vision_config.hidden_size, llm_dim=self.llm_config.hidden_size
+            )
+            object.__setattr__(self, "connector_config", made)
+        if not isinstance(self.eos_token_id, int | None):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        connector = self.connector
+        for name, found, expected in (
+            ("vision_dim", connector.vision_dim, self.vision_config.hidden_size),
+            ("llm_dim", connector.llm_dim, self.llm_config.hidden_size),
+        ):
+            if found != expected:
+                raise ValueError(
+                    f"connector_config.{name} is {found}, but the part it joins has hidden_size "
+                    f"{expected}: the two must be equal"
+                )
+        depth = self.vision_config.num_hidden_layers
+        layers = connector.vit_layers
+        if layers is not None and (not layers or not all(-depth <= i < depth for i in layers)):
+            raise ValueError(
+                f"connector_config.vit_layers is {layers}, but the vision encoder has {depth} "
+                f"blocks: name at least one of {-depth}..{depth - 1}, or None for the last"
+            )
+        if not 0 <= self.image_token_id < self.llm_config.num_embeddings:
+            raise ValueError(
+                f"image_token_id {self.image_token_id} is outside the vocabulary of "
+                f"{self.llm_config.num_embeddings} tokens"
+            )
+
+    @property
+    def connector(self) -> ConnectorConfig:
+        """``connector_config``, which is never None once built."""
+        assert self.connector_config is not None
+        return self.connector_config
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """n of a picture at the configured size."""
+        return self.connector.num_visual_tokens(self.vision_config.num_patches)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """``eos_token_id`` as a tuple, empty for None."""
+        return as_ids(self.eos_token_id)
+
+
+def as_ids(token_id: int | Sequence[int] | None) -> tuple[int, ...]:
+    """One id, several or none, as a tuple."""
+    if token_id is None:
+        return ()
+    return (token_id,) if isinstance(token_id, int) else tuple(token_id)
+
+
+@dataclass
+class Merged:
+    """A prompt ready for the decoder: (B, T, D) embeddings and what belongs to each position."""
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor | None  # (B, 1, T, T) where the mask is more than causal and padding
+    key_mask: Tensor | None  # (B, T) bool, False = padding
+    position_ids: Tensor | None
+    placement: Placement
+
+
+class NanoMolmo2(nn.Module):
+    """The complete vision-language model."""
+
+    def __init__(self, config: NanoMolmo2Config | None = None) -> None:
+        super().__init__()
+        self.config = config = config or NanoMolmo2Config()
+        layers, depth = config.connector.vit_layers, config.vision_config.num_hidden_layers
+        if layers is None:
+            self.vision_encoder = VisionEncoder(config.vision_config)
+        else:
+            # Nothing behind the deepest layer that is read gets built.
+            deepest = max(i + depth if i < 0 else i for i in layers)
+            self.vision_encoder = VisionEncoder(
+                config.vision_config, num_layers=deepest + 1, post_layernorm=False
+            )
+        self.connector = MultimodalConnector(config.connector)
+        self.llm = LanguageModel(config.llm_config)
+        self._warned_unlabelled = False
+        if config.freeze_vision:
+            self.vision_encoder.freeze()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Pictures = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        subsegment_ids: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        visual_tokens: Tensor | None = None,
+    ) -> Any:
+        """Logits of text and pictures, and the loss if there are labels.
+
+        Args:
+            input_ids: (B, L) int64 with image tokens, one a picture or one a visual token.
+            pixel_values: normalised pictures; the forms are listed in
+                :func:`nanomolmo2.models.merge.list_pictures`.
+            labels: (B, L), the token at its own position (shifted inside); -100 = no loss.
+            attention_mask: (B, L), 0 = padding on either side.
+            position_ids, subsegment_ids: (B, L), message trees; only where the image tokens are
+                already written out one a visual token.
+            loss_weights: (B, L) float, aligned with labels; 1 by default.
+            visual_tokens: (I, n, D), what :meth:`encode_images` gave for the pictures, in their
+                place.
+        Returns: logits (B, T, V), T = L + n - 1 for one picture a row; with labels (logits, loss):
+            the weighted mean cross-entropy over all labelled tokens of the batch.
+        Raises: ValueError where image tokens and pictures, shapes, ids or the context disagree.
+        """
+        self._check_text(
+            input_ids,
+            labels=labels,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            subsegment_ids=subsegment_ids,
+            loss_weights=loss_weights,
+        )
+        merged = self._merge(
+            input_ids, pixel_values, attention_mask, position_ids, subsegment_ids, visual_tokens
+        )
+        mask = merged.key_mask if merged.attention_mask is None else merged.attention_mask
+        logits = self.llm(
+            inputs_embeds=merged.inputs_embeds,
+            attention_mask=mask,
+            position_ids=merged.position_ids,
+        )
+        if labels is None:
+            return logits
+        targets = merged.placement.spread(labels, IGNORED_LABEL)
+        weights = None if loss_weights is None else merged.placement.spread(loss_weights, 0.0)
+        return logits, self._loss(logits, targets, weights)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt_ids: Tensor,
+        pixel_values: Pictures = None,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | Sequence[int] | None = None,
+        eos_token_id: int | Sequence[int] | Literal["config"] | None = "config",
+        pad_token_id: int | None = None,
+        on_token: Callable[[Tensor], None] | None = None,
+        visual_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Continue every row until its end token or ``max_new_tokens``.
+
+        Args:
+            prompt_ids: (B, L); pixel_values, attention_mask, visual_tokens: as in :meth:`forward`.
+            temperature: 0 = greedy. top_p: 1 = off. top_k: 0 = off.
+            seed: of every row's own generator, or one a row: a row draws the same alone and in any
+                batch. None = a fresh one.
+            eos_token_id: by default the config's; None never stops.
+            pad_token_id: fills rows that ended before the others; by default the config's.
+            on_token: called after every step with the new ids (B,).
+        Returns: (B, L + new) prompt and new ids.
+        Source: behaves like transformers' ``generate``.
+        """
+        from nanomolmo2.generation.engine import generate
+        from nanomolmo2.generation.sampling import SamplingParams
+
+        self._check_text(prompt_ids, attention_mask=attention_mask)
+        merged = self._merge(
+            prompt_ids, pixel_values, attention_mask, None, None, visual_tokens
+        )
+        eos = self.config.eos_token_id if eos_token_id == "config" else eos_token_id
+        new = generate(
+            self.llm,
+            merged.inputs_embeds,
+            key_mask=merged.key_mask,
+            attention_mask=merged.attention_mask,
+            sampling=SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=as_ids(eos),
+            pad_token_id=self.config.pad_token_id if pad_token_id is None else pad_token_id,
+            on_token=on_token,
+        )
+        return torch.cat([prompt_ids, new], dim=1)
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Pictures (I, 3, H, W) -> visual tokens (I, n, D); frozen vision leaves no graph."""
+        layers = self.config.connector.vit_layers
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_encoder.frozen):
+            features = self.vision_encoder(pixel_values, layers=layers)
+        if layers is not None:
+            features = torch.cat(features, dim=-1)
+        return self.connector(features)
+
+    def parameter_summary(self) -> str:
+        """Print, and return, the table of parts: what trains, parameters, gradient memory."""
+        rows = []
+        for name, part in (
+            ("Vision Encoder", self.vision_encoder),
+            ("Connector", self.connector),
+            ("Language Model", self.llm),
+        ):
+            total = sum(p.numel() for p in part.parameters())
+            trainable = [p for p in part.parameters() if p.requires_grad]
+            gradient = sum(p.numel() * p.element_size() for p in trainable)
+            rows.append((name, "yes" if trainable else "no", total, gradient))
+        rows.append(("Total", "-", sum(r[2] for r in rows), sum(r[3] for r in rows)))
+        lines = [
+            "| Component      | Trainable |    Parameters | Gradient memory |",
+            "|----------------|-----------|---------------|-----------------|",
+        ]
+        for name, trains, total, gradient in rows:
+            megabytes = f"{gradient / 1e6:,.1f} MB"
+            lines.append(f"| {name:<14} | {trains:<9} | {total:>13,} | {megabytes:>15} |")
+        text = "\n".join(lines)
+        print(text)
+        return text
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | None = None, **options: Any) -> NanoMolmo2:
+        """Load weights; see :func:`nanomolmo2.convert.pretrained.load_nanomolmo2`."""
+        from nanomolmo2.convert.pretrained import load_nanomolmo2
+
+        return load_nanomolmo2(name_or_path, **options)
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> None:
+        """Write a folder that ``from_pretrained`` reads back bit for bit.
+
+        See :func:`nanomolmo2.convert.pretrained.save_pretrained`.
+        """
+        from nanomolmo2.convert.pretrained import save_pretrained
+
+        save_pretrained(self, directory, **options)
+
+    def _merge(
+        self,
+        input_ids: Tensor,
+        pixel_values: Pictures,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        subsegment_ids: Tensor | None,
+        visual_tokens: Tensor | None = None,
+    ) -> Merged:
+        """Encode the pictures and put them where the image tokens are."""
+        text = self.llm.embed(input_ids)  # (B, L, D)
+        is_image = input_ids == self.config.image_token_id
+        counts = is_image.sum(dim=1).tolist()
+        if visual_tokens is not None and pixel_values is not None:
+            raise ValueError("pass pixel_values or visual_tokens, not both")
+        pictures, by_row = list_pictures(pixel_values, counts, self._visual_tokens(pixel_values))
+        features = self._encode_list(pictures) if visual_tokens is None else list(visual_tokens)
+        placement = place(is_image, [len(f) for f in features], attention_mask, by_row)
+        moved = placement.source.shape[1] != input_ids.shape[1]
+        if moved and (position_ids is not None or subsegment_ids is not None):
+            raise ValueError(
+                "position_ids and subsegment_ids need image tokens written out one a visual token: "
+                "here each stands for a whole picture, so positions would move"
+            )
+        x = text.gather(1, placement.source[:, :, None].expand(-1, -1, text.shape[-1]))
+        if features:
+            visual = torch.cat(features).to(x.dtype)
+            if self.config.connector.connector_type == "pooling":
+                visual = visual + x[placement.visual]  # Molmo2 adds to the placeholder's embedding
+            x = x.masked_scatter(placement.visual[:, :, None], visual)
+        mask = None
+        if self.config.bidirectional_image_attention or subsegment_ids is not None:
+            mask, position_ids = self._tree_mask(input_ids, placement, position_ids, subsegment_ids)
+        return Merged(x, mask, placement.real, position_ids, placement)
+
+    def _tree_mask(
+        self,
+        input_ids: Tensor,
+        placement: Placement,
+        position_ids: Tensor | None,
+        subsegment_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The (B, 1, T, T) mask of bidirectional pictures and message trees, and positions."""
+        image_tokens = None
+        if self.config.bidirectional_image_attention:
+            ids = torch.tensor(
+                (self.config.image_token_id, *self.config.image_special_token_ids),
+                device=input_ids.device,
+            )
+            image_tokens = torch.isin(placement.spread(input_ids), ids)
+            if placement.real is not None:
+                image_tokens &= placement.real
+        if position_ids is None and placement.real is not None:
+            position_ids = (placement.real.long().cumsum(dim=1) - 1).clamp(min=0)
+        mask = sequence_mask(
+            placement.source.shape[1],
+            key_mask=placement.real,
+            image_tokens=image_tokens,
+            subsegment_ids=subsegment_ids,
+            device=input_ids.device,
+        )
+        return mask, position_ids
+
+    def _visual_tokens(self, pixel_values: Pictures) -> int:
+        """n of a picture of the size that a tensor of pictures has, of the configured size else."""
+        if not isinstance(pixel_values, Tensor):
+            return self.config.num_visual_tokens
+        P = self.config.vision_config.patch_size
+        rows, columns = (side // P for side in pixel_values.shape[-2:])
+        return self.config.connector.num_visual_tokens(rows * columns)
+
+    def _encode_list(self, pictures: list[Tensor]) -> list[Tensor]:
+        """Visual tokens (n, D) of every picture; pictures of one size share a forward pass."""
+        features: list[Tensor] = [torch.empty(0)] * len(pictures)
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, picture in enumerate(pictures):
+            by_shape.setdefault(tuple(picture.shape), []).append(i)
+        for indices in by_shape.values():
+            encoded = self.encode_images(torch.stack([pictures[i] for i in indices]))
+            for i, tokens in zip(indices, encoded, strict=True):
+                features[i] = tokens
+        return features
+
+    def _check_text(self, input_ids: Tensor, **beside: Tensor | None) -> None:
+        """What stands beside the ids has their shape, and labels are tokens that can be written."""
+        for name, value in beside.items():
+            if value is not None and value.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} {tuple(value.shape)} must have the shape of input_ids "
+                    f"{tuple(input_ids.shape)}: one value for every token, pictures not counted"
+                )
+        labels = beside.get("labels")
+        if labels is not None:
+            real = labels[labels != IGNORED_LABEL]
+            if real.numel() and (int(real.min()) < 0 or int(real.max()) >= self._vocab_size):
+                raise ValueError(
+                    f"labels run from {int(real.min())} to {int(real.max())}, but the model writes "
+                    f"tokens 0..{self._vocab_size - 1}; positions without loss are marked "
+                    f"{IGNORED_LABEL}"
+                )
+
+    @property
+    def _vocab_size(self) -> int:
+        return self.config.llm_config.vocab_size
+
+    def _loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        """Weighted cross-entropy of the next token, float32, summed and divided by the weight."""
+        targets = labels[:, 1:]
+        labelled = targets != IGNORED_LABEL
+        if not self._warned_unlabelled and not bool(labelled.any(dim=1).all()):
+            self._warned_unlabelled = True
+            warnings.warn(
+                "a row has no label to learn from: it adds nothing to the loss (was the answer cut "
+                "off, or every label -100?)",
+                stacklevel=3,
+            )
+        losses = F.cross_entropy(
+            logits[:, :-1][labelled].float(), targets[labelled], reduction="none"
+        )
+        if weights is None:
+            return losses.sum() / max(losses.numel(), 1)
+        weight = weights[:, 1:][labelled]
+        return (losses * weight).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)

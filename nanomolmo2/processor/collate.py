@@ -1,0 +1,77 @@
+"""Collate: encoded examples of different lengths -> one padded Batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nanomolmo2.batch import Batch
+from nanomolmo2.processor.processor import IGNORED_LABEL, Encoded
+
+
+def collate(
+    encoded: Sequence[Encoded],
+    pad_token_id: int,
+    padding_side: Literal["right", "left"] = "right",
+) -> Batch:
+    """Pad examples to the longest and stack them; pictures are joined in reading order.
+
+    Padding is ``pad_token_id``, mask False, label -100, weight 0, position 0, subsegment -1.
+    What no example has is None: labels without any answer, weights, and for rows without message
+    trees also subsegments and positions, which then follow from the mask. If only some rows have
+    it, the others get labels -100, weight 1 a label, subsegment 0.
+
+    Args:
+        padding_side: ``right`` for training, ``left`` or ``right`` for generation.
+    """
+    if not encoded:
+        raise ValueError("there is nothing to collate: give at least one encoded example")
+    if padding_side not in ("right", "left"):
+        raise ValueError(f"padding_side is {padding_side!r}, expected 'right' or 'left'")
+    has_labels = any(e.labels is not None for e in encoded)
+    has_weights = any(e.loss_weights is not None for e in encoded)
+    has_trees = any(e.subsegment_ids is not None for e in encoded)
+
+    def pad(rows: Sequence[NDArray[Any]], value: float) -> torch.Tensor:  # (B, T)
+        length = max(len(row) for row in rows)
+        padded = np.full((len(rows), length), value, dtype=rows[0].dtype)
+        for out, row in zip(padded, rows, strict=True):
+            if padding_side == "right":
+                out[: len(row)] = row
+            else:
+                out[length - len(row) :] = row
+        return torch.from_numpy(padded)
+
+    pictures = [e.pixel_values for e in encoded if e.pixel_values is not None]
+    return Batch(
+        input_ids=pad([e.input_ids for e in encoded], pad_token_id),
+        attention_mask=pad([np.ones(len(e.input_ids), dtype=bool) for e in encoded], False),
+        position_ids=pad([e.position_ids for e in encoded], 0) if has_trees else None,
+        labels=pad([_labels(e) for e in encoded], IGNORED_LABEL) if has_labels else None,
+        loss_weights=pad([_loss_weights(e) for e in encoded], 0) if has_weights else None,
+        subsegment_ids=pad([_subsegment_ids(e) for e in encoded], -1) if has_trees else None,
+        pixel_values=torch.from_numpy(np.concatenate(pictures)) if pictures else None,
+    )
+
+
+def _labels(example: Encoded) -> NDArray[np.int64]:
+    if example.labels is not None:
+        return example.labels
+    return np.full(len(example.input_ids), IGNORED_LABEL, dtype=np.int64)
+
+
+def _loss_weights(example: Encoded) -> NDArray[np.float32]:
+    if example.loss_weights is not None:
+        return example.loss_weights
+    weights: NDArray[np.float32] = (_labels(example) != IGNORED_LABEL).astype(np.float32)
+    return weights
+
+
+def _subsegment_ids(example: Encoded) -> NDArray[np.int64]:
+    if example.subsegment_ids is not None:
+        return example.subsegment_ids
+    return np.zeros(len(example.input_ids), dtype=np.int64)

@@ -1,0 +1,140 @@
+"""Tokenizer: text <-> ids over a ``tokenizer.json``, with special tokens kept apart from text.
+
+What a person writes is *text*: a question that holds ``<|im_end|>`` must not end its own turn. What
+the chat format writes is *control*. The two have their own methods:
+
+    encode_text("a<|im_end|>")     -> ids of the characters <, |, im, ... ; never a special token
+    encode_control("<|im_end|>\\n") -> the special token's id, then the ids of the text between
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Self
+
+import tokenizers
+
+from nanomolmo2.files import atomic_path
+
+_CACHED_TEXTS = 65536  # questions and answers of synthetic data repeat; each is encoded once
+_CACHED_TEXT_LENGTH = 256  # characters; longer texts hardly repeat
+
+
+class Tokenizer:
+    """The fast ``tokenizers`` library behind two encode methods and a lossless decode."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        """
+        Args:
+            backend: loaded tokenizer; its padding, truncation and special-token handling are set
+                here, so it should not be shared.
+        Raises: ValueError if a special token is also an ordinary piece of the vocabulary, so that
+            text could produce it.
+        """
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True  # "encode them as text", the safe default
+        self.backend = backend
+        self.special_ids: dict[str, int] = {
+            token.content: id
+            for id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self._special_token = re.compile(
+            # Longest first, so that the longest of several that start here wins.
+            "|".join(re.escape(name) for name in sorted(self.special_ids, key=len, reverse=True))
+            or "(?!)"
+        )
+        self._cached_text = lru_cache(maxsize=_CACHED_TEXTS)(self._encode_text)
+        self._cached_control = lru_cache(maxsize=_CACHED_TEXTS)(self._encode_control)
+        for name, id in self.special_ids.items():
+            if id in self._encode_text(name):
+                raise ValueError(
+                    f"the special token {name!r} is also a piece of the vocabulary, so a user "
+                    f"could write it: keep special tokens only among the added tokens"
+                )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Load a ``tokenizer.json``, or the one in a folder.
+
+        Raises: FileNotFoundError; ValueError if the file is not a tokenizer.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no tokenizer at {path}: expected a tokenizer.json of the tokenizers "
+                f"library"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for every bad file
+            raise ValueError(
+                f"{path} is not a tokenizer.json of the tokenizers library ({error}): copy the "
+                f"file again, or export it with the library's save()"
+            ) from None
+        return cls(backend)
+
+    def save(self, path: str | Path) -> None:
+        """Write ``tokenizer.json``; complete or not at all."""
+        with atomic_path(path) as temporary:
+            self.backend.save(str(temporary))
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, special tokens included."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def special_id(self, name: str) -> int:
+        """Id of a special token by its text. Raises: ValueError naming those there are."""
+        if name not in self.special_ids:
+            known = sorted(self.special_ids, key=lambda n: self.special_ids[n])
+            shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+            raise ValueError(
+                f"the tokenizer has no special token {name!r}; it has {shown or 'none'}: use the "
+                f"tokenizer.json that belongs to the model"
+            )
+        return self.special_ids[name]
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Ids of a text in which nothing is special, not even what looks like a special token.
+
+        Tokens that the vocabulary adds without calling them special (Qwen's ``<think>``) are words
+        like others and stay one id.
+        """
+        return (
+            self._cached_text(text) if len(text) <= _CACHED_TEXT_LENGTH else self._encode_text(text)
+        )
+
+    def encode_control(self, text: str) -> tuple[int, ...]:
+        """Ids of a string of the chat format: special tokens, longest match first, text between."""
+        return self._cached_control(text)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD. Inverse of ``encode_text``."""
+        return str(
+            self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        )
+
+    def split_control(self, text: str) -> tuple[str, str]:
+        """(up to the last special token, plain rest): ``("<|im_start|>", "user\\n")``."""
+        end = max((match.end() for match in self._special_token.finditer(text)), default=0)
+        return text[:end], text[end:]
+
+    def _encode_text(self, text: str) -> tuple[int, ...]:
+        return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def _encode_control(self, text: str) -> tuple[int, ...]:
+        ids: list[int] = []
+        position = 0
+        for match in self._special_token.finditer(text):
+            ids.extend(self._encode_text(text[position : match.start()]))
+            ids.append(self.special_ids[match[0]])
+            position = match.end()
+        ids.extend(self._encode_text(text[position:]))
+        return tuple(ids)

@@ -1,0 +1,363 @@
+"""The recipe of ``tiny``: a Molmo2 model of 6 M parameters, trained from scratch on emoji scenes.
+
+Stages, in the order in which each makes the next one easy:
+
+    crops     vision encoder: name the emoji of a small crop
+    scenes    + connector: every visual token points along the embedding of the noun centred in its
+              cell, and holds the digits of its position
+    presence  decoder on frozen vision: many short yes/no questions a picture teach it to look for
+              the noun that was asked
+    coarse    all questions, points on a grid of 50 thousandths; vision frozen
+    fine      all questions and all weights, points on a grid of 10 thousandths
+
+What was measured on the way is in docs/tiny.md and docs/log.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanomolmo2.batch import Batch
+from nanomolmo2.data.emoji.questions import BranchMix, make_branches
+from nanomolmo2.data.emoji.scenes import Scene, render_crop, render_scene, train_rng
+from nanomolmo2.data.emoji.sprites import CATEGORIES, Sprites
+from nanomolmo2.data.emoji.vocabulary import (
+    ADDITIONAL_VOCAB_SIZE,
+    build_tokenizer,
+    noun_ids,
+    plural_ids,
+    vocab_size,
+)
+from nanomolmo2.models import (
+    ConnectorConfig,
+    LLMConfig,
+    NanoMolmo2,
+    NanoMolmo2Config,
+    VisionConfig,
+)
+from nanomolmo2.processor.collate import collate
+from nanomolmo2.processor.processor import Processor, ProcessorConfig
+from nanomolmo2.processor.tokenizer import Tokenizer
+from nanomolmo2.training.loop import LoopConfig, Stage, run
+from nanomolmo2.training.optim import OptimConfig
+from nanomolmo2.training.vision_heads import SceneLabels, VisionHeads, label_scenes
+
+IMAGE_SIZE, PATCH_SIZE, POOLING_SIZE = 192, 16, 2
+CROP_SIZE = 64
+
+
+def tiny_processor() -> Processor:
+    """Processor of ``tiny``: one 192 px picture is 36 image tokens, Molmo2's chat format."""
+    config = ProcessorConfig.molmo2(
+        image_size=IMAGE_SIZE,
+        resample="bilinear",
+        image_tokens=(IMAGE_SIZE // PATCH_SIZE // POOLING_SIZE) ** 2,
+    )
+    return Processor(config, Tokenizer(build_tokenizer()))
+
+
+def tiny_config(processor: Processor) -> NanoMolmo2Config:
+    """Sizes of ``tiny``; ids come from the processor's tokenizer."""
+    special = processor.tokenizer.special_id
+    image_special = ("<im_start>", "<im_end>", "<im_col>", "<low_res_im_start>")
+    return NanoMolmo2Config(
+        vision_config=VisionConfig(
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=6,
+            num_attention_heads=3,
+        ),
+        connector_config=ConnectorConfig(
+            vision_dim=192,
+            llm_dim=256,
+            connector_type="pooling",
+            num_attention_heads=3,
+            pooling_size=POOLING_SIZE,
+            intermediate_size=512,
+            vit_layers=(-1,),
+        ),
+        llm_config=LLMConfig(
+            vocab_size=vocab_size(build_tokenizer()),
+            additional_vocab_size=ADDITIONAL_VOCAB_SIZE,
+            hidden_size=256,
+            intermediate_size=640,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=2048,
+            rope_theta=10_000.0,
+        ),
+        image_token_id=processor.image_token_id,
+        freeze_vision=False,
+        eos_token_id=processor.stop_token_ids,
+        pad_token_id=processor.pad_token_id,
+        bidirectional_image_attention=True,
+        image_special_token_ids=tuple(special(name) for name in image_special),
+    )
+
+
+class Learner(nn.Module):
+    """The model and the heads that only training needs."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.processor = tiny_processor()
+        self.model = NanoMolmo2(tiny_config(self.processor))
+        config = self.model.config
+        self.crop_class = nn.Linear(config.vision_config.hidden_size, len(CATEGORIES))
+        self.heads = VisionHeads(config.vision_config.hidden_size, config.llm_config.hidden_size)
+        tokenizer = build_tokenizer()
+        self.noun_ids = noun_ids(tokenizer)
+        self._initialise(plural_ids(tokenizer))
+
+    @torch.no_grad()
+    def _initialise(self, plurals: dict[int, int]) -> None:
+        embedding = self.model.llm.embed_tokens.weight
+        nn.init.normal_(embedding, std=0.1)
+        for category, plural in plurals.items():  # "wolves" starts as "wolf"
+            embedding[plural] = embedding[self.noun_ids[category]]
+        self.clear_placeholder()
+        # Queries start as the keys of their group: attention begins as a search for equal content.
+        for layer in self.model.llm.layers:
+            attention = layer.self_attn
+            heads = attention.k_proj.weight.unflatten(0, (-1, attention.head_dim))
+            group = attention.q_proj.out_features // attention.k_proj.out_features
+            attention.q_proj.weight.copy_(heads.repeat_interleave(group, dim=0).flatten(0, 1))
+
+    @torch.no_grad()
+    def clear_placeholder(self) -> None:
+        """Hold the image token's embedding at zero: adding to it and replacing it are then one."""
+        self.model.llm.embed_tokens.weight[self.model.config.image_token_id] = 0
+
+    def noun_embeddings(self) -> Tensor:
+        """(C, D) rows of the nouns."""
+        return self.model.llm.embed_tokens.weight[self.noun_ids]
+
+    def patches(self, pixel_values: Tensor) -> Tensor:
+        """(B, N, Dv) features of the encoder's last block."""
+        return self.model.vision_encoder(pixel_values, layers=(-1,))[0]
+
+
+def normalise(images: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), as the processor does it at the same size."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class CropStage(Stage):
+    """Name the emoji of a crop."""
+
+    name = "crops"
+
+    def __init__(self, learner: Learner, seed: int, steps: int, batch_size: int = 128) -> None:
+        self.learner, self.seed, self.steps, self.batch_size = learner, seed, steps, batch_size
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        rng, sprites = train_rng(self.seed, 0, step), Sprites.load()
+        crops = [render_crop(rng, sprites, size=CROP_SIZE) for _ in range(self.batch_size)]
+        images = normalise(np.stack([image for image, _, _ in crops]))
+        return images, torch.tensor([category for _, category, _ in crops])
+
+    def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
+        return {
+            "vision": (self.learner.model.vision_encoder, OptimConfig(lr=2e-3, matrix_lr=0.02)),
+            "heads": (self.learner.crop_class, OptimConfig(lr=2e-3, matrix_lr=0.0)),
+        }
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        images, categories = batch
+        features = self.learner.patches(images).mean(dim=1)
+        logits = self.learner.crop_class(F.layer_norm(features, features.shape[-1:]))
+        accuracy = (logits.argmax(-1) == categories).float().mean()
+        return F.cross_entropy(logits, categories), {"accuracy": float(accuracy)}
+
+
+def render_scenes(seed: int, stage: int, step: int, batch_size: int) -> list[Scene]:
+    """The scenes of a step."""
+    rng, sprites = train_rng(seed, stage, step), Sprites.load()
+    return [render_scene(rng, sprites) for _ in range(batch_size)]
+
+
+class SceneStage(Stage):
+    """Find and name everything in a scene, without words yet."""
+
+    name = "scenes"
+
+    def __init__(self, learner: Learner, seed: int, steps: int, batch_size: int = 32) -> None:
+        self.learner, self.seed, self.steps, self.batch_size = learner, seed, steps, batch_size
+
+    def batch(self, step: int) -> tuple[Tensor, SceneLabels]:
+        scenes = render_scenes(self.seed, 1, step, self.batch_size)
+        images = normalise(np.stack([scene.image for scene in scenes]))
+        return images, label_scenes(scenes, PATCH_SIZE, PATCH_SIZE * POOLING_SIZE)
+
+    def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
+        model = self.learner.model
+        return {
+            "vision": (model.vision_encoder, OptimConfig(lr=1e-3, matrix_lr=0.015)),
+            "connector": (model.connector, OptimConfig(lr=1e-3, matrix_lr=0.015)),
+            "heads": (self.learner.heads, OptimConfig(lr=2e-3, matrix_lr=0.0)),
+        }
+
+    def loss(self, batch: tuple[Tensor, SceneLabels]) -> tuple[Tensor, dict[str, float]]:
+        images, labels = batch
+        patches = self.learner.patches(images)
+        tokens = self.learner.model.connector(patches)
+        return self.learner.heads(patches, tokens, self.learner.noun_embeddings().detach(), labels)
+
+
+@dataclass(frozen=True)
+class QuestionPlan:
+    """What a question stage asks, and who learns at which rate (matrix rate; vectors a tenth)."""
+
+    name: str
+    stream: int
+    mix: BranchMix
+    snap: int
+    llm_rate: float
+    vision_rate: float = 0.0  # 0 = vision and connector are frozen
+    final_ratio: float = 0.3
+
+
+class QuestionStage(Stage):
+    """Answer questions about scenes: message trees of many short branches a picture."""
+
+    def __init__(
+        self, learner: Learner, seed: int, steps: int, plan: QuestionPlan, batch_size: int = 32
+    ) -> None:
+        self.learner, self.seed, self.steps, self.plan = learner, seed, steps, plan
+        self.batch_size, self.name = batch_size, plan.name
+
+    def batch(self, step: int) -> tuple[Batch, SceneLabels]:
+        plan, processor = self.plan, self.learner.processor
+        rng = train_rng(self.seed, 100 + plan.stream, step)
+        scenes = render_scenes(self.seed, plan.stream, step, self.batch_size)
+        encoded = []
+        for scene in scenes:
+            branches = make_branches(scene, rng, plan.mix, plan.snap)
+            encoded.append(processor.encode_tree([scene.image], [b.messages for b in branches]))
+        batch = collate(encoded, processor.pad_token_id)
+        return batch, label_scenes(scenes, PATCH_SIZE, PATCH_SIZE * POOLING_SIZE)
+
+    def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
+        model, plan = self.learner.model, self.plan
+
+        def rates(matrix_lr: float) -> OptimConfig:
+            return OptimConfig(
+                lr=matrix_lr / 10, matrix_lr=matrix_lr, final_ratio=plan.final_ratio
+            )
+
+        parts: dict[str, tuple[nn.Module, OptimConfig]] = {"llm": (model.llm, rates(plan.llm_rate))}
+        if plan.vision_rate:
+            parts["vision"] = (model.vision_encoder, rates(plan.vision_rate))
+            parts["connector"] = (model.connector, rates(plan.vision_rate))
+            parts["heads"] = (self.learner.heads, rates(plan.vision_rate))
+        return parts
+
+    def begin(self) -> None:
+        for part in (self.learner.model.vision_encoder, self.learner.model.connector):
+            part.requires_grad_(self.plan.vision_rate > 0)
+
+    def loss(self, batch: tuple[Batch, SceneLabels]) -> tuple[Tensor, dict[str, float]]:
+        questions, labels = batch
+        model = self.learner.model
+        inputs = questions.tensors()
+        patches = self.learner.patches(inputs.pop("pixel_values"))
+        tokens = model.connector(patches)
+        logits, loss = model(**inputs, visual_tokens=tokens)
+        metrics = {"answers": float(loss)}
+        assert questions.labels is not None
+        with torch.no_grad():
+            targets = questions.labels[:, 1:]
+            known = targets != -100
+            right = logits[:, :-1].argmax(-1)[known] == targets[known]
+            metrics["token_accuracy"] = float(right.float().mean())
+        if not self.plan.vision_rate:
+            return loss, metrics
+        # The dense losses go on, so that the visual tokens keep what the decoder reads off them.
+        dense, dense_metrics = self.learner.heads(
+            patches, tokens, self.learner.noun_embeddings().detach(), labels
+        )
+        return loss + 0.3 * dense, {**metrics, **dense_metrics}
+
+    def after_step(self) -> None:
+        self.learner.clear_placeholder()
+
+
+PRESENCE = QuestionPlan(
+    name="presence",
+    stream=2,
+    mix=BranchMix(presence=14, count=0, number=0, point=0, caption=0, spatial=0),
+    snap=50,
+    llm_rate=0.02,
+)
+COARSE = QuestionPlan(
+    name="coarse",
+    stream=3,
+    mix=BranchMix(presence=3, count=2, number=1, point=5, caption=1, spatial=1),
+    snap=50,
+    llm_rate=0.02,
+)
+FINE = QuestionPlan(
+    name="fine",
+    stream=4,
+    mix=BranchMix(presence=3, count=2, number=1, point=4, caption=1, spatial=2),
+    snap=10,
+    llm_rate=0.01,
+    vision_rate=0.006,
+    final_ratio=0.02,
+)
+
+# Steps of each stage by scale; "smoke" only shows that everything runs.
+SCALES: dict[str, dict[str, int]] = {
+    "full": {"crops": 900, "scenes": 1300, "presence": 300, "coarse": 500, "fine": 1200},
+    "small": {"crops": 400, "scenes": 300, "presence": 150, "coarse": 150, "fine": 100},
+    "smoke": {"crops": 2, "scenes": 2, "presence": 2, "coarse": 2, "fine": 2},
+}
+
+
+def tiny_stages(learner: Learner, seed: int, scale: str) -> list[Stage]:
+    """All stages of a run."""
+    if scale not in SCALES:
+        raise ValueError(f"scale is {scale!r}, expected one of {', '.join(SCALES)}")
+    steps = SCALES[scale]
+    return [
+        CropStage(learner, seed, steps["crops"]),
+        SceneStage(learner, seed, steps["scenes"]),
+        *(QuestionStage(learner, seed, steps[p.name], p) for p in (PRESENCE, COARSE, FINE)),
+    ]
+
+
+def train_tiny(
+    out: str | Path,
+    *,
+    scale: str = "full",
+    seed: int = 0,
+    resume: bool = False,
+    config: LoopConfig | None = None,
+) -> bool:
+    """Train ``tiny`` from nothing in ``out``; when done, write the model to ``out/model`` in bf16.
+
+    Returns: whether the run finished (it may be stopped early by ``config.stop_after``).
+    """
+    out = Path(out)
+    learner = Learner(seed)
+    stages = tiny_stages(learner, seed, scale)
+    finished = run(learner, stages, out, config, resume=resume)
+    if finished:
+        save_tiny(learner, out / "model")
+    return finished
+
+
+def save_tiny(learner: Learner, folder: Path) -> None:
+    """Write the model, without the heads of training, in bf16."""
+    learner.model.to(torch.bfloat16).save_pretrained(folder, processor=learner.processor)

@@ -1,0 +1,106 @@
+"""What the vision encoder and the connector are taught before, and while, the decoder learns.
+
+Heads that exist only in training. They ask the visual tokens for what the decoder will need to read
+off them: the noun of the object whose centre lies in the token's cell, in the direction of that noun's
+own embedding, and the digits of its position.
+
+B scenes, N patches, n visual tokens (cells), D llm width, C categories.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanomolmo2.data.emoji.scenes import Scene
+from nanomolmo2.data.emoji.sprites import CATEGORIES
+
+NO_LABEL = -100
+MIN_COVERAGE = 0.3  # of a patch's pixels: from here on it belongs to the object
+
+
+@dataclass
+class SceneLabels:
+    """Dense targets of B scenes."""
+
+    patch_class: Tensor  # (B, N) int64: category + 1, 0 = background
+    cell_class: Tensor  # (B, n) int64: category of the object centred here, NO_LABEL if none
+    cell_digits: Tensor  # (B, n, 4) int64: hundreds and tens of x, then of y, in thousandths
+
+
+def label_scenes(scenes: list[Scene], patch_size: int, cell_size: int) -> SceneLabels:
+    """Dense targets for scenes of one size; cells and patches in pixels."""
+    return SceneLabels(
+        torch.from_numpy(np.stack([_patch_classes(s, patch_size) for s in scenes])),
+        *map(torch.from_numpy, map(np.stack, zip(*[_cells(s, cell_size) for s in scenes], strict=True))),
+    )
+
+
+def _patch_classes(scene: Scene, patch: int) -> np.ndarray:
+    side = scene.instance_map.shape[0] // patch
+    tiles = scene.instance_map.reshape(side, patch, side, patch).swapaxes(1, 2).reshape(-1, patch**2)
+    shares = np.stack([(tiles == i).mean(axis=1) for i in range(len(scene.objects))], axis=1)
+    winner = shares.argmax(axis=1)
+    classes = np.array([CATEGORIES.index(o.category) + 1 for o in scene.objects], np.int64)
+    return np.where(shares.max(axis=1) >= MIN_COVERAGE, classes[winner], 0)
+
+
+def _cells(scene: Scene, cell: int) -> tuple[np.ndarray, np.ndarray]:
+    size = scene.instance_map.shape[0]
+    side = size // cell
+    classes = np.full(side * side, NO_LABEL, np.int64)
+    digits = np.full((side * side, 4), NO_LABEL, np.int64)
+    for o in scene.objects:
+        x, y = o.center
+        index = int(y // cell) * side + int(x // cell)
+        classes[index] = CATEGORIES.index(o.category)
+        tens = [min(99, round(100 * v / size)) for v in (x, y)]
+        digits[index] = [tens[0] // 10, tens[0] % 10, tens[1] // 10, tens[1] % 10]
+    return classes, digits
+
+
+class VisionHeads(nn.Module):
+    """Linear readers of patch features and visual tokens."""
+
+    def __init__(self, vision_dim: int, llm_dim: int) -> None:
+        super().__init__()
+        self.patch_class = nn.Linear(vision_dim, len(CATEGORIES) + 1)
+        self.cell_object = nn.Linear(llm_dim, 1)
+        self.cell_digits = nn.Linear(llm_dim, 40)
+
+    def forward(
+        self, patches: Tensor, tokens: Tensor, noun_embeddings: Tensor, labels: SceneLabels
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The summed loss and what it consists of.
+
+        Args:
+            patches: (B, N, Dv) encoder features. tokens: (B, n, D) connector output.
+            noun_embeddings: (C, D), the decoder's rows for the categories.
+        """
+        patch_logits = self.patch_class(F.layer_norm(patches, patches.shape[-1:]))
+        t = F.rms_norm(tokens, tokens.shape[-1:])
+        centred = labels.cell_class != NO_LABEL
+        noun_logits = t[centred] @ F.normalize(noun_embeddings, dim=-1).T
+        digit_logits = self.cell_digits(t[centred]).unflatten(-1, (4, 10))
+        digits = labels.cell_digits[centred]
+        object_logits = self.cell_object(t)[..., 0]
+        losses = {
+            "patch": F.cross_entropy(patch_logits.flatten(0, 1), labels.patch_class.flatten()),
+            "object": 2 * F.binary_cross_entropy_with_logits(object_logits, centred.float()),
+            "noun": F.cross_entropy(noun_logits, labels.cell_class[centred]),
+            "digits": F.cross_entropy(digit_logits.flatten(0, 1), digits.flatten()),
+        }
+        with torch.no_grad():
+            found = object_logits > 0
+            hits = (found & centred).sum()
+            metrics = {f"{name}_loss": float(loss) for name, loss in losses.items()}
+            metrics["noun_accuracy"] = float(
+                (noun_logits.argmax(-1) == labels.cell_class[centred]).float().mean()
+            )
+            metrics["object_f1"] = float(2 * hits / (found.sum() + centred.sum()).clamp(min=1))
+            metrics["digit_accuracy"] = float((digit_logits.argmax(-1) == digits).float().mean())
+        return sum(losses.values(), torch.zeros(())), metrics

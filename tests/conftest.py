@@ -1,0 +1,23 @@
+"""Options and marks common to all tests."""
+
+from __future__ import annotations
+
+import pytest
+
+ON_REQUEST = {
+    "weights": "needs the real checkpoints: run with --weights",
+    "network": "needs the Hugging Face hub: run with --network",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for mark, reason in ON_REQUEST.items():
+        parser.addoption(f"--{mark}", action="store_true", help=f"also run what {reason}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for mark, reason in ON_REQUEST.items():
+        if not config.getoption(f"--{mark}"):
+            for item in items:
+                if mark in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,126 @@
+"""Tokenizer: lossless text, special tokens only where the chat format puts them."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanomolmo2.data.emoji.vocabulary import build_tokenizer
+from nanomolmo2.processor import Tokenizer
+from tests.processor.helpers import SPECIAL, small_backend
+
+SMALL = Tokenizer(small_backend())
+TINY = Tokenizer(build_tokenizer())  # of the bundled model
+hostile_text = st.lists(
+    st.text(max_size=8) | st.sampled_from(SPECIAL) | st.sampled_from(["<|", "|>", "\n", "im_end"])
+).map("".join)
+
+
+@pytest.mark.parametrize("tokenizer", [SMALL, TINY], ids=["small", "tiny"])
+@given(text=hostile_text)
+@settings(deadline=None)
+def test_text_never_holds_a_special_token_and_comes_back_whole(tokenizer, text):
+    ids = tokenizer.encode_text(text)
+    assert not set(ids) & set(tokenizer.special_ids.values())
+    assert tokenizer.decode(ids) == text
+
+
+@given(hostile_text)
+@settings(deadline=None, max_examples=50)
+def test_control_strings_come_back_whole(text):
+    assert SMALL.decode(SMALL.encode_control(text), skip_special_tokens=False) == text
+
+
+def test_the_longest_special_token_wins():
+    ids = SMALL.special_ids
+    turn = "<|im_end|>\n<|im_start|>assistant\n"
+    assert SMALL.encode_control(turn) == (ids[turn],)
+    assert SMALL.encode_control("<|im_start|>user\n") == (ids["<|im_start|>user\n"],)
+    newline = SMALL.encode_text("\n")
+    assert SMALL.encode_control("<|im_end|>\n<|im_start|>") == (
+        ids["<|im_end|>"],
+        *newline,
+        ids["<|im_start|>"],
+    )
+
+
+def test_tiny_takes_a_turn_as_one_token_and_a_noun_as_the_same_everywhere():
+    for control in ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"):
+        assert len(TINY.encode_control(control)) == 1
+    (dog,) = TINY.encode_text("dog")
+    for text in ("Point to the dogs.", '<points coords="1 1 100 100">dog</points>', "A dog."):
+        assert dog in TINY.encode_text(text)
+
+
+def test_decode_leaves_special_tokens_out_or_in(tokenizer):
+    ids = tokenizer.encode_control("<|im_start|>yes<|im_end|>")
+    assert tokenizer.decode(ids) == "yes"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>yes<|im_end|>"
+    assert tokenizer.decode([]) == ""
+
+
+def test_special_id_by_name(tokenizer):
+    assert tokenizer.special_id("<|im_end|>") == tokenizer.special_ids["<|im_end|>"]
+    with pytest.raises(ValueError, match=r"no special token '<im_pach>'; it has <\|endoftext\|>"):
+        tokenizer.special_id("<im_pach>")
+
+
+def test_vocab_size_counts_special_tokens(tokenizer):
+    assert tokenizer.vocab_size == max(tokenizer.special_ids.values()) + 1
+    assert tokenizer.vocab_size == tokenizer.backend.get_vocab_size()
+
+
+def test_split_control():
+    assert SMALL.split_control("<|vision_start|>user\n") == ("<|vision_start|>", "user\n")
+    assert SMALL.split_control("<|im_start|>user\n") == ("<|im_start|>user\n", "")
+    assert SMALL.split_control("plain") == ("", "plain")
+
+
+def test_a_special_token_that_is_also_a_word_is_refused():
+    """A user could write it: the added token would not be found, but the word would be."""
+    backend = small_backend()
+    backend.add_special_tokens(["yes"])
+    with pytest.raises(ValueError, match="'yes' is also a piece of the vocabulary"):
+        Tokenizer(backend)
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "new" / "tokenizer.json")
+    for path in (tmp_path / "new", tmp_path / "new" / "tokenizer.json"):
+        again = Tokenizer.from_file(path)
+        assert again.special_ids == tokenizer.special_ids
+        assert again.encode_text("<|im_end|> dogs") == tokenizer.encode_text("<|im_end|> dogs")
+        assert again.encode_control("<|im_end|>\n") == tokenizer.encode_control("<|im_end|>\n")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["tokenizer.json"]
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
+        Tokenizer.from_file(tmp_path)
+    for number, content in enumerate([b"", b"{", b"{}", b"\xff\xfe", b"[1, 2]"]):
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"is not a tokenizer\.json") as caught:
+            Tokenizer.from_file(path)
+        assert caught.value.__suppress_context__
+
+
+def test_qwen3_ids(qwen3_tokenizer):
+    """Ids of the released tokenizer, as transformers gives them too."""
+    assert qwen3_tokenizer.vocab_size == 151669
+    assert qwen3_tokenizer.special_id("<|image_pad|>") == 151655
+    assert qwen3_tokenizer.encode_text("What is the capital of France?") == (
+        *(3838, 374, 279, 6722, 315, 9625, 30),
+    )
+    assert qwen3_tokenizer.encode_control("<|im_start|>user\n") == (151644, 872, 198)
+
+
+@given(text=hostile_text)
+@settings(deadline=None, max_examples=60)
+def test_qwen3_text_is_never_special(qwen3_tokenizer, text):
+    ids = qwen3_tokenizer.encode_text(text)
+    assert not set(ids) & set(qwen3_tokenizer.special_ids.values())
+
+
+def test_qwen3_words_that_are_added_but_not_special_stay_words(qwen3_tokenizer):
+    (think,) = qwen3_tokenizer.encode_text("<think>")
+    assert think == 151667 and qwen3_tokenizer.decode([think]) == "<think>"

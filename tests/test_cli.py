@@ -1,0 +1,457 @@
+"""The command line: what it prints, what it refuses, and that a refusal is one clear line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from nanomolmo2 import cli
+from nanomolmo2.convert.parts import LLM, VISION
+from nanomolmo2.convert.tensor_files import write_cache
+from nanomolmo2.generation.pipeline import Pipeline
+from nanomolmo2.models import LanguageModel, VisionEncoder
+from tests.small_model import ScriptedModel, small_model, small_processor
+
+TAG = '<points coords="1 1 210 455 2 640 480">dog</points>'
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model with random weights."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    small_model().save_pretrained(folder, processor=small_processor())
+    return folder
+
+
+@pytest.fixture
+def model(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be spoiled."""
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (100, 50), "green").save(path)
+    return path
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedModel]:
+    """``says(text, ...)``: every model answers with these texts."""
+
+    def install(*texts: str) -> ScriptedModel:
+        scripted = ScriptedModel(*texts)
+        pipeline = Pipeline(scripted, scripted.processor)
+        monkeypatch.setattr(cli, "load_pipeline", lambda name, cache_dir: pipeline)
+        return scripted
+
+    return install  # type: ignore[return-value]
+
+
+class Refusal:
+    """Runs command lines that must fail, each with one line on stderr and nothing written."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+        self.capsys, self.folder = capsys, folder
+
+    def __call__(self, *arguments: str | Path, code: int = 1) -> str:
+        before = sorted(self.folder.rglob("*"))
+        found = cli.main([str(a) for a in arguments])
+        out, err = self.capsys.readouterr()
+        assert (found, out) == (code, ""), err
+        assert err.startswith("nanomolmo2: "), err
+        assert err.count("\n") == 1, err
+        assert sorted(self.folder.rglob("*")) == before
+        return err
+
+
+@pytest.fixture
+def refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Refusal:
+    monkeypatch.chdir(tmp_path)
+    return Refusal(capsys, tmp_path)
+
+
+# ---- ask ----
+
+
+def test_ask_prints_the_answer_and_nothing_else(
+    saved: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["ask", str(picture), "Dogs?", "--model", str(saved), "--max-new-tokens", "5"]
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    expected = Pipeline.from_pretrained(saved).ask(picture, "Dogs?", max_new_tokens=5)
+    assert out == expected.text + "\n"
+    assert err == ""
+
+
+def test_ask_json(says, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    says(f"Counting the {TAG} shows a total of 2.")
+    assert cli.main(["ask", str(picture), "How many dogs?", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["model"] == "tiny"
+    assert report["question"] == "How many dogs?"
+    assert report["text"] == f"Counting the {TAG} shows a total of 2."
+    assert report["count"] == 2
+    assert report["points"][1] == {
+        "image": 1,
+        "id": 2,
+        "label": "dog",
+        "x": 64.0,
+        "y": 24.0,
+        "x_thousandths": 640,
+        "y_thousandths": 480,
+    }
+    assert report["images"] == [{"path": str(picture), "width": 100, "height": 50}]
+    assert set(report["timings"]) == {"load", "prepare", "first_token", "generate"}
+
+
+def test_the_report_is_the_one_that_the_docs_show(says, picture: Path, capsys) -> None:
+    says(f"There are 2 {TAG}.")
+    cli.main(["ask", str(picture), "How many dogs?", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    text = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    shown = json.loads(text.split("```json\n")[1].split("```")[0])
+
+    def keys(value: object) -> object:
+        if isinstance(value, dict):
+            return {k: keys(v) for k, v in value.items()}
+        return [keys(value[0])] if isinstance(value, list) else None
+
+    assert keys(shown) == keys(report)
+
+
+def test_options_reach_the_model(says, picture: Path) -> None:
+    scripted = says("Yes.")
+    options = "--max-new-tokens=9 --temperature=0.5 --top-p=0.9 --top-k=7 --seed=3".split()  # noqa: SIM905
+    assert cli.main(["ask", str(picture), "?", *options]) == 0
+    (call,) = scripted.calls
+    assert call["max_new_tokens"] == 9
+    assert (call["temperature"], call["top_p"], call["top_k"], call["seed"]) == (0.5, 0.9, 7, 3)
+
+
+def test_draw(says, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    says(TAG)
+    target = tmp_path / "out.png"
+    assert cli.main(["ask", str(picture), "Point to the dogs.", "--draw", str(target)]) == 0
+    out, err = capsys.readouterr()
+    assert out == TAG + "\n"
+    assert err == f"wrote {target}\n"
+    with Image.open(target) as drawn:
+        assert drawn.size == (100, 50)
+        assert drawn.getpixel((99, 49)) == (0, 128, 0)
+        assert drawn.getpixel((21, 23)) != (0, 128, 0)
+
+
+def test_draw_on_several_pictures(says, picture: Path, tmp_path: Path) -> None:
+    says('<points coords="2 1 500 500">dog</points>')
+    target = tmp_path / "out.jpg"
+    assert cli.main(["ask", str(picture), str(picture), "?", "--draw", str(target)]) == 0
+    assert not target.exists()
+    first, second = (Image.open(tmp_path / f"out-{i}.jpg").convert("L") for i in (1, 2))
+    assert len(first.getcolors()) == 1
+    assert len(second.getcolors()) > 1
+
+
+def test_where_nothing_can_be_drawn_is_found_before_any_work(
+    refused: Refusal, tmp_path: Path
+) -> None:
+    """The picture does not exist either, but that would be found later."""
+    ask = ("ask", "missing.png", "?", "--draw")
+    assert "expected one of .png" in refused(*ask, "out.mp3", code=2)
+    assert "no suffix" in refused(*ask, "out", code=2)
+    assert "No such file or directory" in refused(*ask, "no/such/folder/out.png", code=2)
+    (tmp_path / "folder.png").mkdir()
+    assert "is a folder" in refused(*ask, "folder.png", code=2)
+
+
+# ---- wrong command lines ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "Expected one of {ask, info"),
+        (["bogus"], "bogus"),
+        (["ask", "a.png", "?", "--max-tokens", "3"], "perhaps --max-new-tokens?"),
+        (["ask", "a.png", "?", "--top-p", "x"], "could not convert string to float"),
+        (["ask", "a.png", "?", "--top-p", "0"], "--top-p must be above 0"),
+        (["ask", "a.png", "?", "--temperature", "-1"], "--temperature must be 0 or more"),
+        (["ask", "a.png", "?", "--temperature", "nan"], "--temperature must be 0 or more"),
+        (["ask", "a.png", "?", "--top-k", "-1"], "--top-k must be 0 or more"),
+        (["ask", "a.png", "?", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
+        (["ask"], "at least one picture and a question"),
+        (["ask", "only a question"], "at least one picture and a question"),
+        (["info"], "MODEL"),
+        (["download", "--vision-only", "--llm-only"], "exclude each other"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(
+    arguments: list[str], said: str, refused: Refusal
+) -> None:
+    assert said in refused(*arguments, code=2)
+
+
+def test_a_forgotten_question(picture: Path, refused: Refusal) -> None:
+    assert "is a file where the question was expected" in refused("ask", picture, picture, code=2)
+
+
+# ---- bad pictures ----
+
+
+def huge_png() -> bytes:
+    """A PNG whose header promises 50,000 x 50,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    data = chunk(b"IDAT", zlib.compress(bytes(100)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+
+
+def test_bad_pictures(refused: Refusal, saved: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (300, 300), "red").save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    cases = {
+        "truncated.jpg": (whole[: len(whole) // 2], "damaged or incomplete"),
+        "huge.png": (huge_png(), "make the picture smaller"),
+        "text.png": (b"not a picture at all", "expected a picture"),
+        "empty.png": (b"", "empty file"),
+    }
+    for name, (data, said) in cases.items():
+        (tmp_path / name).write_bytes(data)
+        message = refused("ask", name, "What is this?", "--model", saved)
+        assert name in message
+        assert said in message
+    assert "missing.png" in refused("ask", "missing.png", "What is this?", "--model", saved)
+    assert "is a folder" in refused("ask", tmp_path, "What is this?", "--model", saved)
+
+
+# ---- bad models ----
+
+
+def spoil_json(path: Path, **fields: object) -> None:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, **fields}), encoding="utf-8")
+
+
+@pytest.fixture(params=["ask", "info"])
+def refused_model(request: pytest.FixtureRequest, refused: Refusal, picture: Path):
+    """Both commands that load a model, on a model that must be refused."""
+
+    def run(name: str | Path, *options: str | Path) -> str:
+        if request.param == "ask":
+            return refused("ask", picture, "?", "--model", name, *options)
+        return refused("info", name, *options)
+
+    return run
+
+
+def test_truncated_weights(refused_model, model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "model.safetensors" in refused_model(model)
+
+
+def test_weights_of_a_wrong_shape(refused_model, model: Path) -> None:
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["llm.norm.weight"] = torch.ones(31)
+    save_file(tensors, path)
+    message = refused_model(model)
+    assert "llm.norm.weight" in message
+    assert "31" in message
+
+
+def test_a_config_with_an_unknown_field(refused_model, model: Path) -> None:
+    spoil_json(model / "config.json", colour="blue")
+    message = refused_model(model)
+    assert "config.json" in message
+    assert "colour" in message
+
+
+def test_a_config_with_a_wrong_type(refused_model, model: Path) -> None:
+    spoil_json(model / "config.json", image_token_id="many")
+    message = refused_model(model)
+    assert "config.json" in message
+    assert "expected int, found 'many'" in message
+
+
+def test_a_config_that_is_not_json(refused_model, model: Path) -> None:
+    (model / "config.json").write_text("{", encoding="utf-8")
+    assert "config.json is not valid JSON" in refused_model(model)
+
+
+def test_a_name_that_is_no_model(refused_model) -> None:
+    assert "there is no model 'small'" in refused_model("small")
+
+
+class Bomb:
+    """Pickles to a call that writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("how", ["torch.save", "pickle"])
+def test_a_pickle_payload_is_not_run(how: str, refused_model, tmp_path: Path) -> None:
+    trace = tmp_path / "it_was_run"
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    path = cache / VISION.cache_name
+    if how == "torch.save":
+        torch.save({"state_dict": Bomb(trace)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Bomb(trace)))
+    assert VISION.cache_name in refused_model("base", "--cache-dir", cache)
+    assert not trace.exists()
+    with contextlib.suppress(RuntimeError):  # a bare pickle goes off before torch complains
+        torch.load(path, weights_only=False)  # the bomb is a real one
+    assert trace.exists()
+
+
+def test_a_pt_file_that_is_broken_or_something_else(refused: Refusal, tmp_path: Path) -> None:
+    path = tmp_path / "part.pt"
+    path.write_bytes(b"PK\x03\x04 and no more")
+    assert "part.pt" in refused("info", path)
+    torch.save({"weight": torch.ones(3)}, path)
+    assert "part.pt" in refused("info", path)
+
+
+def test_a_cache_file_of_another_model(refused_model, tmp_path: Path) -> None:
+    """The small vision encoder of some other project under SigLIP 2's name."""
+    encoder = small_model().vision_encoder
+    write_cache(
+        tmp_path / VISION.cache_name,
+        component="vision_encoder",
+        config=encoder.config.to_dict(),
+        source={"repo": "someone/else"},
+        state_dict=encoder.state_dict(),
+    )
+    message = refused_model("base", "--cache-dir", tmp_path)
+    assert "holds another model" in message
+    assert "someone/else" in message
+
+
+# ---- info ----
+
+
+def test_info_of_a_model(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", str(saved)]) == 0
+    out = capsys.readouterr().out
+    count = sum(p.numel() for p in small_model().parameters())
+    assert f"{count:,}" in out
+    assert f"{count * 4 / 1e6:,.1f} MB" in out
+    assert "stored as float32" in out
+    assert "4 visual tokens" in out
+    assert '"hidden_size": 32' in out
+
+
+def test_info_of_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Checkpoints in their reference formats, and a converted file."""
+    config = small_model().config
+    torch.manual_seed(0)
+    encoder, llm = VisionEncoder(config.vision_config), LanguageModel(config.llm_config)
+    llm_config = config.llm_config.to_dict()
+    write_cache(
+        tmp_path / "llm.pt",
+        component=LLM.component,
+        config=llm_config,
+        source={},
+        state_dict=llm.state_dict(),
+    )
+    tensors = VISION.config_to_reference(encoder.config)
+    from nanomolmo2.convert.pretrained import save_pretrained
+
+    save_pretrained(encoder, tmp_path / "siglip")
+    assert tensors["model_type"].startswith("siglip")
+    for name, part in (("siglip", encoder), ("llm.pt", llm)):
+        assert cli.main(["info", str(tmp_path / name)]) == 0
+        out = capsys.readouterr().out
+        count = sum(p.numel() for p in part.parameters())
+        assert f"{type(part).__name__}: {count:,} parameters" in out
+
+
+# ---- the process ----
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ask", "missing.png", "?", "--debug"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.splitlines()[-1].startswith("nanomolmo2: there is no file missing.png")
+
+
+def test_an_unexpected_error_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, picture: Path, refused: Refusal
+) -> None:
+    def fail(name: str, cache_dir: Path) -> Pipeline:
+        raise KeyError("two\nlines")
+
+    monkeypatch.setattr(cli, "load_pipeline", fail)
+    assert "KeyError" in refused("ask", picture, "?")
+
+
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, picture: Path, capsys) -> None:
+    monkeypatch.setattr(cli, "load_pipeline", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["ask", str(picture), "?"]) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "\ninterrupted\n"
+
+
+def test_a_reader_that_goes_away(saved: Path) -> None:
+    """`nanomolmo2 info model | true` used to end in a traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "nanomolmo2", "info", str(saved)],
+        cwd=Path(__file__).parents[1],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=120,
+    )
+    os.close(writer)
+    assert done.returncode == 141
+    assert done.stderr == b""
+
+
+def test_every_option_is_explained() -> None:
+    for command in ("ask", "info", "download", "demo"):
+        done = subprocess.run(
+            [sys.executable, "-m", "nanomolmo2", command, "--help"],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "COLUMNS": "1000"},
+        )
+        assert done.returncode == 0
+        options = [line.strip("│ ") for line in done.stdout.splitlines() if "│ --" in line]
+        assert options
+        for option in options:
+            name, _, text = option.partition("  ")
+            assert text.strip() and not text.strip().startswith("("), f"{command} {name}"
+            assert "(default: " in text or "(required)" in text, f"{command} {name}"

@@ -1,0 +1,186 @@
+"""Imports point down only, and the heavy and optional packages stay out of the core.
+
+Reads the source (AST), imports nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A part may import the parts of lower layers and itself; parts of one layer do not see each other.
+LAYERS = [
+    {"files"},
+    {"config", "batch"},
+    {"models", "processor"},
+    {"convert"},
+    {"generation", "data"},
+    {"training", "evaluation", "demo"},
+    {"cli", "__init__", "scripts", "recipes"},
+    {"__main__"},
+]
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+FORBIDDEN = {("data", "models"), ("data", "convert")}  # data meets the model in Batch
+# Class methods of the nets that end a story elsewhere: from_pretrained, save_pretrained, generate.
+UPWARD = {("models", "convert"), ("models", "generation")}
+
+CORE = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "huggingface_hub", "tyro", "rich"}
+LIGHT = {"cli", "__init__", "__main__", "config", "files"}  # these load without torch
+
+
+class Import(NamedTuple):
+    """``source`` imports ``module``; ``lazy``: in a function, ``typing``: for types only."""
+
+    source: str  # dotted name, such as nanomolmo2.models.connector
+    module: str
+    lazy: bool
+    typing: bool
+    line: int
+
+
+def imports_of(path: Path) -> list[Import]:
+    """Every import of one file, relative ones resolved."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    source = ".".join(parts)
+    package = parts[:-1]
+
+    def walk(node: ast.AST, lazy: bool, typing: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(source, alias.name, lazy, typing, child.lineno)
+            elif isinstance(child, ast.ImportFrom):
+                base = child.module or ""
+                if child.level:
+                    above = package[: len(package) - child.level + 1]
+                    base = ".".join([*above, *([base] if base else [])])
+                for alias in child.names:
+                    full = f"{base}.{alias.name}"
+                    # `from package import module` and `from module import name` look the same.
+                    is_module = is_ours(full) and exists(full)
+                    yield Import(source, full if is_module else base, lazy, typing, child.lineno)
+            else:
+                inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+                only_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+                yield from walk(child, lazy or inside, typing or only_types)
+
+    return list(walk(ast.parse(path.read_text(encoding="utf-8")), False, False))
+
+
+def is_ours(module: str) -> bool:
+    return module.split(".")[0] in {"nanomolmo2", "models", "scripts", "recipes"}
+
+
+def exists(module: str) -> bool:
+    path = ROOT.joinpath(*module.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def part_of(module: str) -> str:
+    """The part of the house that a module belongs to."""
+    names = module.split(".")
+    if names[0] != "nanomolmo2":
+        return names[0]
+    return names[1] if len(names) > 1 else "__init__"
+
+
+FILES = sorted(
+    path
+    for folder in ("nanomolmo2", "scripts", "recipes")
+    for path in (ROOT / folder).rglob("*.py")
+)
+IMPORTS = [found for path in FILES for found in imports_of(path)]
+
+
+def describe(found: Import) -> str:
+    return f"{found.source.replace('.', '/')}.py:{found.line} imports {found.module}"
+
+
+def test_the_source_was_found() -> None:
+    parts = {part_of(found.source) for found in IMPORTS}
+    assert {"models", "processor", "convert", "generation", "data", "cli"} <= parts
+    assert parts <= set(LEVEL), "a new part of the package needs a place in LAYERS"
+
+
+def test_imports_point_down_only() -> None:
+    wrong = []
+    for found in IMPORTS:
+        if not is_ours(found.module):
+            continue
+        source, target = part_of(found.source), part_of(found.module)
+        down = source == target or (
+            LEVEL[target] < LEVEL[source] and (source, target) not in FORBIDDEN
+        )
+        listed = found.lazy and (source, target) in UPWARD
+        names_only = found.module == "nanomolmo2"  # __version__
+        if not (down or listed or names_only or (found.typing and source == "__init__")):
+            wrong.append(describe(found))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_listed_upward_edge_is_used() -> None:
+    used = {(part_of(f.source), part_of(f.module)) for f in IMPORTS if f.lazy}
+    assert used >= UPWARD
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph: dict[str, set[str]] = {}
+    for found in IMPORTS:
+        if is_ours(found.module) and not found.lazy and not found.typing:
+            source = found.source.removesuffix(".__init__")
+            if source != found.module and not source.startswith(f"{found.module}."):
+                graph.setdefault(source, set()).add(found.module)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_the_core_needs_only_the_core_dependencies() -> None:
+    """What an extra installs is imported inside the function that uses it."""
+    wrong = [
+        describe(found)
+        for found in IMPORTS
+        if found.source.startswith("nanomolmo2.")
+        and not is_ours(found.module)
+        and not found.lazy
+        and found.module.split(".")[0] not in CORE | set(sys.stdlib_module_names)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_transformers_is_only_a_reference_for_tests() -> None:
+    wrong = [describe(found) for found in IMPORTS if found.module.split(".")[0] == "transformers"]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_nets_know_only_tensors() -> None:
+    """No files, no network, no tokenizer, no pictures in nanomolmo2/models."""
+    wrong = [
+        describe(found)
+        for found in IMPORTS
+        if part_of(found.source) == "models"
+        and found.module.split(".")[0] in (CORE - {"torch"}) | {"requests", "urllib", "http"}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_light_modules_do_not_import_torch() -> None:
+    wrong = [
+        describe(found)
+        for found in IMPORTS
+        if part_of(found.source) in LIGHT
+        and not found.lazy
+        and not found.typing
+        and found.module.split(".")[0] not in {"tyro"} | set(sys.stdlib_module_names)
+        and part_of(found.module) not in LIGHT
+    ]
+    assert not wrong, "\n".join(wrong)
