@@ -16,13 +16,14 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
+    from nanomolmo2.evaluation.emoji import Scores
     from nanomolmo2.generation.pipeline import Answer, Pipeline
     from nanomolmo2.processor import Point
 
@@ -189,7 +191,7 @@ class Info:
     def run(self) -> None:
         from nanomolmo2.models import NanoMolmo2
 
-        model = load_module(self.model, self.cache_dir)
+        model: Any = load_module(self.model, self.cache_dir)
         parameters = list(model.parameters())
         count = sum(p.numel() for p in parameters)
         if isinstance(model, NanoMolmo2):
@@ -235,6 +237,129 @@ class Download:
 
 
 @dataclass(frozen=True)
+class Train:
+    """Train a model by its recipe.
+
+    There is one so far: tiny, the bundled model, from scratch on emoji scenes. Writes
+    checkpoint.pt, log.jsonl (one line every 20 steps) and, when it is done, the model to DIR/model.
+    """
+
+    recipe: Annotated[Positional[Literal["tiny"]], arg(help="what to train")]
+    out: Annotated[Path, arg(metavar="DIR", help="folder of the run")]
+    scale: Annotated[
+        Literal["full", "small", "smoke"],
+        arg(
+            help="how long: full makes the shipped model (hours on two cores), small shows that it "
+            "learns, smoke only that everything runs"
+        ),
+    ] = "full"
+    seed: Annotated[
+        int, arg(metavar="SEED", help="of weights and data; 0 made the shipped model")
+    ] = 0
+    resume: Annotated[
+        bool, arg(help="go on with the run in DIR where it stopped, as if it never had")
+    ] = False
+    stop_after: Annotated[
+        int | None,
+        arg(metavar="STEPS", help="stop after so many steps, to be resumed; none = run to the end"),
+    ] = None
+    workers: Annotated[
+        int,
+        arg(metavar="N", help="processes that draw the scenes; 0 = draw them between the steps"),
+    ] = 1
+    debug: Debug = False
+
+    def run(self) -> None:
+        for name, value, least in (
+            ("--stop-after", self.stop_after, 1),
+            ("--workers", self.workers, 0),
+        ):
+            if value is not None and value < least:
+                raise UsageError(f"{name} must be {least} or more, found {value}")
+        from nanomolmo2.training.loop import LoopConfig
+        from nanomolmo2.training.tiny import train_tiny
+
+        config = LoopConfig(stop_after=self.stop_after, workers=self.workers)
+        finished = train_tiny(
+            self.out, scale=self.scale, seed=self.seed, resume=self.resume, config=config
+        )
+        print(
+            f"wrote {self.out / 'model'}; measure it with: nanomolmo2 eval emoji --model "
+            f"{self.out / 'model'}"
+            if finished
+            else f"stopped; go on with: nanomolmo2 train {self.recipe} --out {self.out} --resume"
+        )
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure a model on a fixed test set.
+
+    There is one so far: emoji, scenes of one to six emoji. Answers are greedy. Art groups: seen
+    (styles of the training, in new scenes), mild and openmoji (styles it was never shown).
+    """
+
+    task: Annotated[Positional[Literal["emoji"]], arg(help="what to measure")]
+    model: ModelName = "tiny"
+    group: Annotated[
+        Literal["seen", "mild", "openmoji", "all"], arg(help="art group, or all three")
+    ] = "all"
+    scenes: Annotated[
+        int,
+        arg(metavar="N", help="pictures a group, about 10 questions each; the first N of the set"),
+    ] = 1000
+    batch_size: Annotated[
+        int, arg(metavar="N", help="questions answered together; changes the speed only")
+    ] = 64
+    json: Annotated[
+        Path | None, arg(metavar="FILE", help="also write the scores to this file (.json)")
+    ] = None
+    cache_dir: CacheDir = Path("checkpoints")
+    debug: Debug = False
+
+    def run(self) -> None:
+        for name, value in (("--scenes", self.scenes), ("--batch-size", self.batch_size)):
+            if value < 1:
+                raise UsageError(f"{name} must be 1 or more, found {value}")
+        if self.json is not None:
+            check_writable(self.json, (".json",))
+        from rich.console import Console
+        from rich.progress import Progress
+
+        from nanomolmo2.evaluation.emoji import evaluate
+
+        pipeline = load_pipeline(self.model, self.cache_dir)
+        groups = ("seen", "mild", "openmoji") if self.group == "all" else (self.group,)
+        scores: list[Scores] = []
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            for group in groups:
+                bar = progress.add_task(group, total=None)
+                scores.append(
+                    evaluate(
+                        pipeline.model,
+                        pipeline.processor,
+                        group=group,
+                        scenes=self.scenes,
+                        batch_size=self.batch_size,
+                        on_progress=lambda done, total, bar=bar: progress.update(  # type: ignore[misc]
+                            bar, completed=done, total=total
+                        ),
+                    )
+                )
+        print(score_table(scores))
+        if self.json is not None:
+            report = {
+                "task": self.task,
+                "model": self.model,
+                "scenes": self.scenes,
+                "version": __version__,
+                "groups": {s.group: {"scores": s.means, "answers": s.counts} for s in scores},
+            }
+            with atomic_path(self.json) as temporary:
+                temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
 class Demo:
     """Let the bundled model caption, count and point on a bundled picture."""
 
@@ -250,7 +375,7 @@ class Demo:
         run_demo(self.draw)
 
 
-Command = Ask | Info | Download | Demo
+Command = Ask | Info | Download | Train | Eval | Demo
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -262,7 +387,9 @@ def parse(arguments: Sequence[str]) -> Command:
     chosen = bool(arguments) and arguments[0] in kinds  # else a list: a line for each will do
     commands = []
     for name, kind in kinds.items():
-        paragraphs = [" ".join(text.split()) for text in str(kind.__doc__).split("\n\n")]
+        paragraphs = [
+            textwrap.fill(" ".join(p.split()), 80) for p in str(kind.__doc__).split("\n\n")
+        ]
         description = "\n\n".join(paragraphs) if chosen else paragraphs[0]
         commands.append(Annotated[kind, subcommand(name, description=description)])
     form: Any = typing.Union[tuple(commands)]  # noqa: UP007
@@ -397,6 +524,19 @@ def answer_report(answer: Answer, paths: Sequence[str]) -> dict[str, Any]:
         "output_tokens": answer.output_tokens,
         "timings": {name: round(seconds, 4) for name, seconds in answer.timings.items()},
     }
+
+
+def score_table(scores: Sequence[Scores]) -> str:
+    """Scores of some art groups side by side, as a Markdown table."""
+    from nanomolmo2.evaluation.emoji import ROWS
+
+    width = max(len(title) for title, _ in ROWS.values())
+    lines = [f"| {'':<{width}} |" + "".join(f" {s.group:>8} |" for s in scores)]
+    lines.append(f"|{'-' * (width + 2)}|" + "---------:|" * len(scores))
+    for name, (title, _) in ROWS.items():
+        cells = (f"{s.means[name]:.3f}" if name in s.means else "-" for s in scores)
+        lines.append(f"| {title:<{width}} |" + "".join(f" {cell:>8} |" for cell in cells))
+    return "\n".join(lines)
 
 
 def overlay_paths(path: Path, pictures: int) -> list[Path]:

@@ -351,15 +351,18 @@ def _check_agreement(config: NanoMolmo2Config, processor: Processor) -> None:
     """Model and processor were made apart and meet here."""
     vision, settings = config.vision_config, processor.config
     side, tokens = settings.image_size // vision.patch_size, settings.image_tokens
+    vocabulary, rows = processor.tokenizer.vocab_size, config.llm_config.num_embeddings
     for what, found, expected in (
         ("patches a side", side, vision.patches_per_side),
         ("image_tokens", tokens or config.num_visual_tokens, config.num_visual_tokens),
         ("the id of its image token", processor.image_token_id, config.image_token_id),
+        ("tokens", vocabulary, min(vocabulary, rows)),  # rows that no token uses are fine
     ):
         if found != expected:
             raise ValueError(
                 f"the processor does not belong to the model: {what}: {found}, the model expects "
-                f"{expected}; use the {PROCESSOR_NAME} that was saved with the weights"
+                f"{expected}; use the {PROCESSOR_NAME} and {TOKENIZER_NAME} that were saved with "
+                f"the weights"
             )
 
 

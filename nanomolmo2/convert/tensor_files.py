@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_PIECE = 1 << 22  # elements converted at a time
-_MAPPED_LIMIT = 1 << 26  # bytes of a mapped file that may stay in memory during a conversion
+_PIECE = 1 << 20  # elements converted at a time
+_MAPPED_LIMIT = 1 << 23  # bytes of a mapped file that may stay in memory during a conversion
 
 
 class Readable(Protocol):
@@ -77,8 +78,7 @@ class StoredTensor:
             for _ in self._pieces(flat):
                 pass
         else:
-            buffer = torch.empty(min(self.numel, _PIECE), dtype=self.dtype)
-            for start, piece in self._pieces(buffer):
+            for start, piece in self._pieces(_buffer(self.numel, self.dtype)):
                 flat[start : start + len(piece)] = piece
         return target if device is None else target.to(device)
 
@@ -86,8 +86,7 @@ class StoredTensor:
         """Whether both hold the same bits."""
         if (self.shape, self.dtype) != (other.shape, other.dtype):
             return False
-        size = min(self.numel, _PIECE)
-        mine, others = (torch.empty(size, dtype=self.dtype) for _ in range(2))
+        mine, others = (_buffer(self.numel, self.dtype) for _ in range(2))
         pairs = zip(self._pieces(mine), other._pieces(others), strict=True)
         return all(torch.equal(_bytes(a), _bytes(b)) for (_, a), (_, b) in pairs)
 
@@ -245,7 +244,7 @@ class CacheFile:
         Pages that were read count as our memory for as long as the file is mapped, so the file is
         mapped anew every now and then.
         """
-        if self._touched > _MAPPED_LIMIT:
+        if self._touched > max(_MAPPED_LIMIT, self.path.stat().st_size // 32):
             self._mapped = self._load()["state_dict"]
             self._touched = 0
         piece = self._mapped[name].reshape(-1)[start:stop]
@@ -360,6 +359,12 @@ def cache_is_intact(path: str | Path) -> bool:
 def record_path(path: str | Path) -> Path:
     """``checkpoints/x.pt`` -> ``checkpoints/x.json``."""
     return Path(path).with_suffix(".json")
+
+
+def _buffer(numel: int, dtype: torch.dtype) -> Tensor:
+    """Room for a piece of a tensor, outside malloc: there it would leave holes between weights."""
+    size = min(numel, _PIECE) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size].view(dtype)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

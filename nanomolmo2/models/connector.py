@@ -177,7 +177,7 @@ class PoolingConnector(nn.Module):
         # be attended to through the key bias.
         windows = features[:, index.clamp(min=0)] * valid[None, :, :, None]  # (B, n, W, F)
         query = windows.sum(dim=2) / valid.sum(dim=1).clamp(min=1)[None, :, None]  # (B, n, F)
-        mask = None if bool(valid.all()) else valid.repeat(B, 1)[:, None, None, :]
+        mask = None if side % self.pooling_size == 0 else valid.repeat(B, 1)[:, None, None, :]
         pooled = self.image_pooling_2d(
             query.flatten(0, 1)[:, None], windows.flatten(0, 1), mask
         )  # (B*n, 1, Dv)

@@ -46,7 +46,7 @@ class KVCache:
         buffer = store[layer]
         if buffer is None or buffer.shape[2] < end:
             B, K, _, Dh = new.shape
-            slots = max(self.capacity, -(-end // GROWTH) * GROWTH)
+            slots = self.capacity if end <= self.capacity else -(-end // GROWTH) * GROWTH
             grown = new.new_empty(B, K, slots, Dh)
             if buffer is not None:
                 grown[:, :, : self.length] = buffer[:, :, : self.length]

@@ -185,7 +185,7 @@ class Processor:
 
     def encode_tree(
         self,
-        images: Sequence[Any],
+        images: Sequence[Any] | None,
         branches: Sequence[Sequence[Message]],
         *,
         loss_weighting: LossWeighting = "token",
@@ -197,7 +197,7 @@ class Processor:
         has subsegment k and positions from P, and ends with its ``<|im_end|>``.
 
         Args:
-            images: as for `encode`; may be empty.
+            images: as for `encode`; may be empty or None.
             branches: conversations without pictures and system messages; each ends with an answer.
             loss_weighting: a branch with n labels weighs 1 (``token``) or 1/sqrt(n) (``sqrt``) a
                 label. Molmo2's own rule is 2/sqrt(n) over the square root of the branches.
@@ -252,7 +252,7 @@ class Processor:
         )
 
     def load_images(
-        self, images: Sequence[Any]
+        self, images: Sequence[Any] | None
     ) -> tuple[NDArray[np.float32] | None, tuple[tuple[int, int], ...]]:
         """Pictures -> ((m, 3, S, S) float32 or None without pictures, their original sizes)."""
         loaded = [self._load_image(image) for image in _several(images)]
@@ -337,6 +337,9 @@ class Processor:
 
     # ---- files ----
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.config, self.tokenizer)  # for worker processes: without the caches
+
     def save(self, directory: str | Path) -> None:
         """Write processor_config.json and tokenizer.json; each is complete or not there."""
         directory = Path(directory)
@@ -364,8 +367,10 @@ class _Picture(NamedTuple):
     size: tuple[int, int]  # (width, height) of the original
 
 
-def _several(images: Sequence[Any]) -> Sequence[Any]:
+def _several(images: Sequence[Any] | None) -> Sequence[Any]:
     """Refuse one picture where a list is meant; the rows of an array would pass for pictures."""
+    if images is None:
+        return ()
     if isinstance(images, (str, bytes, Path, Image.Image)) or getattr(images, "ndim", 4) != 4:
         raise ValueError(
             f"images must be a list, found one {type(images).__name__}: put a single picture into "
@@ -377,7 +382,7 @@ def _several(images: Sequence[Any]) -> Sequence[Any]:
 def _gather_pictures(turns: Sequence[Turn], images: Sequence[Any] | None) -> list[Any]:
     """All pictures of a conversation in order, from the messages and from beside them."""
     in_messages = [image for turn in turns for image in turn.images]
-    beside = [] if images is None else list(_several(images))
+    beside = list(_several(images))
     if not in_messages:
         return beside
     num_open = sum(image is None for image in in_messages)

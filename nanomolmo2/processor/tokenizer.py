@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import tokenizers
 
@@ -56,6 +56,9 @@ class Tokenizer:
                     f"the special token {name!r} is also a piece of the vocabulary, so a user "
                     f"could write it: keep special tokens only among the added tokens"
                 )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.backend,)  # for worker processes: without the caches
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:

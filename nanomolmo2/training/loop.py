@@ -148,14 +148,14 @@ def _run_stage(
             loss, metrics = stage.loss(batch)
             if not torch.isfinite(loss):
                 raise ValueError(
-                    f"the loss of stage {stage.name}, step {step} is {float(loss)}: the last "
+                    f"the loss of stage {stage.name}, step {step} is {loss.item()}: the last "
                     f"checkpoint is intact; lower the learning rate and resume"
                 )
             loss.backward()
             norms = optimizers.clip(config.clip_norm)
             optimizers.step()
             stage.after_step()
-            metrics["loss"] = float(loss)
+            metrics["loss"] = loss.item()
             metrics |= {f"grad_norm_{name}": norm for name, norm in norms.items()}
             metrics["compute_seconds"] = time.monotonic() - started
             status = log.step(stage.name, step + 1, metrics)

@@ -46,7 +46,13 @@ from nanomolmo2.processor.processor import Processor, ProcessorConfig
 from nanomolmo2.processor.tokenizer import Tokenizer
 from nanomolmo2.training.loop import LoopConfig, Stage, run
 from nanomolmo2.training.optim import OptimConfig
-from nanomolmo2.training.vision_heads import SceneLabels, VisionHeads, label_scenes
+from nanomolmo2.training.vision_heads import (
+    FEATURE_RMS,
+    SceneLabels,
+    VisionHeads,
+    label_scenes,
+    scale_loss,
+)
 
 IMAGE_SIZE, PATCH_SIZE, POOLING_SIZE = 192, 16, 2
 CROP_SIZE = 64
@@ -94,7 +100,7 @@ def tiny_config(processor: Processor) -> NanoMolmo2Config:
             num_key_value_heads=2,
             head_dim=64,
             max_position_embeddings=2048,
-            rope_theta=10_000.0,
+            rope_theta=1_000_000.0,
         ),
         image_token_id=processor.image_token_id,
         freeze_vision=False,
@@ -175,10 +181,12 @@ class CropStage(Stage):
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
         images, categories = batch
-        features = self.learner.patches(images).mean(dim=1)
+        patches = self.learner.patches(images)
+        features = patches.mean(dim=1)
         logits = self.learner.crop_class(F.layer_norm(features, features.shape[-1:]))
         accuracy = (logits.argmax(-1) == categories).float().mean()
-        return F.cross_entropy(logits, categories), {"accuracy": float(accuracy)}
+        loss = F.cross_entropy(logits, categories) + 0.1 * scale_loss(patches, FEATURE_RMS)
+        return loss, {"accuracy": accuracy.item()}
 
 
 def render_scenes(seed: int, stage: int, step: int, batch_size: int) -> list[Scene]:
@@ -217,14 +225,18 @@ class SceneStage(Stage):
 
 @dataclass(frozen=True)
 class QuestionPlan:
-    """What a question stage asks, and who learns at which rate (matrix rate; vectors a tenth)."""
+    """What a question stage asks, and who learns at which rate.
+
+    The decoder learns with AdamW alone: Muon's full-size steps would wipe out its initialisation
+    while there is not yet anything to learn from.
+    """
 
     name: str
     stream: int
     mix: BranchMix
     snap: int
     llm_rate: float
-    vision_rate: float = 0.0  # 0 = vision and connector are frozen
+    vision_rate: float = 0.0  # Muon's; AdamW's is a tenth. 0 = vision and connector are frozen
     final_ratio: float = 0.3
 
 
@@ -251,16 +263,16 @@ class QuestionStage(Stage):
     def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
         model, plan = self.learner.model, self.plan
 
-        def rates(matrix_lr: float) -> OptimConfig:
+        def rates(lr: float, matrix_lr: float) -> OptimConfig:
             return OptimConfig(
-                lr=matrix_lr / 10, matrix_lr=matrix_lr, final_ratio=plan.final_ratio
+                lr=lr, matrix_lr=matrix_lr, warmup_steps=50, final_ratio=plan.final_ratio
             )
 
-        parts: dict[str, tuple[nn.Module, OptimConfig]] = {"llm": (model.llm, rates(plan.llm_rate))}
+        parts = {"llm": (model.llm, rates(plan.llm_rate, 0.0))}
         if plan.vision_rate:
-            parts["vision"] = (model.vision_encoder, rates(plan.vision_rate))
-            parts["connector"] = (model.connector, rates(plan.vision_rate))
-            parts["heads"] = (self.learner.heads, rates(plan.vision_rate))
+            vision = rates(plan.vision_rate / 10, plan.vision_rate)
+            parts |= {"vision": (model.vision_encoder, vision), "connector": (model.connector, vision)}
+            parts["heads"] = (self.learner.heads, rates(plan.vision_rate / 10, 0.0))
         return parts
 
     def begin(self) -> None:
@@ -274,13 +286,13 @@ class QuestionStage(Stage):
         patches = self.learner.patches(inputs.pop("pixel_values"))
         tokens = model.connector(patches)
         logits, loss = model(**inputs, visual_tokens=tokens)
-        metrics = {"answers": float(loss)}
+        metrics = {"answers": loss.item()}
         assert questions.labels is not None
         with torch.no_grad():
             targets = questions.labels[:, 1:]
             known = targets != -100
             right = logits[:, :-1].argmax(-1)[known] == targets[known]
-            metrics["token_accuracy"] = float(right.float().mean())
+            metrics["token_accuracy"] = right.float().mean().item()
         if not self.plan.vision_rate:
             return loss, metrics
         # The dense losses go on, so that the visual tokens keep what the decoder reads off them.
@@ -296,23 +308,23 @@ class QuestionStage(Stage):
 PRESENCE = QuestionPlan(
     name="presence",
     stream=2,
-    mix=BranchMix(presence=14, count=0, number=0, point=0, caption=0, spatial=0),
+    mix=BranchMix(presence=16, count=0, number=0, point=0, caption=0, spatial=0, bare=1.0),
     snap=50,
-    llm_rate=0.02,
+    llm_rate=2e-3,
 )
 COARSE = QuestionPlan(
     name="coarse",
     stream=3,
     mix=BranchMix(presence=3, count=2, number=1, point=5, caption=1, spatial=1),
     snap=50,
-    llm_rate=0.02,
+    llm_rate=2e-3,
 )
 FINE = QuestionPlan(
     name="fine",
     stream=4,
     mix=BranchMix(presence=3, count=2, number=1, point=4, caption=1, spatial=2),
     snap=10,
-    llm_rate=0.01,
+    llm_rate=1e-3,
     vision_rate=0.006,
     final_ratio=0.02,
 )

@@ -9,6 +9,7 @@ B scenes, N patches, n visual tokens (cells), D llm width, C categories.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from nanomolmo2.data.emoji.scenes import Scene
 from nanomolmo2.data.emoji.sprites import CATEGORIES
 
 NO_LABEL = -100
+FEATURE_RMS, TOKEN_RMS = 1.0, 0.15  # of patch features and visual tokens; embeddings have 0.1
 MIN_COVERAGE = 0.3  # of a patch's pixels: from here on it belongs to the object
 
 
@@ -63,6 +65,16 @@ def _cells(scene: Scene, cell: int) -> tuple[np.ndarray, np.ndarray]:
     return classes, digits
 
 
+def scale_loss(x: Tensor, target: float) -> Tensor:
+    """How far the root mean square of each vector (..., D) is from ``target``, in squared log.
+
+    Molmo2 has no norm behind the encoder, and nothing else in training cares about the scale: left
+    alone it grew to 25 for features and, through the gated projector, to 47,000 for visual tokens,
+    where learning came to a halt.
+    """
+    return (0.5 * x.square().mean(-1).clamp(min=1e-8).log() - math.log(target)).square().mean()
+
+
 class VisionHeads(nn.Module):
     """Linear readers of patch features and visual tokens."""
 
@@ -93,11 +105,15 @@ class VisionHeads(nn.Module):
             "object": 2 * F.binary_cross_entropy_with_logits(object_logits, centred.float()),
             "noun": F.cross_entropy(noun_logits, labels.cell_class[centred]),
             "digits": F.cross_entropy(digit_logits.flatten(0, 1), digits.flatten()),
+            "scale": 0.1 * (scale_loss(patches, FEATURE_RMS) + scale_loss(tokens, TOKEN_RMS)),
         }
         with torch.no_grad():
+            on_object = labels.patch_class > 0
+            right = patch_logits.argmax(-1) == labels.patch_class
             found = object_logits > 0
             hits = (found & centred).sum()
-            metrics = {f"{name}_loss": float(loss) for name, loss in losses.items()}
+            metrics = {f"{name}_loss": loss.item() for name, loss in losses.items()}
+            metrics["patch_accuracy"] = float(right[on_object].float().mean())
             metrics["noun_accuracy"] = float(
                 (noun_logits.argmax(-1) == labels.cell_class[centred]).float().mean()
             )

@@ -83,12 +83,12 @@ def make_qwen3(
     return model
 
 
-def make_nanomolmo2() -> NanoMolmo2:
+def make_nanomolmo2(**changes: Any) -> NanoMolmo2:
     """A whole model with a pooling connector, so that blocks and norms are left out."""
     torch.manual_seed(2)
-    config = NanoMolmo2Config(
-        vision_config=VISION,
-        connector_config=ConnectorConfig(
+    values: dict[str, Any] = {
+        "vision_config": VISION,
+        "connector_config": ConnectorConfig(
             vision_dim=32,
             llm_dim=48,
             connector_type="pooling",
@@ -96,12 +96,12 @@ def make_nanomolmo2() -> NanoMolmo2:
             intermediate_size=64,
             vit_layers=(-2, -3),
         ),
-        llm_config=LLM,
-        image_token_id=100,
-        eos_token_id=(7, 8),
-        pad_token_id=0,
-    )
-    return NanoMolmo2(config).eval()
+        "llm_config": LLM,
+        "image_token_id": 100,
+        "eos_token_id": (7, 8),
+        "pad_token_id": 0,
+    }
+    return NanoMolmo2(NanoMolmo2Config(**{**values, **changes})).eval()
 
 
 def edit_json(path: Path, **changes: Any) -> None:

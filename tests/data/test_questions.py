@@ -245,15 +245,24 @@ def test_counting_asks_for_repeated_categories_more_often_when_told(scenes):
 
 def test_the_wording_varies_and_starts_with_a_capital_unless_casual(scenes):
     rng = np.random.default_rng(4)
-    proper = [b for s in scenes for b in make_branches(s, rng, BranchMix(casual=0, spatial=4))]
+    proper = [
+        b for s in scenes for b in make_branches(s, rng, BranchMix(casual=0, bare=0, spatial=4))
+    ]
     for task, wordings in QUESTIONS.items():
         assert 6 <= len(set(wordings)) == len(wordings) <= 10
         stems = {" ".join(question(b).split()[:2]) for b in proper if b.task == task}
         assert len(stems) >= 3
     assert all(question(b)[0].isupper() and question(b)[-1] in "?." for b in proper)
     assert all(answer(b)[0].isupper() or answer(b)[0] in "<0123456789" for b in proper)
-    casual = [b for s in scenes[:20] for b in make_branches(s, rng, BranchMix(casual=1))]
+    casual = [b for s in scenes[:20] for b in make_branches(s, rng, BranchMix(casual=1, bare=0))]
     assert all(question(b)[0].islower() and question(b)[-1] not in "?." for b in casual)
+
+
+def test_bare_presence_questions_are_the_noun_alone(scenes):
+    rng = np.random.default_rng(6)
+    for branch in make_branches(scenes[0], rng, BranchMix(presence=6, bare=1)):
+        if branch.task == "presence":
+            assert question(branch) == f"{branch.truth['noun']}?"
 
 
 def test_test_questions_are_balanced_and_fixed(scenes):

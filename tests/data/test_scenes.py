@@ -108,6 +108,21 @@ def test_styles_are_mixed_in_half_of_the_scenes(many):
     assert 0.35 < mixed < 0.65
 
 
+def test_drawings_are_mirrored_half_of_the_time_and_turned_whole(sprites):
+    guitar, rng = CATEGORIES.index("guitar"), train_rng(5)
+    upright = np.asarray(sprites.images[guitar, "noto"][0])[..., 3] / 255
+    mirrored = 0
+    for _ in range(40):
+        drawn = scenes._Drawing.of(rng, sprites, guitar, "noto", 94, 0).alpha[..., 0]
+        distances = [np.abs(drawn - a).mean() for a in (upright, upright[:, ::-1])]
+        assert min(distances) < 0.02 < 0.2 < max(distances)
+        mirrored += int(np.argmin(distances))
+    assert 10 <= mirrored <= 30
+    for _ in range(40):  # turning cuts nothing off
+        turned = scenes._Drawing.of(rng, sprites, guitar, "noto", 94, 15).alpha
+        assert turned.sum() == pytest.approx(upright.sum(), rel=0.02)
+
+
 def test_the_same_seed_gives_the_same_scene(sprites):
     first = [render_scene(train_rng(7, 1), sprites) for _ in range(2)]
     other = render_scene(train_rng(7, 2), sprites)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from transformers.models.molmo2.modeling_molmo2 import Molmo2ForConditionalGener
 
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.connector import window_index
-from tests.nets import LLM, greatest_difference, pictures, small_model, text_ids
+from tests.nets import LLM, greatest_difference, pictures, small_model
 
 TOLERANCE = 2e-5
 
@@ -92,61 +93,57 @@ def molmo2_names(model: NanoMolmo2) -> dict[str, Tensor]:
     return {**weights, "lm_head.weight": words[: model.config.llm_config.vocab_size]}
 
 
+def picture_inputs(model: NanoMolmo2, images: Tensor) -> dict[str, Tensor]:
+    """(I, 3, H, W) in the words of the reference: patch vectors and which of them a token pools."""
+    vision, count = model.config.vision_config, len(images)
+    side, P = vision.patches_per_side, vision.patch_size
+    patches = images[:, :, : side * P, : side * P].unfold(2, P, P).unfold(3, P, P)
+    index = window_index(side, side, model.config.connector.pooling_size)
+    index = torch.cat([torch.where(index < 0, -1, index + i * side**2) for i in range(count)])
+    assert (index < 0).any(), "an odd grid was meant"
+    windows = math.isqrt(model.config.num_visual_tokens)
+    return {
+        "pixel_values": patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2),
+        "image_token_pooling": index,
+        "image_grids": torch.tensor([[windows, windows, 0, 0]] * count),
+    }
+
+
 def test_logits_of_several_pictures_in_padded_rows(
     model: NanoMolmo2, reference: Molmo2ForConditionalGeneration
 ) -> None:
-    """Two, one and no picture a row; odd grids, the mask in both directions, padding on the left."""
-    vision = model.config.vision_config
-    side, P = vision.patches_per_side, vision.patch_size
-    n = model.config.num_visual_tokens
+    """Two, one and no picture a row, odd grids, a mask in both directions, padding on the left."""
     images = pictures(3)
-    image = [START, *[PATCH] * n, END]
+    image = [START, *[PATCH] * model.config.num_visual_tokens, END]
     rows = [[5, *image, 7, *image, 8, 9], [5, *image, 30, 31], [5, 40, 41, 42]]
     T = max(map(len, rows))
     ids = torch.tensor([[0] * (T - len(row)) + row for row in rows])
     mask = torch.tensor([[False] * (T - len(row)) + [True] * len(row) for row in rows])
-
-    crops = (
-        images[:, :, : side * P, : side * P].unfold(2, P, P).unfold(3, P, P)
-    )  # (I, 3, h, w, P, P)
-    patches = crops.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (I, N, P * P * 3)
-    index = window_index(side, side, model.config.connector.pooling_size)
-    index = torch.cat([torch.where(index < 0, -1, index + i * side * side) for i in range(3)])
-    windows = -(-side // 2)
     with torch.no_grad():
         expected = reference(
             ids,
-            pixel_values=patches,
-            image_token_pooling=index,
-            image_grids=torch.tensor([[windows, windows, 0, 0]] * 3),
+            **picture_inputs(model, images),
             attention_mask=mask.long(),
             position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
             mm_token_type_ids=(ids >= LLM.vocab_size).long(),
         ).logits
         found = model(ids, images, attention_mask=mask)
-    assert (index < 0).any()
     assert expected[mask].std() > 0.5
     assert greatest_difference(found[mask], expected[mask]) <= TOLERANCE
 
 
 def test_greedy_generation(model: NanoMolmo2, reference: Molmo2ForConditionalGeneration) -> None:
     """The mask in both directions holds for the prompt only; the answer is causal."""
-    n = model.config.num_visual_tokens
     images = pictures(1, seed=4)
-    ids = torch.cat([torch.tensor([[5, START, *[PATCH] * n, END]]), text_ids(1, 4)], dim=1)
-    embedded, features = model.llm.embed(ids), model.encode_images(images)
-    embedded = torch.where(
-        (ids == PATCH)[..., None],
-        embedded.index_put(torch.where(ids == PATCH), features[0] + embedded[ids == PATCH]),
-        embedded,
-    )
-    types = (ids >= LLM.vocab_size).long()
+    image = [START, *[PATCH] * model.config.num_visual_tokens, END]
+    ids = torch.tensor([[5, *image, 30, 31, 32]])
     expected = ids
-    with torch.no_grad():
-        for _ in range(8):
-            grown = torch.cat([embedded, model.llm.embed(expected[:, ids.shape[1] :])], dim=1)
-            padded = torch.nn.functional.pad(types, (0, grown.shape[1] - types.shape[1]))
-            logits = reference(inputs_embeds=grown, mm_token_type_ids=padded).logits
-            expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
-    found = model.generate(ids, images, max_new_tokens=8, eos_token_id=None)
-    assert torch.equal(found, expected)
+    for _ in range(8):
+        with torch.no_grad():
+            logits = reference(
+                expected,
+                **picture_inputs(model, images),
+                mm_token_type_ids=(expected >= LLM.vocab_size).long(),
+            ).logits
+        expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(model.generate(ids, images, max_new_tokens=8, eos_token_id=None), expected)

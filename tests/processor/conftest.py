@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -50,6 +51,13 @@ def qwen3_folder() -> Path:
 @pytest.fixture(scope="session")
 def qwen3_tokenizer(qwen3_folder: Path) -> Tokenizer:
     return Tokenizer.from_file(qwen3_folder)
+
+
+@pytest.fixture(scope="session")
+def qwen3_reference(qwen3_folder: Path) -> Any:
+    """transformers' tokenizer with Qwen3's own chat template."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(qwen3_folder)
 
 
 @pytest.fixture(scope="session")

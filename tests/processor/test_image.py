@@ -340,7 +340,7 @@ SEEDS = [
 
 
 @given(st.sampled_from(SEEDS), st.data())
-@settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 def test_damaged_bytes_give_a_picture_or_a_clear_error(data, draw):
     damaged = bytearray(data)
     for _ in range(draw.draw(st.integers(1, 4))):

@@ -1,5 +1,6 @@
 """Processor: ids, labels and pixels of conversations and message trees; text back."""
 
+import pickle
 import time
 
 import numpy as np
@@ -131,14 +132,13 @@ def test_pictures_of_every_kind_become_the_same_pixels(molmo2):
     assert encoded.pixel_values[0, :, 0, 0].tolist() == [1, -1, -1]
 
 
-def test_joint_encoding_at_the_text_border(qwen3_tokenizer, qwen3_folder):
+def test_joint_encoding_at_the_text_border(qwen3_tokenizer, qwen3_reference):
     """A text that begins with newlines: Qwen has one token for two of them."""
-    transformers = pytest.importorskip("transformers")
-    reference = transformers.AutoTokenizer.from_pretrained(qwen3_folder)
     processor = Processor(ProcessorConfig(), qwen3_tokenizer)
     for text in ("Describe it.", "\nDescribe", "\n\n  x", "  x", " \n x", "", "é 日本 \n"):
-        messages = [user(text), assistant("2"), user(text)]
-        expected = reference.apply_chat_template(
+        system = {"role": "system", "content": text}
+        messages = [system, user(text), assistant("2"), user(text)]
+        expected = qwen3_reference.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=True, return_dict=False
         )
         assert processor.encode(messages).input_ids.tolist() == expected
@@ -279,6 +279,14 @@ def test_save_and_load(molmo2, tmp_path):
     one, two = (p.encode_tree([PICTURE], BRANCHES) for p in (molmo2, again))
     assert one.input_ids.tolist() == two.input_ids.tolist()
     assert (one.pixel_values == two.pixel_values).all()
+
+
+def test_a_processor_goes_to_worker_processes(molmo2):
+    molmo2.encode_tree([PICTURE], BRANCHES)  # fills the caches, which do not travel
+    again = pickle.loads(pickle.dumps(molmo2))
+    one, two = (p.encode_tree([PICTURE], BRANCHES) for p in (molmo2, again))
+    assert one.input_ids.tolist() == two.input_ids.tolist()
+    assert again.tokenizer.special_ids == molmo2.tokenizer.special_ids
 
 
 def test_load_from_folders_that_are_not_right(molmo2, tmp_path):

@@ -96,6 +96,7 @@ QUESTIONS: dict[Task, tuple[str, ...]] = {
         "Name the thing {where} {one}.",
     ),
 }
+BARE = "{one}?"
 DIRECTIONS: dict[Direction, str] = {
     "left": "left of the",
     "right": "right of the",
@@ -124,6 +125,7 @@ class BranchMix(Config):
             that occur more than once before the others.
         nothing: chance that a spatial question may be one whose answer is "Nothing."
         casual: share of the questions that start in lower case and lack the final mark.
+        bare: share of the presence questions that are nothing but the noun: "dog?"
     """
 
     presence: int = 12
@@ -137,6 +139,7 @@ class BranchMix(Config):
     repeated_first: float = 0.6
     nothing: float = 0.2
     casual: float = 0.1
+    bare: float = 0.1
 
 
 def make_branches(
@@ -154,7 +157,7 @@ def make_branches(
         points are exact centres (x, y) and boxes (x0, y0, x1, y1), both in pixels.
     """
     mix = mix or BranchMix()
-    asker = _Asker(scene, rng, snap, mix.casual)
+    asker = _Asker(scene, rng, snap, mix)
     branches: list[Branch] = []
     for noun in asker.nouns(mix.presence, mix.absent_presence):
         branches.append(asker.presence(noun))
@@ -176,7 +179,9 @@ def test_questions(scene: Scene, rng: np.random.Generator, snap: int = 1) -> lis
     of the pictures ask to count a category that occurs several times, if there is one. Then a
     caption and, where the scene allows, a spatial question.
     """
-    mix = BranchMix(2, 2, 2, 2, 1, 1, absent=0.5, repeated_first=0.5, nothing=0.25, casual=0)
+    mix = BranchMix(
+        2, 2, 2, 2, 1, 1, absent=0.5, repeated_first=0.5, nothing=0.25, casual=0, bare=0
+    )
     return make_branches(scene, rng, mix, snap)
 
 
@@ -233,10 +238,11 @@ _PLURAL = dict(zip(CATEGORIES, PLURALS, strict=True))
 class _Asker:
     """Questions about one scene, drawn from one stream of random numbers."""
 
-    def __init__(self, scene: Scene, rng: np.random.Generator, snap: int, casual: float) -> None:
+    def __init__(self, scene: Scene, rng: np.random.Generator, snap: int, mix: BranchMix) -> None:
         if not 1 <= snap <= SCALE:
             raise ValueError(f"snap is {snap} thousandths; use 1 (exact) to {SCALE}, e.g. 50 or 10")
-        self.scene, self.rng, self.snap, self.casual = scene, rng, snap, casual
+        self.scene, self.rng, self.snap = scene, rng, snap
+        self.casual, self.bare = mix.casual, mix.bare
         height, width = scene.image.shape[:2]
         self.image_size = (width, height)
         self.objects: dict[str, list[SceneObject]] = {}
@@ -320,9 +326,11 @@ class _Asker:
         return wording
 
     def _branch(self, task: Task, noun: str, answer: str) -> Branch:
-        question = self._wording(task).format(
-            a=f"{article(noun)} {noun}", one=noun, many=_PLURAL[noun]
-        )
+        if task == "presence" and self.rng.random() < self.bare:
+            wording = BARE
+        else:
+            wording = self._wording(task)
+        question = wording.format(a=f"{article(noun)} {noun}", one=noun, many=_PLURAL[noun])
         objects = self.objects.get(noun, [])
         return self._exchange(
             task,

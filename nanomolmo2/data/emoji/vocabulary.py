@@ -1,10 +1,10 @@
 """The vocabulary of `tiny`: made by hand so that a noun is one and the same token everywhere.
 
-A Unigram model whose pieces all have the same score, so the split into the fewest pieces wins, and
-of equal ones that with a noun. Words carry the space before them (" there"), except where a noun
-follows: there the space belongs to the word (" a ", "How| many "), so that "dog" in "Is there a
-dog?", "How many dogs?" and ``<points ...>dog</points>`` is the same piece. Everything else is
-spelled out in characters or bytes: any text comes back unchanged.
+A Unigram model whose pieces all have the same score, so the split into the fewest pieces wins.
+Words carry the space before them (" there"), except where a noun follows: there the space belongs
+to the word (" a ", "How| many "), so that "dog" in "Is there a dog?", "How many dogs?" and
+``<points ...>dog</points>`` is the same piece. Everything else is spelled out in characters or
+bytes: any text comes back unchanged.
 
 Ids: 0 unknown (never used), 1-256 bytes, then the pieces, then the special tokens that a model may
 write, filled up to a multiple of 32 (`vocab_size` of the language model); then 16 ids that are only
@@ -64,7 +64,8 @@ POINT_PIECES = (
 )
 COUNTING_START, COUNTING_END = "Counting the ", " shows a total of"  # one decision each, not three
 # Words that no template has yet: questions about two pictures, videos, colours and sizes, and small
-# talk of people who try the model. Reserved now, so that a later model can keep its ids.
+# talk of people who try the model. Reserved now, so that a later model can keep its ids. No word
+# may tear up a noun: with " be" the bees were " be|es".
 FURTHER_WORDS = (
     "Which picture has more or fewer than the other? Both have the same. The first second "
     "third last picture image. What differs between these two pictures? In one of them it is "
@@ -77,7 +78,6 @@ FURTHER_WORDS = (
 )
 
 _SCORE = -1.0
-_NOUN_SCORE = -0.9  # wins ties: " the |bee|s", not " the| be|es"
 _BAD_SCORE = -1000.0  # only taken where nothing else fits: "<0x41>" in a text stays six characters
 _SLOT = re.compile(r"\{\w+\}")
 _WORD = re.compile(r" ?[A-Za-z]+")
@@ -116,8 +116,7 @@ def build_tokenizer() -> tokenizers.Tokenizer:
     """The tokenizer of `tiny`; see the head of this file for its ids."""
     vocabulary = [("<unk>", _BAD_SCORE)]
     vocabulary += [(f"<0x{byte:02X}>", _BAD_SCORE) for byte in range(256)]
-    nouns = {*CATEGORIES, *PLURALS}
-    vocabulary += [(piece, _NOUN_SCORE if piece in nouns else _SCORE) for piece in pieces()]
+    vocabulary += [(piece, _SCORE) for piece in pieces()]
     tokenizer = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
 

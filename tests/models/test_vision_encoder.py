@@ -1,0 +1,154 @@
+"""What the vision encoder does beside its numbers (those are in tests/parity)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nanomolmo2.models import VisionConfig, VisionEncoder
+from tests.nets import VISION, encode, greatest_difference, pictures
+
+
+def test_the_defaults_are_siglip_2() -> None:
+    config = VisionConfig()
+    assert (config.image_size, config.patch_size, config.patches_per_side) == (384, 14, 27)
+    assert (config.num_patches, config.head_dim) == (729, 72)
+    assert (config.hidden_size, config.intermediate_size) == (1152, 4304)
+    assert (config.num_hidden_layers, config.num_attention_heads) == (27, 16)
+    assert config.layer_norm_eps == 1e-6
+    with torch.device("meta"):
+        encoder = VisionEncoder()
+        assert sum(p.numel() for p in encoder.parameters()) == 412_987_248
+        assert encoder(torch.empty(2, 3, 384, 384)).shape == (2, 729, 1152)
+        assert encoder(torch.empty(2, 3, 378, 378)).shape == (2, 729, 1152)
+        assert encoder(torch.empty(1, 3, 56, 140)).shape == (1, 40, 1152)
+
+
+def test_freezing_keeps_evaluation_mode_and_leaves_no_graph() -> None:
+    encoder = encode(VISION)
+    assert encoder.freeze() is encoder
+    parent = nn.Sequential(encoder, nn.Linear(24, 4))
+    parent.train()
+    assert parent[1].training
+    assert not any(module.training for module in encoder.modules())
+    assert not any(p.requires_grad for p in encoder.parameters())
+    features = encoder(pictures(1))
+    assert features.grad_fn is None
+    assert not features.requires_grad
+
+
+def test_unfreezing_undoes_it() -> None:
+    encoder = encode(VISION).freeze()
+    assert encoder.unfreeze() is encoder
+    assert all(p.requires_grad for p in encoder.parameters())
+    encoder.train()
+    assert all(module.training for module in encoder.modules())
+    assert encoder(pictures(1)).requires_grad
+
+
+def test_loading_weights_keeps_it_frozen() -> None:
+    """Weights are assigned to a model built on the meta device; that must not thaw it."""
+    weights = encode(VISION).state_dict()
+    with torch.device("meta"):
+        encoder = VisionEncoder(VISION).freeze()
+    encoder.load_state_dict(weights, assign=True)
+    assert not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_layers_on_request_are_block_outputs_in_the_asked_order() -> None:
+    encoder, images = encode(VISION), pictures(2)
+    final, states = encoder(images, output_hidden_states=True)
+    assert len(states) == 4
+    last, first, again = encoder(images, layers=(-1, 0, 2))
+    assert torch.equal(last, states[3])
+    assert torch.equal(first, states[1])
+    assert torch.equal(again, states[3])
+    assert greatest_difference(last, final) > 0.1  # the final norm is not applied
+    both, more = encoder(images, layers=(1,), output_hidden_states=True)
+    assert torch.equal(both[0], states[2])
+    assert len(more) == 4
+
+
+def test_no_block_behind_the_deepest_asked_is_run() -> None:
+    encoder = encode(VISION)
+    ran = []
+    for i, layer in enumerate(encoder.layers):
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+    encoder(pictures(1), layers=(-3, -2))
+    assert ran == [0, 1]
+
+
+def test_blocks_that_are_never_read_need_not_be_built() -> None:
+    """Layers count from the end of the whole net, so that -2 stays the block it was."""
+    whole, images = encode(VISION), pictures(2)
+    cut = VisionEncoder(VISION, num_layers=2, post_layernorm=False)
+    cut.load_state_dict({k: v for k, v in whole.state_dict().items() if k in cut.state_dict()})
+    assert len(cut.layers) == 2
+    assert not any("post_layernorm" in name for name, _ in cut.named_parameters())
+    expected = whole(images, layers=(-2, -3))
+    for found, wanted in zip(cut(images, layers=(-2, -3)), expected, strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(cut(images), expected[0])
+    with pytest.raises(ValueError, match="layer -1 of 3 was asked for, but 2 blocks are built"):
+        cut(images, layers=(-1,))
+
+
+@pytest.mark.parametrize("layer", [3, -4])
+def test_a_layer_that_is_not_there(layer: int) -> None:
+    with pytest.raises(ValueError, match=f"layer {layer} of 3 was asked for"):
+        encode(VISION)(pictures(1), layers=(0, layer))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    plain = encode(VISION).train()
+    saving = copy.deepcopy(plain)
+    saving.gradient_checkpointing = True
+    images = pictures(2)
+    runs = []
+    for encoder in (plain, saving):
+        calls = []
+        encoder.layers[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        features = encoder(images)
+        features.square().mean().backward()
+        runs.append((features, len(calls)))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert [calls for _, calls in runs] == [1, 2], "a checkpointed block runs again for gradients"
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert (a.grad is not None and a.grad.any()) or "k_proj.bias" in name  # softmax ignores it
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_norms_are_float32_whatever_the_weights_are() -> None:
+    """In bfloat16 the spread of values near 1000 would be lost in their own rounding."""
+    norm = encode(VISION).bfloat16().post_layernorm
+    x = (1000 + 8 * torch.randn(4, 24, generator=torch.Generator().manual_seed(0))).bfloat16()
+    expected = nn.functional.layer_norm(
+        x.float(), (24,), norm.weight.float(), norm.bias.float(), norm.eps
+    )
+    assert norm(x).dtype == torch.bfloat16
+    assert torch.equal(norm(x), expected.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("shape", "found"),
+    [
+        ((2, 1, 22, 22), r"\(2, 1, 22, 22\)"),
+        ((2, 4, 22, 22), r"\(2, 4, 22, 22\)"),
+        ((3, 22, 22), r"\(3, 22, 22\)"),
+        ((2, 22, 22, 3), r"\(2, 22, 22, 3\)"),
+        ((1, 3, 22, 6), r"\(1, 3, 22, 6\)"),
+        ((1, 2, 3, 22, 22), r"\(1, 2, 3, 22, 22\)"),
+    ],
+)
+def test_pictures_of_another_shape(shape: tuple[int, ...], found: str) -> None:
+    message = rf"expected pictures of shape \(B, 3, H, W\) .* at least 7 pixels, found {found}"
+    with pytest.raises(ValueError, match=message):
+        encode(VISION)(torch.zeros(shape))
+
+
+def test_pictures_must_be_normalised() -> None:
+    with pytest.raises(ValueError, match=r"floating point pictures, found torch\.uint8: scale"):
+        encode(VISION)(torch.zeros(1, 3, 22, 22, dtype=torch.uint8))

@@ -1,0 +1,116 @@
+"""A file or folder is complete or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from nanomolmo2.files import atomic_path, sha256_of
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_new_file_appears_at_the_end_only(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file.txt"
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+        assert temporary.parent == path.parent  # a rename never crosses file systems
+        assert temporary.suffix == ".txt"  # writers choose the format by it
+    assert path.read_text() == "new"
+    assert names(path.parent) == ["file.txt"]
+
+
+def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half of the n")
+        raise RuntimeError("disk full")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "file.txt") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_a_file_replaces_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["file.txt"]
+
+
+def write_folder(folder: Path, content: str, *files: str) -> None:
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_text(content)
+
+
+def test_a_folder_replaces_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write_folder(path, "old", "weights", "stale")
+    with atomic_path(path) as temporary:
+        write_folder(temporary, "new", "weights", "config")
+        assert names(path) == ["stale", "weights"]
+    assert names(path) == ["config", "weights"]
+    assert (path / "weights").read_text() == "new"
+    assert names(tmp_path) == ["model"]
+
+
+def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write_folder(path, "old", "weights")
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        write_folder(temporary, "new", "weights", "config")
+        raise RuntimeError("disk full")
+    assert names(path) == ["weights"]
+    assert (path / "weights").read_text() == "old"
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model"
+    write_folder(path, "old", "weights")
+    rename = os.replace
+
+    def fail_on_the_new(source: Path, target: Path) -> None:
+        if ".tmp-" in Path(source).name:
+            raise OSError("disk gone")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_on_the_new)
+    with pytest.raises(OSError, match="disk gone"), atomic_path(path) as temporary:
+        write_folder(temporary, "new", "weights")
+    assert (path / "weights").read_text() == "old"
+    assert names(tmp_path) == ["model"]
+
+
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    with atomic_path(path) as first, atomic_path(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # the outer one ends last
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_sha256(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()

@@ -1,0 +1,185 @@
+"""Every code block of the documentation runs, or is at least read by what it addresses.
+
+    python    run, block after block of a page, in a folder that looks like a checkout
+    bash      `nanomolmo2 ...` is run; `make ...` is planned (`make -n`), not carried out
+    no-run    needs the network or hours: Python is compiled, the flags of commands are checked
+
+Pages that load SigLIP 2 and Qwen3 find small random checkpoints under their names instead: two
+layers, width 32, on the same 27 x 27 grid and with the same vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from nanomolmo2 import cli
+from nanomolmo2.convert import pretrained
+from nanomolmo2.convert.parts import LLM, VISION
+from nanomolmo2.convert.tensor_files import write_cache
+from nanomolmo2.models import LLMConfig, VisionConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+SMALL_VISION = VisionConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+)
+SMALL_LLM = LLMConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+)
+# Tools of others, which only blocks that are not run may call.
+TOOLS = {"git", "pip", "pre-commit", "pytest", "python3", "source"}
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    language: str
+    run: bool
+    code: str
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(
+            page.name,
+            text[: found.start()].count("\n") + 1,
+            found["language"],
+            "no-run" not in found["info"],
+            found["code"],
+        )
+        for found in re.finditer(
+            r"^```(?P<language>\w+)(?P<info>.*)\n(?P<code>[\s\S]*?)^```$", text, re.MULTILINE
+        )
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+COMMANDS = [
+    pytest.param(block, shlex.split(line, comments=True), id=f"{block.page}:{block.line + n + 1}")
+    for block in BLOCKS
+    if block.language == "bash"
+    for n, line in enumerate(block.code.splitlines())
+    if shlex.split(line, comments=True)
+]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with the checkout's files in it, as working folder."""
+    for name in ("nanomolmo2", "models", "scripts", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def small_checkpoints(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small random checkpoints in ``checkpoints/``, in place of the downloaded ones."""
+    torch.manual_seed(0)
+    for name, part, config in (("VISION", VISION, SMALL_VISION), ("LLM", LLM, SMALL_LLM)):
+        write_cache(
+            checkout / "checkpoints" / part.cache_name,
+            component=part.component,
+            config=config.to_dict(),
+            source={"repo": part.repository},
+            state_dict=part.build(config).state_dict(),
+        )
+        monkeypatch.setattr(pretrained, name, dataclasses.replace(part, config=config))
+
+
+def test_the_blocks_are_found() -> None:
+    assert {"python", "bash"} <= {block.language for block in BLOCKS}
+    assert sum(block.run for block in BLOCKS) > len(BLOCKS) / 2
+
+
+@pytest.mark.parametrize(
+    "page",
+    [p for p in PAGES if any(b.language == "python" for b in blocks(p))],
+    ids=lambda p: p.name,
+)
+def test_python(page: Path, small_checkpoints: None) -> None:
+    names: dict[str, Any] = {"__name__": page.name}
+    for block in blocks(page):
+        if block.language == "python":
+            # Line numbers of a traceback are those of the page.
+            code = compile("\n" * block.line + block.code, str(page), "exec")
+            if block.run:
+                exec(code, names)
+
+
+@pytest.mark.parametrize(("block", "words"), COMMANDS)
+def test_command(
+    block: Block, words: list[str], checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variables = []
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        variables.append(words.pop(0))
+    tool, *arguments = words
+    tool = tool.removeprefix(".venv/bin/")
+    if tool == "nanomolmo2" and block.run:
+        assert cli.main(arguments) == 0, capsys.readouterr().err
+    elif tool == "nanomolmo2":
+        cli.parse(arguments)
+    elif tool == "make":
+        plan = ["make", "-n", *arguments, *variables]
+        done = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+    elif tool == "python" and arguments[0].startswith("scripts/"):
+        script, *flags = arguments
+        done = subprocess.run(
+            [sys.executable, script, *(["--help"] if not block.run else flags)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        for flag in flags:
+            assert not flag.startswith("--") or flag in done.stdout, f"{script} has no {flag}"
+    else:
+        assert tool in TOOLS, f"{tool} is not known here"
+        assert not block.run, "mark the block `no-run`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, _ = target.partition("#")
+        if path and not re.match(r"https?:", path):
+            assert (page.parent / path).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readme_lists_every_file_of_the_package() -> None:
+    """One line a file: none missing, none that is not there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.split("<!-- layout -->")[1].split("```")[1]
+    listed, folders = set(), [""] * 8
+    for indent, name, is_folder in re.findall(r"^( *)([\w.]+)(/?)", tree, re.MULTILINE):
+        depth = len(indent) // 2
+        folders[depth] = name
+        if not is_folder:
+            listed.add("/".join(folders[: depth + 1]))
+    present = {
+        str(path.relative_to(ROOT))
+        for folder in ("nanomolmo2", "scripts")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "__init__.py" or path.parent.name == "nanomolmo2"
+    }
+    assert listed == present, f"only in one of both: {sorted(listed ^ present)}"
