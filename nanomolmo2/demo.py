@@ -21,6 +21,7 @@ from nanomolmo2.processor import Point, load_image
 from nanomolmo2.processor.draw import draw_points
 
 DEMO = Path(__file__).parent / "assets" / "demo"
+MAX_NEW_TOKENS = 96  # six points and the words around them take about 60
 ZOOM = 3  # the picture is small: the overlay is drawn larger
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels
@@ -42,7 +43,8 @@ def run_demo(draw: Path, pipeline: Pipeline | None = None, console: Console | No
     console.print(
         f"Model: tiny, {parameters / 1e6:.1f} M parameters, loaded in "
         f"{time.perf_counter() - start:.1f} s\nPicture: {shown(DEMO / 'scene.png')}, "
-        f"{picture.width} x {picture.height} pixels; the model has never seen it\n"
+        f"{picture.width} x {picture.height} pixels; the model has never seen it\n",
+        soft_wrap=True,
     )
     start = time.perf_counter()
     points: list[Point] = []
@@ -51,6 +53,7 @@ def run_demo(draw: Path, pipeline: Pipeline | None = None, console: Console | No
         answer = pipeline.ask(
             picture,
             question["question"],
+            max_new_tokens=MAX_NEW_TOKENS,
             on_text=lambda text: console.print(text, end="", markup=False, soft_wrap=True),
         )
         points += answer.points

