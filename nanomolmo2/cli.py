@@ -276,6 +276,8 @@ class Train:
         ):
             if value is not None and value < least:
                 raise UsageError(f"{name} must be {least} or more, found {value}")
+        # Idle threads of torch would spin and take the core that the data workers need.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         from nanomolmo2.training.loop import LoopConfig
         from nanomolmo2.training.tiny import train_tiny
 

@@ -24,8 +24,8 @@ LAYERS = [
     {"convert"},
     {"generation", "data"},
     {"training", "evaluation", "demo"},
-    {"cli", "__init__", "scripts", "recipes"},
-    {"__main__"},
+    {"cli", "__init__"},
+    {"__main__", "scripts", "recipes"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 FORBIDDEN = {("data", "models"), ("data", "convert")}  # data meets the model in Batch

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from nanomolmo2.config import Config, read_json_object
 from nanomolmo2.convert.reference_config import (
@@ -79,8 +80,20 @@ LLM = Part(
 
 def build_on_meta(build: Callable[[Any], nn.Module], config: Config) -> nn.Module:
     """Build a module without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInit():
         return build(config)
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Skip ``torch.nn.init``: on the meta device it only imports a compiler, for a second."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 CACHE_FORMAT = "nanomolmo2"
 CACHE_VERSION = 1
+COMPONENTS = ("vision_encoder", "llm")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -220,6 +221,8 @@ class CacheFile:
         for name, kind in kinds.items():
             if not isinstance(payload.get(name), kind):
                 raise self._wrong(f"{name} of type {type(payload.get(name)).__name__}")
+        if payload["component"] not in COMPONENTS:
+            raise self._wrong(f"component {payload['component']!r}")
         state_dict = payload.pop("state_dict")
         if not all(isinstance(t, Tensor) and t.is_floating_point() for t in state_dict.values()):
             raise self._wrong("entries that are not floating point tensors")

@@ -7,8 +7,8 @@ Stages, in the order in which each makes the next one easy:
               cell, and holds the digits of its position
     presence  decoder on frozen vision: many short yes/no questions a picture teach it to look for
               the noun that was asked
-    coarse    all questions, points on a grid of 50 thousandths; vision frozen
-    fine      all questions and all weights, points on a grid of 10 thousandths
+    coarse    all questions and all weights, points on a grid of 50 thousandths
+    fine      the same on a grid of 10 thousandths, until the rates are near zero
 
 What was measured on the way is in docs/tiny.md and docs/log.md.
 """
@@ -304,7 +304,7 @@ class QuestionStage(Stage):
         dense, dense_metrics = self.learner.heads(
             patches, tokens, self.learner.noun_embeddings().detach(), labels
         )
-        return loss + 0.3 * dense, {**metrics, **dense_metrics}
+        return loss + dense, {**metrics, **dense_metrics}
 
     def after_step(self) -> None:
         self.learner.clear_placeholder()
@@ -328,16 +328,18 @@ COARSE = QuestionPlan(
     mix=BranchMix(presence=3, count=2, number=1, point=5, caption=1, spatial=1),
     snap=50,
     llm_rate=2e-3,
+    vision_rate=0.004,
 )
 FINE = QuestionPlan(
     name="fine",
     stream=4,
     mix=BranchMix(presence=3, count=2, number=1, point=4, caption=1, spatial=2),
     snap=10,
-    llm_rate=1e-3,
-    vision_rate=0.006,
+    llm_rate=1.5e-3,
+    vision_rate=0.004,
     final_ratio=0.02,
 )
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -352,7 +354,7 @@ class Scale:
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(crops=700, scenes=1300, presence=300, coarse=500, fine=1200),
+    "full": Scale(crops=700, scenes=1300, presence=300, coarse=600, fine=1100),
     "small": Scale(crops=300, scenes=300, presence=150, coarse=150, fine=100),
     "smoke": Scale(crops=2, scenes=2, presence=2, coarse=2, fine=2, batch_size=4),
 }
