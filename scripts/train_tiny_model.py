@@ -2,8 +2,8 @@
 
     python scripts/train_tiny_model.py --out runs/tiny
 
-Works from a checkout. ``--resume`` goes on where a run was stopped; the same seed on the same kind of
-machine gives the same model.
+Works from a checkout. ``--resume`` goes on where a run was stopped; the same seed on the same kind
+of machine gives the same model.
 """
 
 from __future__ import annotations

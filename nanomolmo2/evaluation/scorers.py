@@ -9,9 +9,13 @@ from nanomolmo2.data.emoji.sprites import CATEGORIES, PLURALS
 
 Box = Sequence[float]  # x0, y0, x1, y1
 
-_FORMS = {form: noun for n, p in zip(CATEGORIES, PLURALS, strict=True) for form, noun in ((n, n), (p, n))}
+_FORMS = {
+    form: noun for n, p in zip(CATEGORIES, PLURALS, strict=True) for form, noun in ((n, n), (p, n))
+}
 # Longest first: "hot dog" must not be read as "dog".
-_NOUN = re.compile(r"\b(" + "|".join(sorted(map(re.escape, _FORMS), key=len, reverse=True)) + r")\b")
+_NOUN = re.compile(
+    r"\b(" + "|".join(sorted(map(re.escape, _FORMS), key=len, reverse=True)) + r")\b"
+)
 
 
 def f1(hits: int, predicted: int, expected: int) -> float:

@@ -218,9 +218,7 @@ class NanoMolmo2(nn.Module):
         from nanomolmo2.generation.sampling import SamplingParams
 
         self._check_text(prompt_ids, attention_mask=attention_mask)
-        merged = self._merge(
-            prompt_ids, pixel_values, attention_mask, None, None, visual_tokens
-        )
+        merged = self._merge(prompt_ids, pixel_values, attention_mask, None, None, visual_tokens)
         eos = self.config.eos_token_id if eos_token_id == "config" else eos_token_id
         new = generate(
             self.llm,

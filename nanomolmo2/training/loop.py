@@ -60,7 +60,9 @@ class LoopConfig:
     evaluate_every: int = 0  # 0 = only at the end of a stage
     clip_norm: float = 1.0
     workers: int = 1  # 0 = prepare data between steps
-    stop_after: int | None = None  # steps of this call, all stages together; the rest can be resumed
+    stop_after: int | None = (
+        None  # steps of this call, all stages together; the rest can be resumed
+    )
     quiet: bool = False
 
 
@@ -109,9 +111,10 @@ def run(
         if left is not None:
             left -= done
         if left == 0:
-            return number == len(stages) - 1 and (start.step if start else 0) + done >= stages[
-                number
-            ].steps
+            return (
+                number == len(stages) - 1
+                and (start.step if start else 0) + done >= stages[number].steps
+            )
     return True
 
 

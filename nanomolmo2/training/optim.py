@@ -1,4 +1,4 @@
-"""Optimisers and schedules: AdamW for vectors and tables, Muon for matrices, one group a component."""
+"""Optimisers and schedules: AdamW for vectors and tables, Muon for matrices, by component."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:

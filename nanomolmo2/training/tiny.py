@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from nanomolmo2.batch import Batch
 from nanomolmo2.data.emoji.questions import BranchMix, make_branches
 from nanomolmo2.data.emoji.scenes import Scene, render_crop, render_scene, train_rng
-from nanomolmo2.data.emoji.sprites import CATEGORIES, Sprites
+from nanomolmo2.data.emoji.sprites import Sprites
 from nanomolmo2.data.emoji.vocabulary import (
     ADDITIONAL_VOCAB_SIZE,
     build_tokenizer,
@@ -42,6 +42,7 @@ from nanomolmo2.models import (
     NanoMolmo2Config,
     VisionConfig,
 )
+from nanomolmo2.models.language_model import Attention
 from nanomolmo2.processor.collate import collate
 from nanomolmo2.processor.processor import Processor, ProcessorConfig
 from nanomolmo2.processor.tokenizer import Tokenizer
@@ -134,11 +135,11 @@ class Learner(nn.Module):
             embedding[plural] = embedding[self.noun_ids[category]]
         self.clear_placeholder()
         # Queries start as the keys of their group: attention begins as a search for equal content.
-        for layer in self.model.llm.layers:
-            attention = layer.self_attn
-            heads = attention.k_proj.weight.unflatten(0, (-1, attention.head_dim))
-            group = attention.q_proj.out_features // attention.k_proj.out_features
-            attention.q_proj.weight.copy_(heads.repeat_interleave(group, dim=0).flatten(0, 1))
+        for module in self.model.llm.modules():
+            if isinstance(module, Attention):
+                heads = module.k_proj.weight.unflatten(0, (-1, module.head_dim))
+                group = module.q_proj.out_features // module.k_proj.out_features
+                module.q_proj.weight.copy_(heads.repeat_interleave(group, dim=0).flatten(0, 1))
 
     @torch.no_grad()
     def clear_placeholder(self) -> None:
@@ -273,10 +274,15 @@ class QuestionStage(Stage):
                 lr=lr, matrix_lr=matrix_lr, warmup_steps=50, final_ratio=plan.final_ratio
             )
 
-        parts = {"llm": (model.llm, rates(plan.llm_rate, 0.0))}
+        parts: dict[str, tuple[nn.Module, OptimConfig]] = {
+            "llm": (model.llm, rates(plan.llm_rate, 0.0))
+        }
         if plan.vision_rate:
             vision = rates(plan.vision_rate / 10, plan.vision_rate)
-            parts |= {"vision": (model.vision_encoder, vision), "connector": (model.connector, vision)}
+            parts |= {
+                "vision": (model.vision_encoder, vision),
+                "connector": (model.connector, vision),
+            }
             parts["heads"] = (self.learner.heads, rates(plan.vision_rate / 10, 0.0))
         return parts
 

@@ -1,8 +1,8 @@
 """What the vision encoder and the connector are taught before, and while, the decoder learns.
 
-Heads that exist only in training. They ask the visual tokens for what the decoder will need to read
-off them: the noun of the object whose centre lies in the token's cell, in the direction of that noun's
-own embedding, and the digits of its position.
+Heads that exist only in training. They ask the visual tokens for what the decoder will need to
+read off them: the noun of the object whose centre lies in the token's cell, in the direction of
+that noun's own embedding, and the digits of its position.
 
 B scenes, N patches, n visual tokens (cells), D llm width, C categories.
 """
@@ -39,13 +39,18 @@ def label_scenes(scenes: list[Scene], patch_size: int, cell_size: int) -> SceneL
     """Dense targets for scenes of one size; cells and patches in pixels."""
     return SceneLabels(
         torch.from_numpy(np.stack([_patch_classes(s, patch_size) for s in scenes])),
-        *map(torch.from_numpy, map(np.stack, zip(*[_cells(s, cell_size) for s in scenes], strict=True))),
+        *map(
+            torch.from_numpy,
+            map(np.stack, zip(*[_cells(s, cell_size) for s in scenes], strict=True)),
+        ),
     )
 
 
 def _patch_classes(scene: Scene, patch: int) -> np.ndarray:
     side = scene.instance_map.shape[0] // patch
-    tiles = scene.instance_map.reshape(side, patch, side, patch).swapaxes(1, 2).reshape(-1, patch**2)
+    tiles = (
+        scene.instance_map.reshape(side, patch, side, patch).swapaxes(1, 2).reshape(-1, patch**2)
+    )
     shares = np.stack([(tiles == i).mean(axis=1) for i in range(len(scene.objects))], axis=1)
     winner = shares.argmax(axis=1)
     classes = np.array([CATEGORIES.index(o.category) + 1 for o in scene.objects], np.int64)
@@ -78,6 +83,8 @@ def scale_loss(x: Tensor, target: float) -> Tensor:
 
 class VisionHeads(nn.Module):
     """Linear readers of patch features and visual tokens."""
+
+    class_weights: Tensor
 
     def __init__(self, vision_dim: int, llm_dim: int) -> None:
         super().__init__()

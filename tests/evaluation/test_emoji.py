@@ -53,7 +53,15 @@ def test_a_blind_model_is_found_out():
 
 def test_silence_scores_nothing():
     scores = answered(lambda one: "")
-    for name in ("presence", "count", "number", "point_f1", "point_absent", "caption_f1", "spatial"):
+    for name in (
+        "presence",
+        "count",
+        "number",
+        "point_f1",
+        "point_absent",
+        "caption_f1",
+        "spatial",
+    ):
         assert scores.means[name] == 0, name
 
 
@@ -65,7 +73,9 @@ def test_test_sets_are_fixed_and_apart():
     assert not any((x.image == y.image).all() for x, y in zip(first[0], other, strict=True))
 
 
-@pytest.mark.parametrize(("options", "message"), [({"group": "oil"}, "art group"), ({"scenes": 0}, "scenes")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"group": "oil"}, "art group"), ({"scenes": 0}, "scenes")]
+)
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         emoji.evaluate(None, None, **options)

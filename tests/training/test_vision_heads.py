@@ -37,7 +37,9 @@ def test_patch_labels_follow_the_instance_map():
             row, column = divmod(patch, 12)
             tile = scene.instance_map[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
             if label:
-                owners = [i for i, o in enumerate(scene.objects) if o.category == CATEGORIES[label - 1]]
+                owners = [
+                    i for i, o in enumerate(scene.objects) if o.category == CATEGORIES[label - 1]
+                ]
                 assert np.isin(tile, owners).mean() >= 0.3
             else:
                 assert all((tile == i).mean() < 0.3 for i in range(len(scene.objects)))
