@@ -73,7 +73,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     """Parse a JSON file that must hold one object. Raises: ValueError naming the file."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): copy the file again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, found {_describe(values)}")

@@ -79,9 +79,19 @@ LLM = Part(
 
 
 def build_on_meta(build: Callable[[Any], nn.Module], config: Config) -> nn.Module:
-    """Build a module without memory for its weights."""
-    with torch.device("meta"), _WithoutInit():
-        return build(config)
+    """Build a module without memory for its weights.
+
+    Raises: ValueError for sizes that no tensor can have.
+    """
+    try:
+        with torch.device("meta"), _WithoutInit():
+            return build(config)
+    except (TypeError, RuntimeError, OverflowError) as error:  # torch's own, one for each way
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{type(config).__name__} has sizes that can not be built ({reason}): correct "
+            f"{CONFIG_NAME}"
+        ) from error
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -94,6 +104,18 @@ class _WithoutInit(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
+
+
+def check_depth(config: Any, num_tensors: int, source: str) -> None:
+    """Refuse a config with more blocks than tensors, before time goes into building them.
+
+    Raises: ValueError naming both numbers.
+    """
+    if config.num_hidden_layers > num_tensors:
+        raise ValueError(
+            f"{source}: the config asks for {config.num_hidden_layers} blocks, but the weights are "
+            f"{num_tensors} tensors: is it the one that they were saved with?"
+        )
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -121,8 +143,9 @@ def open_reference(directory: str | Path, part: Part) -> tuple[nn.Module, dict[s
         config = part.config_from_reference(values)
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG_NAME}: {error}") from None
-    module = build_on_meta(part.build, config)
     tensors = open_safetensors(directory)
+    check_depth(config, len(tensors), str(directory))
+    module = build_on_meta(part.build, config)
     if getattr(config, "tie_word_embeddings", False):
         tensors = _without_tied_head(directory, tensors, part.prefix)
     renamed: Mapping[str, Readable] = from_reference(

@@ -32,6 +32,7 @@ from nanomolmo2.convert.parts import (
     VISION,
     Part,
     build_on_meta,
+    check_depth,
     open_reference,
     read_config,
 )
@@ -220,16 +221,17 @@ def _open_part(
     revision: str | None,
 ) -> tuple[nn.Module, Mapping[str, Readable]]:
     """Find a part: its module on the meta device, and its tensors, not read yet."""
-    if name_or_path is None or str(name_or_path) == part.repository:
+    name = part.repository if name_or_path is None else str(name_or_path)
+    if name == part.repository and (name_or_path is None or not Path(name).is_dir()):
         if cache_dir is not None and (path := Path(cache_dir) / part.cache_name).exists():
             cache = CacheFile(path)
             _check_origin(part, cache)
             if revision is None or cache_matches(cache, part.repository, revision):
                 return _open_cache(part, cache)
         return open_reference(fetch(part.repository, revision).directory, part)
-    if Path(name_or_path).is_file():
-        return _open_cache(part, CacheFile(name_or_path))
-    directory = _find_directory(name_or_path, revision)
+    if Path(name).is_file():
+        return _open_cache(part, CacheFile(name))
+    directory = _find_directory(name, revision)
     if read_config(directory).get("model_type") != MODEL_TYPE:
         return open_reference(directory, part)
     model, tensors = _open_own(directory)
@@ -248,8 +250,10 @@ def _open_own(directory: Path) -> tuple[NanoMolmo2, Mapping[str, Readable]]:
             f"LanguageModel.from_pretrained"
         )
     config = NanoMolmo2Config.load(directory / CONFIG_NAME, ignore=("model_type",))
-    model = cast(NanoMolmo2, build_on_meta(NanoMolmo2, config))
     tensors = open_safetensors(directory)
+    for part_config in (config.vision_config, config.llm_config):
+        check_depth(part_config, len(tensors), str(directory))
+    model = cast(NanoMolmo2, build_on_meta(NanoMolmo2, config))
     _check_fit(model, tensors, str(directory))
     return model, tensors
 
@@ -261,6 +265,7 @@ def _open_cache(part: Part, cache: CacheFile) -> tuple[nn.Module, Mapping[str, R
         config = type(part.config).from_dict(cache.config)
     except ValueError as error:
         raise ValueError(f"{cache.path}: {error}") from None
+    check_depth(config, len(cache.tensors), str(cache.path))
     module = build_on_meta(part.build, config)
     _check_fit(module, cache.tensors, str(cache.path))
     return module, cache.tensors
@@ -397,6 +402,8 @@ def _write_weights(
     for file, names in split.filename_to_tensors.items():
         shard = {name: state_dict[name].detach().cpu().contiguous() for name in names}
         save_file(shard, directory / file, metadata={"format": "pt"})
+        # safetensors makes files that only their owner can read.
+        shutil.copymode(directory / CONFIG_NAME, directory / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(directory / INDEX_NAME, index)

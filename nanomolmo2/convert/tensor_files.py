@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,7 +267,9 @@ class CacheFile:
     def _load(self) -> dict[str, Any]:
         try:
             payload = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:  # a damaged pickle may raise anything
             reason = str(error).split("\n")[0][:120]
             raise self._wrong(f"something that torch can not load safely ({reason})") from None
         if not isinstance(payload, dict):

@@ -87,7 +87,7 @@ def run(
     *,
     resume: bool = False,
 ) -> bool:
-    """Train ``learner`` through all stages; write ``checkpoint.pt`` and ``log.jsonl`` to ``folder``.
+    """Train ``learner`` through all stages; ``folder`` gets ``checkpoint.pt`` and ``log.jsonl``.
 
     Returns: whether the last stage was finished.
     Raises: ValueError if the folder already holds a run and ``resume`` is off, or the loss is not

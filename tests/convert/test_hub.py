@@ -268,6 +268,16 @@ def test_any_repository_by_name(fake_hub: FakeHub, tmp_path: Path) -> None:
     assert LanguageModel.from_pretrained("Qwen/Qwen3-8B").lm_head is not None
 
 
+def test_a_folder_comes_before_the_hub(
+    fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    reference = make_qwen3(tmp_path / "Qwen" / "Qwen3-0.6B-Base", vocab_size=50)
+    loaded = LanguageModel.from_pretrained("Qwen/Qwen3-0.6B-Base")
+    assert loaded.config.vocab_size == reference.config.vocab_size == 50
+    assert not fake_hub.sent
+
+
 # ---- what can go wrong ----
 
 
