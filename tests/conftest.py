@@ -19,5 +19,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for mark, reason in ON_REQUEST.items():
         if not config.getoption(f"--{mark}"):
             for item in items:
-                if mark in item.keywords:
+                if item.get_closest_marker(mark):  # keywords would match parameter ids too
                     item.add_marker(pytest.mark.skip(reason=reason))

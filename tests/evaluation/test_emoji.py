@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from nanomolmo2.convert.pretrained import load
 from nanomolmo2.evaluation import emoji
 from nanomolmo2.evaluation.emoji import ROWS, score
 
@@ -79,3 +81,19 @@ def test_test_sets_are_fixed_and_apart():
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         emoji.evaluate(None, None, **options)
+
+
+def test_the_bundled_model_sees():
+    """The shipped file on 30 of its test scenes; docs/tiny.md has the scores on all of them."""
+    model, processor = load("tiny", dtype=torch.float32)
+    scores = emoji.evaluate(model, processor, group="seen", scenes=30).means
+    for name, floor in (
+        ("presence", 0.85),
+        ("count", 0.70),
+        ("count_zero", 0.75),
+        ("point_f1", 0.60),
+        ("point_absent", 0.75),
+        ("caption_f1", 0.60),
+    ):
+        assert scores[name] >= floor, (name, scores[name])
+    assert scores["same_point"] < 0.1 and scores["same_presence"] < 0.2
