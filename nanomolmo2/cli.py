@@ -249,8 +249,8 @@ class Train:
     scale: Annotated[
         Literal["full", "small", "smoke"],
         arg(
-            help="how long: full makes the shipped model (hours on two cores), small shows that it "
-            "learns, smoke only that everything runs"
+            help="how long: full makes the shipped model (100 minutes on two cores), small shows "
+            "that it learns, smoke only that everything runs"
         ),
     ] = "full"
     seed: Annotated[
