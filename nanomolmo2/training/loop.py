@@ -60,9 +60,7 @@ class LoopConfig:
     evaluate_every: int = 0  # 0 = only at the end of a stage
     clip_norm: float = 1.0
     workers: int = 1  # 0 = prepare data between steps
-    stop_after: int | None = (
-        None  # steps of this call, all stages together; the rest can be resumed
-    )
+    stop_after: int | None = None  # steps of this call over all stages; the rest can be resumed
     quiet: bool = False
 
 

@@ -43,6 +43,7 @@ from nanomolmo2.models import (
     VisionConfig,
 )
 from nanomolmo2.models.language_model import Attention
+from nanomolmo2.models.nanomolmo2 import IGNORED_LABEL
 from nanomolmo2.processor.collate import collate
 from nanomolmo2.processor.processor import Processor, ProcessorConfig
 from nanomolmo2.processor.tokenizer import Tokenizer
@@ -301,7 +302,7 @@ class QuestionStage(Stage):
         assert questions.labels is not None
         with torch.no_grad():
             targets = questions.labels[:, 1:]
-            known = targets != -100
+            known = targets != IGNORED_LABEL
             right = logits[:, :-1].argmax(-1)[known] == targets[known]
             metrics["token_accuracy"] = right.float().mean().item()
         if not self.plan.vision_rate:
