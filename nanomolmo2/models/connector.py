@@ -1,6 +1,7 @@
 """The connector: vision features to tokens of the language model's width.
 
-B pictures, N patches, n visual tokens, F feature width, Dv vision_dim, D llm_dim, W window patches.
+B pictures or crops, N patches, n visual tokens, F feature width, Dv vision_dim, D llm_dim, W slots of
+a window.
 """
 
 from __future__ import annotations
@@ -163,25 +164,53 @@ class PoolingConnector(nn.Module):
         )
         self.image_projector = MLP(config.vision_dim, config.intermediate_size, config.llm_dim)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, image_token_pooling: Tensor | None = None) -> Tensor:
+        """(B, N, F) -> (B, n, D) by square windows; with an index (n, W) over all B * N -> (n, D).
+
+        A window of the index that is empty (only -1) gives no token.
+        """
         B, N, _ = features.shape
+        if image_token_pooling is None:
+            windows, uneven = self._square_windows(B, N, features.device)
+            return self._pool(features, windows, uneven).unflatten(0, (B, -1))
+        index = image_token_pooling.to(features.device)
+        if index.ndim != 2 or index.is_floating_point():
+            raise ValueError(
+                f"expected image_token_pooling of shape (tokens, slots) and an integer type, found "
+                f"{tuple(index.shape)} {index.dtype}"
+            )
+        if index.numel() and (int(index.min()) < -1 or int(index.max()) >= B * N):
+            raise ValueError(
+                f"image_token_pooling runs from {int(index.min())} to {int(index.max())}, but "
+                f"{B} crop(s) of {N} patches were given: it counts the patches of all crops of the "
+                f"batch from 0, -1 = empty"
+            )
+        index = index[(index >= 0).any(dim=1)]
+        return self._pool(features, index, has_empty=bool((index < 0).any()))
+
+    def _pool(self, features: Tensor, index: Tensor, has_empty: bool) -> Tensor:
+        """(B, N, F), (n, W) -> (n, D); ``has_empty``: there are -1 in the index."""
+        valid = index >= 0
+        # Empty slots leave the mean and the keys: a zero vector would still be attended to through
+        # the key bias.
+        windows = features.flatten(0, 1)[index.clamp(min=0)] * valid[:, :, None]  # (n, W, F)
+        query = windows.sum(dim=1) / valid.sum(dim=1).clamp(min=1)[:, None]  # (n, F)
+        mask = valid[:, None, None, :] if has_empty else None
+        pooled = self.image_pooling_2d(query[:, None], windows, mask)  # (n, 1, Dv)
+        return self.image_projector(pooled[:, 0])
+
+    def _square_windows(self, B: int, N: int, device: torch.device) -> tuple[Tensor, bool]:
+        """(B * n, W) windows of B pictures, each a square grid of N patches; are some uneven?"""
         side = math.isqrt(N)
         if side * side != N:
             raise ValueError(
                 f"the pooling connector cuts a square grid into windows, found {N} patches: "
                 f"send square pictures"
             )
-        index = window_index(side, side, self.pooling_size).to(features.device)  # (n, W)
-        valid = index >= 0
-        # The empty slots of an uneven grid leave the mean and the keys: a zero vector would still
-        # be attended to through the key bias.
-        windows = features[:, index.clamp(min=0)] * valid[None, :, :, None]  # (B, n, W, F)
-        query = windows.sum(dim=2) / valid.sum(dim=1).clamp(min=1)[None, :, None]  # (B, n, F)
-        mask = None if side % self.pooling_size == 0 else valid.repeat(B, 1)[:, None, None, :]
-        pooled = self.image_pooling_2d(
-            query.flatten(0, 1)[:, None], windows.flatten(0, 1), mask
-        )  # (B*n, 1, Dv)
-        return self.image_projector(pooled[:, 0].unflatten(0, (B, -1)))
+        index = window_index(side, side, self.pooling_size).to(device)  # (n, W)
+        first = torch.arange(0, B * N, N, device=device)[:, None, None]
+        windows = torch.where(index < 0, index, index + first).flatten(0, 1)
+        return windows, side % self.pooling_size != 0
 
 
 CONNECTORS: dict[str, type[nn.Module]] = {
@@ -200,11 +229,23 @@ class MultimodalConnector(nn.Module):
         self.config = config = config or ConnectorConfig()
         self.layers = CONNECTORS[config.connector_type](config)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Raises: ValueError for features of another width."""
+    def forward(self, features: Tensor, image_token_pooling: Tensor | None = None) -> Tensor:
+        """Args:
+            features: (B, N, F).
+            image_token_pooling: (n, W) patches of every visual token, counted over all B * N, -1 =
+                empty slot; only for ``pooling``. The tokens are then (n, D), empty rows left out.
+        Raises: ValueError for features of another width, an index that does not fit.
+        """
         if features.ndim != 3 or features.shape[-1] != self.config.feature_dim:
             raise ValueError(
                 f"the connector expects features of shape (B, N, {self.config.feature_dim}), found "
                 f"{tuple(features.shape)}: does vision_dim fit the vision encoder?"
             )
-        return self.layers(features)
+        if image_token_pooling is None:
+            return self.layers(features)
+        if self.config.connector_type != "pooling":
+            raise ValueError(
+                f"image_token_pooling belongs to the pooling connector, this one is "
+                f"{self.config.connector_type!r}: send whole pictures (I, 3, H, W) instead"
+            )
+        return self.layers(features, image_token_pooling)

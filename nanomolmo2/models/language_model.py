@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanomolmo2.config import Config
-from nanomolmo2.models.attention import attend, causal_mask
+from nanomolmo2.models.attention import Mask, attend, causal_mask
 from nanomolmo2.models.kv_cache import KVCache
 
 
@@ -98,7 +98,7 @@ class Context:
 
     cos: Tensor  # (B or 1, 1, T, Dh)
     sin: Tensor
-    mask: Tensor | None  # (B or 1, 1, T, S), None = causal or everything
+    mask: Mask  # (B or 1, 1, T, S), None = causal or everything
     causal: bool
     cache: KVCache | None
     key_mask: Tensor | None  # (B, S) for the cache to remember
@@ -189,7 +189,7 @@ class LanguageModel(nn.Module):
         input_ids: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask = None,
         position_ids: Tensor | None = None,
         past_key_values: KVCache | None = None,
         use_cache: bool = False,
@@ -201,7 +201,8 @@ class LanguageModel(nn.Module):
             input_ids: (B, T) int64 below ``num_embeddings``; or
             inputs_embeds: (B, T, D).
             attention_mask: (B, T) or, with a past, (B, S): 1 = real token, 0 = padding on either
-                side; or (B or 1, 1, T, S): True = see, or additive floats, used as it is.
+                side; or (B or 1, 1, T, S): True = see, or additive floats, used as it is; or a
+                FlexAttention block mask, without a past.
             position_ids: (B, T); by default real tokens are counted from 0, the past included.
             past_key_values: the cache of earlier calls; the new positions are appended to it.
             use_cache: also return the cache (a new one if none was given).
@@ -234,7 +235,7 @@ class LanguageModel(nn.Module):
         input_ids: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask = None,
         position_ids: Tensor | None = None,
         past_key_values: KVCache | None = None,
         states: list[Tensor] | None = None,
@@ -299,7 +300,7 @@ class LanguageModel(nn.Module):
     def _context(
         self,
         x: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Mask,
         position_ids: Tensor | None,
         cache: KVCache | None,
     ) -> Context:
@@ -312,9 +313,13 @@ class LanguageModel(nn.Module):
                 f"the sequence has {S} positions, the model's context holds "
                 f"{self.config.max_position_embeddings}: shorten the text or send fewer pictures"
             )
-        mask: Tensor | None = None
+        mask: Mask = None
         key_mask: Tensor | None = None
-        if attention_mask is not None and attention_mask.ndim == 4:
+        if attention_mask is not None and not isinstance(attention_mask, Tensor):
+            if cache is not None:
+                raise ValueError("a FlexAttention block mask is for whole sequences: pass no cache")
+            mask = attention_mask
+        elif attention_mask is not None and attention_mask.ndim == 4:
             mask = self._full_mask(attention_mask, B, T, S, x.dtype)
             key_mask = self._key_mask(None, B, T, past, cache)
         else:

@@ -1,7 +1,8 @@
 """NanoMolmo2: vision encoder, connector and language model as one.
 
 B rows, L tokens a row, T positions after pictures took their place, n visual tokens a picture,
-V vocabulary.
+V vocabulary. In the Molmo2 design M crops of N patches of P x P pixels; a visual token pools up to
+W patches.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomolmo2.config import Config
-from nanomolmo2.models.attention import sequence_mask
+from nanomolmo2.models.attention import sequence_mask, tree_positions
 from nanomolmo2.models.connector import ConnectorConfig, MultimodalConnector
 from nanomolmo2.models.language_model import LanguageModel, LLMConfig
 from nanomolmo2.models.merge import Pictures, Placement, list_pictures, place
@@ -143,20 +144,25 @@ class NanoMolmo2(nn.Module):
         subsegment_ids: Tensor | None = None,
         loss_weights: Tensor | None = None,
         visual_tokens: Tensor | None = None,
+        image_token_pooling: Tensor | None = None,
     ) -> Any:
         """Logits of text and pictures, and the loss if there are labels.
 
         Args:
             input_ids: (B, L) int64 with image tokens, one a picture or one a visual token.
             pixel_values: normalised pictures; the forms are listed in
-                :func:`nanomolmo2.models.merge.list_pictures`.
+                :func:`nanomolmo2.models.merge.list_pictures`. In the Molmo2 design (M, N, 3*P*P):
+                the crops of all pictures (or frames) of the batch, cut into patches.
             labels: (B, L), the token at its own position (shifted inside); -100 = no loss.
             attention_mask: (B, L), 0 = padding on either side.
-            position_ids, subsegment_ids: (B, L), message trees; only where the image tokens are
-                already written out one a visual token.
+            position_ids, subsegment_ids: (B, L), message trees and packs; only where the image
+                tokens are already written out one a visual token. Positions follow from the
+                subsegments if they are not given.
             loss_weights: (B, L) float, aligned with labels; 1 by default.
             visual_tokens: (I, n, D), what :meth:`encode_images` gave for the pictures, in their
                 place.
+            image_token_pooling: (n, W), patches of each visual token of the batch, counted over all
+                M * N, -1 = empty slot; one row for every image token in reading order.
         Returns: logits (B, T, V), T = L + n - 1 for one picture a row; with labels (logits, loss):
             the weighted mean cross-entropy over all labelled tokens of the batch.
         Raises: ValueError where image tokens and pictures, shapes, ids or the context disagree.
@@ -170,7 +176,13 @@ class NanoMolmo2(nn.Module):
             loss_weights=loss_weights,
         )
         merged = self._merge(
-            input_ids, pixel_values, attention_mask, position_ids, subsegment_ids, visual_tokens
+            input_ids,
+            pixel_values,
+            attention_mask,
+            position_ids,
+            subsegment_ids,
+            visual_tokens,
+            image_token_pooling,
         )
         mask = merged.key_mask if merged.attention_mask is None else merged.attention_mask
         logits = self.llm(
@@ -200,11 +212,13 @@ class NanoMolmo2(nn.Module):
         pad_token_id: int | None = None,
         on_token: Callable[[Tensor], None] | None = None,
         visual_tokens: Tensor | None = None,
+        image_token_pooling: Tensor | None = None,
     ) -> Tensor:
         """Continue every row until its end token or ``max_new_tokens``.
 
         Args:
-            prompt_ids: (B, L); pixel_values, attention_mask, visual_tokens: as in :meth:`forward`.
+            prompt_ids: (B, L); pixel_values, attention_mask, visual_tokens, image_token_pooling: as
+                in :meth:`forward`.
             temperature: 0 = greedy. top_p: 1 = off. top_k: 0 = off.
             seed: of every row's own generator, or one a row: a row draws the same alone and in any
                 batch. None = a fresh one.
@@ -218,7 +232,13 @@ class NanoMolmo2(nn.Module):
         from nanomolmo2.generation.sampling import SamplingParams
 
         self._check_text(prompt_ids, attention_mask=attention_mask)
-        merged = self._merge(prompt_ids, pixel_values, attention_mask, None, None, visual_tokens)
+        merged = self._merge(
+            prompt_ids,
+            pixel_values,
+            attention_mask,
+            visual_tokens=visual_tokens,
+            image_token_pooling=image_token_pooling,
+        )
         eos = self.config.eos_token_id if eos_token_id == "config" else eos_token_id
         new = generate(
             self.llm,
@@ -233,14 +253,19 @@ class NanoMolmo2(nn.Module):
         )
         return torch.cat([prompt_ids, new], dim=1)
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Pictures (I, 3, H, W) -> visual tokens (I, n, D); frozen vision leaves no graph."""
+    def encode_images(
+        self, pixel_values: Tensor, image_token_pooling: Tensor | None = None
+    ) -> Tensor:
+        """Pictures (I, 3, H, W) -> visual tokens (I, n, D); frozen vision leaves no graph.
+
+        With an index (n, W) over the patches of all pictures or crops (M, N, 3*P*P) -> (n, D).
+        """
         layers = self.config.connector.vit_layers
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_encoder.frozen):
             features = self.vision_encoder(pixel_values, layers=layers)
         if layers is not None:
             features = torch.cat(features, dim=-1)
-        return self.connector(features)
+        return self.connector(features, image_token_pooling)
 
     def parameter_summary(self) -> str:
         """Print, and return, the table of parts: what trains, parameters, gradient memory."""
@@ -287,9 +312,10 @@ class NanoMolmo2(nn.Module):
         input_ids: Tensor,
         pixel_values: Pictures,
         attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        subsegment_ids: Tensor | None,
+        position_ids: Tensor | None = None,
+        subsegment_ids: Tensor | None = None,
         visual_tokens: Tensor | None = None,
+        image_token_pooling: Tensor | None = None,
     ) -> Merged:
         """Encode the pictures and put them where the image tokens are."""
         text = self.llm.embed(input_ids)  # (B, L, D)
@@ -297,9 +323,15 @@ class NanoMolmo2(nn.Module):
         counts = is_image.sum(dim=1).tolist()
         if visual_tokens is not None and pixel_values is not None:
             raise ValueError("pass pixel_values or visual_tokens, not both")
-        pictures, by_row = list_pictures(pixel_values, counts, self._visual_tokens(pixel_values))
-        features = self._encode_list(pictures) if visual_tokens is None else list(visual_tokens)
-        placement = place(is_image, [len(f) for f in features], attention_mask, by_row)
+        if image_token_pooling is not None:
+            features = [self._encode_crops(pixel_values, image_token_pooling, sum(counts))]
+            placement = place(is_image, [1] * sum(counts), attention_mask)
+        else:
+            pictures, by_row = list_pictures(
+                pixel_values, counts, self._visual_tokens(pixel_values)
+            )
+            features = self._encode_list(pictures) if visual_tokens is None else list(visual_tokens)
+            placement = place(is_image, [len(f) for f in features], attention_mask, by_row)
         moved = placement.source.shape[1] != input_ids.shape[1]
         if moved and (position_ids is not None or subsegment_ids is not None):
             raise ValueError(
@@ -334,7 +366,9 @@ class NanoMolmo2(nn.Module):
             image_tokens = torch.isin(placement.spread(input_ids), ids)
             if placement.real is not None:
                 image_tokens &= placement.real
-        if position_ids is None and placement.real is not None:
+        if position_ids is None and subsegment_ids is not None:
+            position_ids = tree_positions(subsegment_ids)
+        elif position_ids is None and placement.real is not None:
             position_ids = (placement.real.long().cumsum(dim=1) - 1).clamp(min=0)
         mask = sequence_mask(
             placement.source.shape[1],
@@ -344,6 +378,27 @@ class NanoMolmo2(nn.Module):
             device=input_ids.device,
         )
         return mask, position_ids
+
+    def _encode_crops(
+        self, pixel_values: Pictures, image_token_pooling: Tensor, image_tokens: int
+    ) -> Tensor:
+        """Visual tokens (n, D) of crops, as many as there are image tokens."""
+        if not isinstance(pixel_values, Tensor) or pixel_values.ndim < 3:
+            found = None if pixel_values is None else type(pixel_values).__name__
+            if isinstance(pixel_values, Tensor):
+                found = str(tuple(pixel_values.shape))
+            raise ValueError(
+                f"image_token_pooling needs pixel_values (M, N, 3*P*P), the crops whose patches it "
+                f"counts, found {found}: pass both as the processor made them"
+            )
+        features = self.encode_images(pixel_values, image_token_pooling)
+        if len(features) != image_tokens:
+            raise ValueError(
+                f"the prompt holds {image_tokens} image tokens, but image_token_pooling makes "
+                f"{len(features)} visual tokens: was the prompt cut off, or made with another "
+                f"max_crops?"
+            )
+        return features
 
     def _visual_tokens(self, pixel_values: Pictures) -> int:
         """n of a picture of the size that a tensor of pictures has, of the configured size else."""

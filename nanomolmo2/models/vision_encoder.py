@@ -7,6 +7,7 @@ Source: google/siglip2-so400m-patch14-384 (the vision tower without its pooling 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -160,7 +161,8 @@ class VisionEncoder(nn.Module):
 
         Args:
             images: (B, 3, H, W), normalised. A grid other than the configured one interpolates the
-                position table; pixels behind the last whole patch are not seen.
+                position table; pixels behind the last whole patch are not seen. Or (B, N, 3*P*P):
+                already cut into patches of a square grid, each row by row, channels innermost.
             layers: block outputs to return instead of the final features, as indices into the
                 ``num_hidden_layers`` blocks of the config (-1 is the last); no block behind the
                 deepest is run, and the final norm is not applied.
@@ -213,8 +215,10 @@ class VisionEncoder(nn.Module):
         return load_vision_encoder(name_or_path, **options)
 
     def _embed(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, N, D): patches projected, positions added."""
+        """Pictures or patches -> (B, N, D): patches projected, positions added."""
         config, P = self.config, self.config.patch_size
+        if images.ndim == 3 and images.shape[2] == config.num_channels * P * P:
+            return self._embed_patches(images)
         if images.ndim != 4 or images.shape[1] != config.num_channels or min(images.shape[2:]) < P:
             raise ValueError(
                 f"expected pictures of shape (B, {config.num_channels}, H, W) with sides of at "
@@ -228,6 +232,19 @@ class VisionEncoder(nn.Module):
         x = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))  # (B, D, h, w)
         position = self._positions(x.shape[2], x.shape[3])
         return x.flatten(2).transpose(1, 2) + position
+
+    def _embed_patches(self, patches: Tensor) -> Tensor:
+        """(B, N, 3*P*P) -> (B, N, D): the same convolution, as a matrix."""
+        side = math.isqrt(patches.shape[1])
+        if side * side != patches.shape[1] or not patches.is_floating_point():
+            raise ValueError(
+                f"expected normalised patches of a square grid in floating point, found "
+                f"{patches.shape[1]} of {patches.dtype}: let the processor prepare them"
+            )
+        weight = self.patch_embedding.weight  # (D, 3, P, P)
+        matrix = weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*3), as the patches run
+        x = F.linear(patches.to(weight.dtype), matrix, self.patch_embedding.bias)
+        return x + self._positions(side, side)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         """(rows * columns, D): the learned table, interpolated where the grid is another one."""

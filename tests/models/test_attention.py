@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanomolmo2.models.attention import attend, causal_mask, sequence_mask
+from nanomolmo2.models.attention import (
+    PACK_SUBSEGMENT,
+    PREFIX_SUBSEGMENT,
+    attend,
+    block_mask,
+    causal_mask,
+    sequence_mask,
+    tree_positions,
+)
 from tests.nets import greatest_difference
 
 CPU = torch.device("cpu")
@@ -101,3 +109,102 @@ def test_the_mask_of_a_message_tree() -> None:
     found = sequence_mask(8, image_tokens=image, subsegment_ids=sub, device=CPU)
     rows = ["1.......", *["1111...."] * 3, "11111...", "111111..", "1111..1.", "1111..11"]
     assert found[0, 0].tolist() == [[cell == "1" for cell in row] for row in rows]
+
+
+# An example with a picture and two branches, then one with a picture and one branch, packed.
+PACK = torch.tensor([[*[10000] * 4, 0, 0, 1, 1, *[110000] * 4, 100000, 100000]])
+PACK_IMAGES = torch.tensor([[0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0]]).bool()
+
+
+def test_trap_14_pictures_of_packed_examples_do_not_see_each_other() -> None:
+    """Molmo2's example of a pack, cell by cell."""
+    found = sequence_mask(14, image_tokens=PACK_IMAGES, subsegment_ids=PACK, device=CPU)
+    first = ["1.......", *["1111...."] * 3, "11111...", "111111..", "1111..1.", "1111..11"]
+    second = ["1.....", *["1111.."] * 3, "11111.", "111111"]
+    rows = [row + "." * 6 for row in first] + ["." * 8 + row for row in second]
+    assert found[0, 0].tolist() == [[cell == "1" for cell in row] for row in rows]
+
+
+def test_an_example_without_a_tree_in_a_pack() -> None:
+    """It has one constant; the picture before it stays hidden."""
+    ids = torch.tensor([[0, 0, 0, 100000, 100000, 100000]])
+    image = torch.tensor([[1, 1, 0, 1, 1, 0]]).bool()
+    found = sequence_mask(6, image_tokens=image, subsegment_ids=ids, device=CPU)
+    rows = ["11....", "11....", "111...", "...11.", "...11.", "...111"]
+    assert found[0, 0].tolist() == [[cell == "1" for cell in row] for row in rows]
+    assert tree_positions(ids).tolist() == [[0, 1, 2, 0, 1, 2]]
+
+
+def test_trap_15_branches_of_a_tree_start_again_behind_the_prefix() -> None:
+    """Molmo2's own examples: a tree of two branches, and the pack of it with another."""
+    tree = torch.tensor([[*[10000] * 4, *[0] * 4, *[1] * 7]])
+    assert tree_positions(tree).tolist() == [[*range(8), *range(4, 11)]]
+    assert tree_positions(PACK).tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_of_padding_are_zero(side: str) -> None:
+    row = [*[10000] * 3, 0, 0, 1, 1, 1]
+    positions = [0, 1, 2, 3, 4, 3, 4, 5]
+    pad, zero = [-1] * 3, [0] * 3
+    ids = torch.tensor([pad + row if side == "left" else row + pad, [10000, 10000, *[0] * 9]])
+    expected = zero + positions if side == "left" else positions + zero
+    assert tree_positions(ids).tolist() == [expected, list(range(11))]
+
+
+def random_pack(generator: torch.Generator, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Subsegments, image tokens and positions of a row of random trees, by plain loops."""
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    ids: list[int] = []
+    positions: list[int] = []
+    example = 0
+    while len(ids) < length:
+        prefix = number(1, 6)
+        ids += [PACK_SUBSEGMENT * example + PREFIX_SUBSEGMENT] * prefix
+        positions += range(prefix)
+        for branch in range(number(1, 3)):
+            tokens = number(1, 5)
+            ids += [PACK_SUBSEGMENT * example + branch] * tokens
+            positions += range(prefix, prefix + tokens)
+        example += 1
+    chosen = torch.tensor([ids[:length]])
+    in_prefix = chosen % PACK_SUBSEGMENT == PREFIX_SUBSEGMENT
+    image = in_prefix & (torch.rand(1, length, generator=generator) < 0.7)
+    return chosen, image, torch.tensor([positions[:length]])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_packs_follow_the_rules_in_words(seed: int) -> None:
+    """Only in the own example: what is earlier in prefix or branch, and picture to picture."""
+    ids, image, positions = random_pack(torch.Generator().manual_seed(seed), 40)
+    assert torch.equal(tree_positions(ids), positions)
+    found = sequence_mask(40, image_tokens=image, subsegment_ids=ids, device=CPU)[0, 0]
+    for q in range(40):
+        for k in range(40):
+            same_example = ids[0, q] // PACK_SUBSEGMENT == ids[0, k] // PACK_SUBSEGMENT
+            in_prefix = ids[0, k] % PACK_SUBSEGMENT == PREFIX_SUBSEGMENT
+            before = k <= q and (in_prefix or ids[0, q] == ids[0, k])
+            pictures = image[0, q] and image[0, k]
+            assert found[q, k] == (same_example and (before or pictures)), (q, k)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("H", "K"), [(3, 3), (4, 2)])
+def test_flex_attention_gives_the_same(H: int, K: int) -> None:
+    generator = torch.Generator().manual_seed(H)
+    rows = [random_pack(generator, 33) for _ in range(2)]
+    real = torch.ones(2, 33, dtype=torch.bool)
+    real[1, 27:] = False
+    given = {
+        "image_tokens": torch.cat([image for _, image, _ in rows]),
+        "subsegment_ids": torch.cat([ids for ids, _, _ in rows]),
+        "key_mask": real,
+    }
+    # FlexAttention wants a head width of 16 or more.
+    q, k, v = random_qkv(H, K, 33, 33, Dh=16)
+    dense = attend(q, k, v, sequence_mask(33, **given, device=CPU))
+    blocks = attend(q, k, v, block_mask(33, **given, device=CPU))
+    assert greatest_difference(blocks, dense) < 2e-6

@@ -209,6 +209,57 @@ def test_joined_layers_widen_the_features() -> None:
         small("pooling", vit_layers=(-1, -2))(features_of(1, 9))
 
 
+def test_windows_by_index_equal_square_windows() -> None:
+    """The index of whole pictures, written out, gives what the grid gives without one."""
+    connector = small("pooling", pooling_size=2)
+    features = features_of(3, 9, 12)[..., : connector.config.feature_dim]
+    windows = window_index(3, 3, 2)
+    index = torch.cat([torch.where(windows < 0, windows, windows + 9 * b) for b in range(3)])
+    found = connector(features, index)
+    assert greatest_difference(found, connector(features).flatten(0, 1)) < 1e-6
+
+
+def test_trap_02_empty_slots_leave_the_mean_and_the_keys() -> None:
+    """Wider windows padded with -1 give the same; a slot of zeros would be attended to."""
+    connector = small("pooling")
+    features = features_of(2, 9)
+    index = torch.tensor([[0, 1, 3, 4], [5, -1, 8, -1], [9, 10, 12, 17]])
+    wide = torch.nn.functional.pad(index, (0, 5), value=-1)
+    found = connector(features, index)
+    assert greatest_difference(connector(features, wide), found) < 1e-6
+    short = connector(features, torch.tensor([[5, 8]]))
+    assert greatest_difference(found[1:2], short) < 1e-6
+
+
+def test_empty_windows_give_no_token() -> None:
+    connector = small("pooling")
+    features = features_of(1, 9)
+    index = torch.tensor([[-1, -1], [0, 1], [-1, -1], [4, -1]])
+    found = connector(features, index)
+    assert found.shape == (2, connector.config.llm_dim)
+    assert greatest_difference(found, connector(features, index[[1, 3]])) == 0
+    assert connector(features, index[:1]).shape == (0, connector.config.llm_dim)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (torch.tensor([[0, 9]]), r"runs from 0 to 9, but 1 crop\(s\) of 9 patches"),
+        (torch.tensor([[-2, 0]]), "runs from -2 to 0"),
+        (torch.tensor([0, 1]), r"shape \(tokens, slots\)"),
+        (torch.tensor([[0.0]]), "integer type"),
+    ],
+)
+def test_an_index_that_does_not_fit(index: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small("pooling")(features_of(1, 9), index)
+
+
+def test_an_index_is_for_the_pooling_connector() -> None:
+    with pytest.raises(ValueError, match="belongs to the pooling connector, this one is 'linear'"):
+        small("linear")(features_of(1, 9), torch.tensor([[0, 1]]))
+
+
 def test_pooling_wants_a_square_grid() -> None:
     with pytest.raises(ValueError, match="square grid into windows, found 12 patches: send square"):
         small("pooling")(features_of(1, 12))

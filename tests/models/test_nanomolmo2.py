@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanomolmo2.models import ConnectorConfig, NanoMolmo2, NanoMolmo2Config
+from nanomolmo2.models.attention import PACK_SUBSEGMENT
+from nanomolmo2.models.connector import window_index
 from nanomolmo2.models.nanomolmo2 import as_ids
 from tests.nets import (
     EOS,
@@ -549,6 +551,175 @@ def test_without_subsegments_a_branch_would_see_the_one_before() -> None:
         together = model(ids[None], position_ids=positions[None])
     assert greatest_difference(apart[0, places[0]], together[0, places[0]]) < TOLERANCE
     assert greatest_difference(apart[0, places[1]], together[0, places[1]]) > 0.1
+
+
+# --- crops: pixels as patches, visual tokens by index ---------------------------------------------
+
+
+def patchify(images: Tensor) -> Tensor:
+    """(M, 3, H, W) -> (M, N, 3*P*P): rows of patches; in a patch row, column, channel."""
+    P = VISION.patch_size
+    side = VISION.patches_per_side * P
+    cells = images[..., :side, :side].unflatten(3, (-1, P)).unflatten(2, (-1, P))
+    return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+WINDOWS = window_index(VISION.patches_per_side, VISION.patches_per_side, 2)  # (4, 4), some -1
+
+
+def windows_of(*crops: int) -> Tensor:
+    """The windows of whole crops in this order, counted over all of the batch."""
+    first = VISION.num_patches
+    return torch.cat([torch.where(WINDOWS < 0, WINDOWS, WINDOWS + first * c) for c in crops])
+
+
+@pytest.fixture(scope="module")
+def pooling() -> NanoMolmo2:
+    return small_model("pooling").requires_grad_(False)
+
+
+def test_patches_equal_the_picture() -> None:
+    """A picture and its patches are one to the encoder: the convolution is a matrix."""
+    model = small_model("pooling")
+    found = model.vision_encoder(patchify(pictures(2)))
+    assert greatest_difference(found, model.vision_encoder(pictures(2))) < TOLERANCE
+
+
+def test_trap_05_patches_run_row_column_channel() -> None:
+    """Channel first, as a convolution's weight or unfold has it, is another picture."""
+    model = small_model("pooling")
+    P = VISION.patch_size
+    swapped = patchify(pictures(1)).unflatten(2, (P * P, 3)).transpose(2, 3).flatten(2)
+    difference = model.vision_encoder(swapped) - model.vision_encoder(pictures(1))
+    assert difference.abs().max() > 0.1
+
+
+def test_crops_with_an_index_equal_whole_pictures(pooling: NanoMolmo2) -> None:
+    ids = rows_of("iiii..iiii.", "..iiii.----")
+    real = ids != PAD
+    whole = pooling(ids, pictures(3), attention_mask=real)
+    crops = pooling(
+        ids,
+        patchify(pictures(3)),
+        attention_mask=real,
+        image_token_pooling=windows_of(0, 1, 2),
+    )
+    assert greatest_difference(crops[real], whole[real]) < TOLERANCE
+
+
+def test_windows_may_mix_crops_and_be_padded(pooling: NanoMolmo2) -> None:
+    """Every row of the index is one visual token, of any patches; an empty row is none."""
+    index = torch.tensor([[0, 17, -1], [5, -1, -1], [-1, -1, -1], [8, 9, 10]])
+    ids = rows_of("i.ii.")
+    crops = patchify(pictures(2))
+    found = pooling(ids, crops, image_token_pooling=index)
+    tokens = pooling.encode_images(crops, index)
+    assert tokens.shape == (3, LLM.hidden_size)
+    embeddings = pooling.llm.embed_tokens(ids)
+    embeddings[ids == IMAGE] += tokens
+    assert greatest_difference(found, pooling.llm(inputs_embeds=embeddings)) < TOLERANCE
+
+
+def test_trap_03_features_are_added_to_the_placeholder() -> None:
+    model = small_model("pooling").requires_grad_(False)
+    ids, crops, index = rows_of("iiii."), patchify(pictures(1)), windows_of(0)
+    with_row = model(ids, crops, image_token_pooling=index)
+    model.llm.embed_tokens.weight[IMAGE] = 0  # replacing the row and adding to it are one now
+    without = model(ids, crops, image_token_pooling=index)
+    assert greatest_difference(with_row[:, :4], without[:, :4]) > 0.01
+    embeddings = model.llm.embed_tokens(ids)
+    embeddings[ids == IMAGE] = model.encode_images(crops, index)
+    assert greatest_difference(without, model.llm(inputs_embeds=embeddings)) < TOLERANCE
+
+
+def test_generating_from_crops(pooling: NanoMolmo2) -> None:
+    """One by one, in a batch with padding on the left, and with whole pictures."""
+    rows = rows_of("iiii..", "--iiii")
+    real = rows != PAD
+    crops = patchify(pictures(2))
+    options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": None}
+    together = pooling.generate(rows, crops, real, image_token_pooling=windows_of(0, 1), **options)
+    for b in range(2):
+        alone = pooling.generate(
+            rows[b : b + 1, 2 * b :], crops[b : b + 1], image_token_pooling=windows_of(0), **options
+        )
+        whole = pooling.generate(rows[b : b + 1, 2 * b :], pictures(2)[b : b + 1], **options)
+        assert torch.equal(alone, whole)
+        assert torch.equal(alone[0], together[b, 2 * b :])
+
+
+def test_gradients_reach_vision_through_crops() -> None:
+    model = small_model("pooling", freeze_vision=False)
+    ids = rows_of("iiii..")
+    labels = torch.where(ids == IMAGE, IGNORED, ids)
+    _, loss = model(ids, patchify(pictures(1)), labels, image_token_pooling=windows_of(0))
+    loss.backward()
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0
+        for name, p in model.named_parameters()
+        if not name.startswith("vision_encoder.post_layernorm")
+        # A key bias moves all scores of a query alike.
+        and not name.endswith("k_proj.bias")
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_token_pooling": windows_of(0)}, "holds 8 image tokens, but .* makes 4 visual"),
+        ({"image_token_pooling": windows_of(0, 2)}, "runs from -1 to 26, but 2 crop"),
+        ({"pixel_values": None}, r"needs pixel_values \(M, N, 3\*P\*P\), .* found None"),
+        ({"image_token_pooling": None}, r"crops \(M, N, 3\*P\*P\) together with image_token"),
+        ({"pixel_values": patchify(pictures(2))[:, :8]}, "a square grid .* found 8"),
+        ({"pixel_values": patchify(pictures(2))[:, :, :9]}, r"found \(2, 9, 9\)"),
+    ],
+)
+def test_crops_that_do_not_fit_stop(
+    pooling: NanoMolmo2, arguments: dict[str, Any], message: str
+) -> None:
+    fitting: dict[str, Any] = {
+        "input_ids": rows_of("iiii..", ".iiii."),
+        "pixel_values": patchify(pictures(2)),
+        "image_token_pooling": windows_of(0, 1),
+    }
+    with pytest.raises(ValueError, match=message):
+        pooling(**{**fitting, **arguments})
+
+
+def test_positions_follow_from_the_subsegments() -> None:
+    model = small_model()
+    branches = [text_ids(4, seed=1), text_ids(4, seed=2)]
+    ids, positions, subsegments, _, _ = tree(text_ids(3), branches)
+    with torch.no_grad():
+        given = model(ids[None], position_ids=positions[None], subsegment_ids=subsegments[None])
+        found = model(ids[None], subsegment_ids=subsegments[None])
+    assert torch.equal(found, given)
+
+
+def test_a_pack_equals_its_examples_alone() -> None:
+    """Two examples with crops and trees in one row: pictures of the other are never seen."""
+    model = small_model("pooling", bidirectional_image_attention=True).requires_grad_(False)
+    crops = patchify(pictures(2))
+    examples = []
+    for seed in range(2):
+        prefix = rows_of(".iiii", seed=seed)[0]
+        branches = [text_ids(3, seed=seed + 5), text_ids(4, seed=seed + 9)]
+        ids, _, subsegments, _, _ = tree(prefix, branches)
+        examples.append((ids, subsegments))
+    row = torch.cat([ids for ids, _ in examples])[None]
+    packed = torch.cat([sub + PACK_SUBSEGMENT * e for e, (_, sub) in enumerate(examples)])[None]
+    together = model(row, crops, subsegment_ids=packed, image_token_pooling=windows_of(0, 1))
+    start = 0
+    for e, (ids, subsegments) in enumerate(examples):
+        alone = model(
+            ids[None],
+            crops[e : e + 1],
+            subsegment_ids=subsegments[None],
+            image_token_pooling=windows_of(0),
+        )
+        found = together[:, start : start + len(ids)]
+        assert greatest_difference(found, alone) < TOLERANCE
+        start += len(ids)
 
 
 # --- errors --------------------------------------------------------------------------------------

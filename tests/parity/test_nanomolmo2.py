@@ -147,3 +147,49 @@ def test_greedy_generation(model: NanoMolmo2, reference: Molmo2ForConditionalGen
             ).logits
         expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(model.generate(ids, images, max_new_tokens=8, eos_token_id=None), expected)
+
+
+def test_trees_and_packs_equal_the_reference_with_a_mask_of_its_own(
+    model: NanoMolmo2, reference: Molmo2ForConditionalGeneration
+) -> None:
+    """Two packed examples with two branches each; mask and positions of the reference by loops.
+
+    The reference's own packing lets pictures of other examples through; a 4-D mask is used as is.
+    """
+    crops = picture_inputs(model, pictures(2, seed=3))
+    image = [START, *[PATCH] * model.config.num_visual_tokens, END]
+    prefix = [5, *image]
+    P, branches = len(prefix), ([11, 12, 13], [14, 15])
+    ids, positions, subsegments, owner = [], [], [], []
+    for example in range(2):
+        for number, tokens in ((10_000, prefix), *enumerate(branches)):
+            start = 0 if number == 10_000 else P
+            ids += tokens
+            positions += range(start, start + len(tokens))
+            subsegments += [100_000 * example + number] * len(tokens)
+            owner += [(example, number)] * len(tokens)
+    T = len(ids)
+    mask = torch.zeros(1, 1, T, T, dtype=torch.bool)
+    for q in range(T):
+        for k in range(T):
+            (example_q, branch_q), (example_k, branch_k) = owner[q], owner[k]
+            in_pictures = ids[q] >= START and ids[k] >= START
+            if example_q == example_k:
+                earlier = k <= q and branch_k in (10_000, branch_q)
+                mask[0, 0, q, k] = earlier or in_pictures
+    row = torch.tensor([ids])
+    with torch.no_grad():
+        expected = reference(
+            row,
+            **crops,
+            attention_mask=torch.zeros(mask.shape).masked_fill(~mask, -1e9),
+            position_ids=torch.tensor([positions]),
+            mm_token_type_ids=(row >= LLM.vocab_size).long(),
+        ).logits
+        found = model(
+            row,
+            crops["pixel_values"],
+            image_token_pooling=crops["image_token_pooling"],
+            subsegment_ids=torch.tensor([subsegments]),
+        )
+    assert greatest_difference(found, expected) <= TOLERANCE

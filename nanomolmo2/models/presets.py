@@ -1,0 +1,120 @@
+"""Named sizes: the base design, the Molmo2 design in three sizes, and the bundled model."""
+
+from __future__ import annotations
+
+from nanomolmo2.models.connector import ConnectorConfig
+from nanomolmo2.models.language_model import LLMConfig
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
+from nanomolmo2.models.vision_encoder import VisionConfig
+
+# Offsets from vocab_size of the tokens that are read but never written.
+IMAGE_START, IMAGE_END, IMAGE_PATCH, IMAGE_COL, LOW_RES_START = 0, 1, 2, 3, 4
+IMAGE_LOW, FRAME_START, FRAME_END = 6, 7, 8
+IMAGE_SPECIAL = (
+    *(IMAGE_START, IMAGE_END, IMAGE_COL, LOW_RES_START, IMAGE_LOW),
+    *(FRAME_START, FRAME_END),
+)
+
+
+def molmo2_config(llm_config: LLMConfig) -> NanoMolmo2Config:
+    """The Molmo2 design around a Qwen3 decoder.
+
+    SigLIP 2 without its last two blocks, the outputs of blocks 24 and 18 joined, attention pooling
+    over up to 2 x 2 (pictures) or 3 x 3 (frames) patches, 128 tokens of its own behind the
+    decoder's vocabulary, and image tokens that see each other.
+
+    Source: Molmo2, olmo/model_configs.py; config.json of allenai/Molmo2-4B.
+    """
+    base = llm_config.vocab_size
+    return NanoMolmo2Config(
+        vision_config=VisionConfig(image_size=378),
+        connector_config=ConnectorConfig(
+            llm_dim=llm_config.hidden_size,
+            connector_type="pooling",
+            intermediate_size=llm_config.intermediate_size,
+            vit_layers=(-3, -9),
+        ),
+        llm_config=llm_config,
+        image_token_id=base + IMAGE_PATCH,
+        freeze_vision=False,
+        eos_token_id=151645,
+        bidirectional_image_attention=True,
+        image_special_token_ids=tuple(base + offset for offset in IMAGE_SPECIAL),
+    )
+
+
+def _tiny() -> NanoMolmo2Config:
+    vocabulary = 672
+    return NanoMolmo2Config(
+        vision_config=VisionConfig(
+            image_size=192,
+            patch_size=16,
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=6,
+            num_attention_heads=3,
+        ),
+        connector_config=ConnectorConfig(
+            vision_dim=192,
+            llm_dim=256,
+            connector_type="pooling",
+            num_attention_heads=3,
+            intermediate_size=512,
+            vit_layers=(-1,),
+        ),
+        llm_config=LLMConfig(
+            vocab_size=vocabulary,
+            additional_vocab_size=16,
+            hidden_size=256,
+            intermediate_size=640,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=2048,
+        ),
+        image_token_id=vocabulary + IMAGE_PATCH,
+        freeze_vision=False,
+        eos_token_id=(661, 659),
+        pad_token_id=659,
+        bidirectional_image_attention=True,
+        image_special_token_ids=tuple(
+            vocabulary + offset for offset in (IMAGE_START, IMAGE_END, IMAGE_COL, LOW_RES_START)
+        ),
+    )
+
+
+_QWEN3_4B = LLMConfig(
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    max_position_embeddings=36864,
+    rope_theta=5_000_000.0,
+    tie_word_embeddings=False,
+    additional_vocab_size=128,
+)
+_QWEN3_8B = LLMConfig(
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    max_position_embeddings=36864,
+    tie_word_embeddings=False,
+    additional_vocab_size=128,
+)
+
+PRESETS: dict[str, NanoMolmo2Config] = {
+    "nanomolmo2": NanoMolmo2Config(),
+    "nanomolmo2-pooling": molmo2_config(LLMConfig(additional_vocab_size=128)),
+    "molmo2-4b": molmo2_config(_QWEN3_4B),
+    "molmo2-8b": molmo2_config(_QWEN3_8B),
+    "tiny": _tiny(),
+}
+
+
+def preset(name: str) -> NanoMolmo2Config:
+    """The configuration of a name in `PRESETS`. Raises: ValueError naming those there are."""
+    if name not in PRESETS:
+        raise ValueError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
