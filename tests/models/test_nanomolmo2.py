@@ -553,6 +553,34 @@ def test_without_subsegments_a_branch_would_see_the_one_before() -> None:
     assert greatest_difference(apart[0, places[1]], together[0, places[1]]) > 0.1
 
 
+def test_trap_16_the_divisor_is_the_weight_of_the_whole_batch() -> None:
+    """A row with one label and one with five: a mean of the rows' means is another number."""
+    model = small_model().requires_grad_(False)
+    ids = text_ids(2, 6)
+    labels = ids.clone()
+    labels[0, :5] = IGNORED
+    weights = torch.tensor([[1.0] * 6, [0.25] * 6])
+    _, loss = model(ids, labels=labels, loss_weights=weights)
+    apart = [model(ids[b : b + 1], labels=labels[b : b + 1])[1] for b in range(2)]
+    assert greatest_difference(loss, (apart[0] + 0.25 * 5 * apart[1]) / (1 + 0.25 * 5)) < 1e-6
+    assert abs(loss - (apart[0] + apart[1]) / 2) > 1e-3
+
+
+def test_trap_22_here_the_base_embedding_learns() -> None:
+    """Molmo2 never trains its base rows. Here they learn like the rest unless they are frozen."""
+    model = small_model()
+    ids = text_ids(1, 6)
+    model(ids, labels=ids)[1].backward()
+    gradient = model.llm.embed_tokens.weight.grad
+    assert gradient is not None
+    assert bool((gradient[ids[0]].abs().sum(dim=1) > 0).all())
+    model.zero_grad()
+    model.llm.embed_tokens.weight.requires_grad_(False)
+    model(ids, labels=ids)[1].backward()
+    assert model.llm.embed_tokens.weight.grad is None
+    assert model.llm.layers[0].mlp.up_proj.weight.grad is not None
+
+
 # --- crops: pixels as patches, visual tokens by index ---------------------------------------------
 
 
