@@ -1,4 +1,8 @@
-"""Batch: what the processor hands to the model. B rows of T tokens, I pictures in reading order."""
+"""Batch: what the processor hands to the model. B rows of T tokens, I pictures in reading order.
+
+With crops: M crops of N patches of P x P pixels, flat over the batch, and n image tokens of K
+patches each.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,8 @@ class Batch:
     labels: Tensor | None = None  # (B, T) int64
     loss_weights: Tensor | None = None  # (B, T) float32, aligned with labels
     subsegment_ids: Tensor | None = None  # (B, T) int64; prefix 10000, branches 0, 1, ...; pad -1
-    pixel_values: Tensor | None = None  # (I, 3, H, W) float32
+    pixel_values: Tensor | None = None  # (I, 3, H, W) or (M, N, 3*P*P) float32
+    image_token_pooling: Tensor | None = None  # (n, K) int64, crop * N + patch; -1 = empty slot
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with every tensor on ``device``."""

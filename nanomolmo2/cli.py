@@ -1,4 +1,4 @@
-"""The command ``nanomolmo2``: ask, info, download, train, eval, demo.
+"""The command ``nanomolmo2``: ask, info, download, export, train, eval, demo.
 
 A command is a frozen dataclass: its fields are the options, ``run`` does the work. Help is answered
 without loading torch: everything heavy is imported inside ``run``.
@@ -9,6 +9,7 @@ Exit codes: 0; 1 an input or the work failed; 2 the command line is wrong; 130 i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from nanomolmo2.evaluation.emoji import Scores
     from nanomolmo2.generation.pipeline import Answer, Pipeline
     from nanomolmo2.processor import Point
+    from nanomolmo2.processor.video import Video
 
 BASE = "base"  # on the command line; None in Python
 MODEL_HELP = (
@@ -51,6 +53,7 @@ CacheDir = Annotated[
 Debug = Annotated[bool, arg(help="show the traceback of an error")]
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 
 
 class UsageError(ValueError):
@@ -59,7 +62,7 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Ask:
-    """Ask a question about one or more pictures.
+    """Ask a question about one or more pictures, or about a video.
 
     The answer is printed as it is written. The points in an answer are in the model's own format
     (thousandths of the picture's sides); --draw paints them, --json lists them in pixels.
@@ -70,7 +73,7 @@ class Ask:
         arg(
             metavar="PICTURE... QUESTION",
             help="picture files (JPEG, PNG, WebP, GIF, BMP, TIFF) in the order they are shown to "
-            "the model, then the question in quotes",
+            "the model, or one video (MP4, WebM, MOV, MKV, AVI, M4V), then the question in quotes",
             help_behavior_hint="(required)",
         ),
     ]
@@ -100,19 +103,42 @@ class Ask:
         int | None,
         arg(metavar="SEED", help="makes a drawn answer repeatable; none = another one each time"),
     ] = None
+    max_crops: Annotated[
+        int | None,
+        arg(
+            metavar="N",
+            help="most detail crops a picture, for models that read crops: more reads smaller "
+            "text, and each adds up to 200 tokens; none = as the model was saved (8 in Molmo2)",
+        ),
+    ] = None
+    video: Annotated[
+        bool,
+        arg(
+            help="the file is a video whatever its name ends with, such as an animated GIF, of "
+            "which otherwise the first picture is shown"
+        ),
+    ] = False
+    max_frames: Annotated[
+        int | None,
+        arg(
+            metavar="N",
+            help="most frames that are looked at in a video, each about 90 tokens; none = as the "
+            "model was saved (384 in Molmo2)",
+        ),
+    ] = None
     draw: Annotated[
         Path | None,
         arg(
             metavar="FILE",
             help="write the picture with the answer's points on it (.png, .jpg, .webp); of several "
-            "pictures, FILE-1, FILE-2, ... are written",
+            "pictures, FILE-1, FILE-2, ... are written; of a video, an animated .gif",
         ),
     ] = None
     json: Annotated[
         bool,
         arg(
             help="print one JSON object instead: text, count, points (pixels, thousandths, "
-            "picture, label), picture sizes, tokens, timings in seconds"
+            "picture or time, label), picture sizes, tokens, timings in seconds"
         ),
     ] = False
     cache_dir: CacheDir = Path("checkpoints")
@@ -120,19 +146,24 @@ class Ask:
 
     def run(self) -> None:
         paths, question = self._split_inputs()
+        shows_video = self._shows_video(paths)
         targets = [] if self.draw is None else overlay_paths(self.draw, len(paths))
         for target in targets:
-            check_writable(target)
+            check_writable(target, (".gif",) if shows_video else PICTURE_SUFFIXES)
 
         from nanomolmo2.processor import load_image  # pictures first: the model takes longer
 
-        pictures = [load_image(path) for path in paths]
+        pictures = [] if shows_video else [load_image(path) for path in paths]
         start = time.perf_counter()
         pipeline = load_pipeline(self.model, self.cache_dir)
         load_seconds = time.perf_counter() - start
+        video = self._load_video(paths[0], pipeline) if shows_video else None
+        if self.max_crops is not None:
+            set_max_crops(pipeline, self.max_crops, self.model)
         answer = pipeline.ask(
             pictures,
             question,
+            video=video,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -146,8 +177,13 @@ class Ask:
             print(json.dumps(report, ensure_ascii=False))
         else:
             print()
+            for problem in answer.problems:
+                print(f"note: {problem}", file=sys.stderr)
         for i, target in enumerate(targets):
-            write_overlay(pictures[i], answer.points, target, number=i + 1)
+            if video is None:
+                write_overlay(pictures[i], answer.points, target, number=i + 1)
+            else:
+                write_video_overlay(video, answer.points, target)
             print(f"wrote {target}", file=sys.stderr)
 
     def _split_inputs(self) -> tuple[list[str], str]:
@@ -167,10 +203,54 @@ class Ask:
             ("--temperature must be 0 or more", self.temperature, self.temperature >= 0),
             ("--top-p must be above 0 and at most 1", self.top_p, 0 < self.top_p <= 1),
             ("--top-k must be 0 or more", self.top_k, self.top_k >= 0),
+            (
+                "--max-crops must be 1 or more",
+                self.max_crops,
+                self.max_crops is None or self.max_crops >= 1,
+            ),
+            (
+                "--max-frames must be 1 or more",
+                self.max_frames,
+                self.max_frames is None or self.max_frames >= 1,
+            ),
         ):
             if not fits:
                 raise UsageError(f"{name}, found {value}")
         return paths, question
+
+    def _shows_video(self, paths: Sequence[str]) -> bool:
+        """Whether the one file is a video.
+
+        Raises: UsageError for a video among other files, and options of the other kind.
+        """
+        videos = [path for path in paths if self.video or path.lower().endswith(VIDEO_SUFFIXES)]
+        if videos and len(paths) > 1:
+            raise UsageError(
+                f"expected pictures or one video, found {len(paths)} files with {videos[0]} among "
+                f"them: ask about each apart"
+            )
+        if videos and self.max_crops is not None:
+            raise UsageError("--max-crops is for pictures; --max-frames sets what a video costs")
+        if not videos and self.max_frames is not None:
+            raise UsageError(
+                f"--max-frames is for videos ({', '.join(VIDEO_SUFFIXES)}), found {paths[0]}: "
+                f"--video says that a file is one"
+            )
+        if videos and not os.path.exists(paths[0]):
+            raise FileNotFoundError(f"there is no file {paths[0]}: check the path of the video")
+        return bool(videos)
+
+    def _load_video(self, path: str, pipeline: Pipeline) -> Video:
+        from nanomolmo2.processor.video import load_video
+
+        config = pipeline.processor.config.video
+        if config is None:
+            raise UsageError(
+                f"the model {self.model} does not take videos: choose one that does, such as "
+                f"allenai/Molmo2-4B, or ask about single pictures of it"
+            )
+        max_frames = config.max_frames if self.max_frames is None else self.max_frames
+        return load_video(path, max_frames=max_frames, max_fps=config.max_fps)
 
 
 @dataclass(frozen=True)
@@ -181,8 +261,9 @@ class Info:
         Positional[str],
         arg(
             metavar="MODEL",
-            help=MODEL_HELP + "; also a SigLIP or Qwen3 folder, or a .pt file that `nanomolmo2 "
-            "download` made",
+            help=MODEL_HELP + "; also a SigLIP or Qwen3 folder, a .pt file that `nanomolmo2 "
+            "download` made, or the sizes alone of nanomolmo2, nanomolmo2-pooling, molmo2-4b or "
+            "molmo2-8b, which loads nothing",
         ),
     ]
     cache_dir: CacheDir = Path("checkpoints")
@@ -205,7 +286,8 @@ class Info:
         else:
             print(f"{type(model).__name__}: {count:,} parameters\n")
         stored = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
-        print(f"memory of the weights (stored as {stored}):")
+        no_weights = any(p.is_meta for p in parameters)
+        print(f"memory of the weights ({'sizes only' if no_weights else f'stored as {stored}'}):")
         for dtype, size in (("float32", 4), ("bfloat16, float16", 2), ("int8", 1)):
             print(f"  {dtype:<18} {count * size / 1e6:>10,.1f} MB")
         print("configuration:")
@@ -362,6 +444,46 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a model in a format that other programs serve.
+
+    There is one so far: molmo2-hf, the layout of the released Molmo2 checkpoints, which
+    transformers and vLLM read. Only models with the attention-pooling connector fit into it.
+    """
+
+    model: Annotated[Positional[str], arg(metavar="MODEL", help=MODEL_HELP)]
+    out: Annotated[Positional[Path], arg(metavar="OUT", help="folder to write")]
+    format: Annotated[Literal["molmo2-hf"], arg(help="layout of the folder")] = "molmo2-hf"
+    max_shard_size: Annotated[
+        str,
+        arg(metavar="SIZE", help="largest weight file, such as 5GB or 500MB; more are split"),
+    ] = "5GB"
+    cache_dir: CacheDir = Path("checkpoints")
+    debug: Debug = False
+
+    def run(self) -> None:
+        if not re.fullmatch(r"[1-9]\d*(\.\d+)?\s*[KMGT]B", self.max_shard_size, re.IGNORECASE):
+            raise UsageError(
+                f"--max-shard-size must be a size such as 5GB or 500MB, found {self.max_shard_size}"
+            )
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"{self.out} is a file: name a folder to write")
+        import warnings
+
+        from nanomolmo2.convert import export_molmo2
+        from nanomolmo2.convert.pretrained import load
+
+        name = None if self.model == BASE else self.model
+        model, processor = load(name, cache_dir=self.cache_dir)
+        with warnings.catch_warnings(record=True) as remarks:
+            warnings.simplefilter("always", UserWarning)
+            export_molmo2(model, self.out, processor, max_shard_size=self.max_shard_size)
+        for remark in remarks:
+            print(f"warning: {remark.message}", file=sys.stderr)
+        print(f"wrote {self.out}")
+
+
+@dataclass(frozen=True)
 class Demo:
     """Let the bundled model caption, count and point on a bundled picture."""
 
@@ -377,7 +499,7 @@ class Demo:
         run_demo(self.draw)
 
 
-Command = Ask | Info | Download | Train | Eval | Demo
+Command = Ask | Info | Download | Export | Train | Eval | Demo
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -476,14 +598,19 @@ def load_pipeline(name: str, cache_dir: Path) -> Pipeline:
 
 
 def load_module(name: str, cache_dir: Path) -> nn.Module:
-    """A whole model, or a part: a SigLIP or Qwen3 folder, or a converted file."""
-    from nanomolmo2.convert.parts import read_config
+    """A whole model, or a part: a SigLIP or Qwen3 folder, or a converted file.
+
+    A preset comes without weights, on the meta device.
+    """
+    from nanomolmo2.convert.parts import build_on_meta, read_config
     from nanomolmo2.convert.tensor_files import CacheFile
-    from nanomolmo2.models import LanguageModel, NanoMolmo2, VisionEncoder
+    from nanomolmo2.models import PRESETS, LanguageModel, NanoMolmo2, VisionEncoder
 
     loader: Any = NanoMolmo2
     if os.path.isfile(name):
         loader = {"vision_encoder": VisionEncoder, "llm": LanguageModel}[CacheFile(name).component]
+    elif name in PRESETS and name != "tiny" and not os.path.isdir(name):
+        return build_on_meta(NanoMolmo2, PRESETS[name])
     elif os.path.isdir(name):
         model_type = str(read_config(name).get("model_type"))
         if model_type.startswith("siglip"):
@@ -500,28 +627,23 @@ def print_piece(text: str) -> None:
 
 def answer_report(answer: Answer, paths: Sequence[str]) -> dict[str, Any]:
     """What --json prints of an answer; its fields are listed in docs/cli.md."""
-    points = []
-    for point in answer.points:
-        width, height = answer.image_sizes[point.image - 1]
-        points.append(
-            {
-                "image": point.image,
-                "id": point.id,
-                "label": point.label,
-                "x": point.x,
-                "y": point.y,
-                "x_thousandths": round(1000 * point.x / width),
-                "y_thousandths": round(1000 * point.y / height),
-            }
-        )
+    from nanomolmo2.processor import points_to_json
+
+    video = None
+    if answer.video_size is not None:
+        width, height = answer.video_size
+        video = {"path": paths[0], "width": width, "height": height}
+        video["frame_times"] = list(answer.frame_times)
     return {
         "text": answer.text,
         "count": answer.count,
-        "points": points,
+        "points": points_to_json(answer.points, answer.image_sizes, video_size=answer.video_size),
+        "problems": list(answer.problems),
         "images": [
             {"path": path, "width": width, "height": height}
-            for path, (width, height) in zip(paths, answer.image_sizes, strict=True)
+            for path, (width, height) in zip(paths, answer.image_sizes, strict=video is None)
         ],
+        "video": video,
         "input_tokens": answer.input_tokens,
         "output_tokens": answer.output_tokens,
         "timings": {name: round(seconds, 4) for name, seconds in answer.timings.items()},
@@ -574,3 +696,25 @@ def write_overlay(picture: Image, points: Sequence[Point], path: Path, *, number
     drawn = draw_points(picture, points, number=number)
     with atomic_path(path) as temporary:
         drawn.save(temporary)
+
+
+def write_video_overlay(video: Video, points: Sequence[Point], path: Path) -> None:
+    """Write a video's frames with its points as an animated GIF; complete or not at all."""
+    from nanomolmo2.processor.draw import draw_frames, save_gif
+
+    save_gif(draw_frames(video.frames, video.times, points), video.times, path)
+
+
+def set_max_crops(pipeline: Pipeline, max_crops: int, name: str) -> None:
+    """Let a pipeline cut pictures into at most so many crops.
+
+    Raises: UsageError for a model that reads a picture as a whole.
+    """
+    processor = pipeline.processor
+    if processor.config.multicrop is None:
+        raise UsageError(
+            f"the model {name} reads a picture as a whole, not in crops: leave --max-crops out"
+        )
+    multicrop = dataclasses.replace(processor.config.multicrop, max_crops=max_crops)
+    config = dataclasses.replace(processor.config, multicrop=multicrop)
+    pipeline.processor = type(processor)(config, processor.tokenizer)

@@ -28,6 +28,7 @@ def test_every_part_is_an_argument_of_the_model() -> None:
 def test_moving_moves_every_part_and_leaves_the_original() -> None:
     ids = text_ids(2, 3)
     parts = {"labels": ids, "pixel_values": torch.zeros(1, 3, 4, 4), "loss_weights": ids.float()}
+    parts["image_token_pooling"] = torch.zeros(1, 4, dtype=torch.long)
     batch = Batch(ids, **parts)
     moved = batch.to("meta")
     assert {name: t.device.type for name, t in moved.tensors().items()} == dict.fromkeys(

@@ -27,8 +27,10 @@ from nanomolmo2 import cli, demo
 from nanomolmo2.convert.parts import LLM, VISION
 from nanomolmo2.convert.tensor_files import write_cache
 from nanomolmo2.generation.pipeline import Pipeline
-from nanomolmo2.models import LanguageModel, VisionEncoder
-from nanomolmo2.processor import Point, format_points
+from nanomolmo2.models import ConnectorConfig, LanguageModel, NanoMolmo2, VisionEncoder
+from nanomolmo2.processor import Point, Processor, ProcessorConfig, format_points
+from nanomolmo2.processor.crops import MultiCrop
+from nanomolmo2.processor.processor import VideoConfig
 from scripts.make_demo_picture import make_demo
 from tests.small_model import ScriptedModel, small_model, small_processor
 
@@ -126,6 +128,7 @@ def test_ask_json(says, picture: Path, tmp_path: Path, capsys: pytest.CaptureFix
         "y_thousandths": 480,
     }
     assert report["images"] == [{"path": str(picture), "width": 100, "height": 50}]
+    assert (report["video"], report["problems"]) == (None, [])
     assert set(report["timings"]) == {"load", "prepare", "first_token", "generate"}
 
 
@@ -139,7 +142,7 @@ def test_the_report_is_the_one_that_the_docs_show(says, picture: Path, capsys) -
     def keys(value: object) -> object:
         if isinstance(value, dict):
             return {k: keys(v) for k, v in value.items()}
-        return [keys(value[0])] if isinstance(value, list) else None
+        return [keys(v) for v in value[:1]] if isinstance(value, list) else None
 
     assert keys(shown) == keys(report)
 
@@ -176,6 +179,120 @@ def test_draw_on_several_pictures(says, picture: Path, tmp_path: Path) -> None:
     assert len(second.getcolors()) > 1
 
 
+def test_what_cannot_be_read_is_noted(says, picture: Path, capsys) -> None:
+    says(TAG.replace("640 480", "64 480"), TAG.replace("640 480", "64 480"))
+    assert cli.main(["ask", str(picture), "?"]) == 0
+    out, err = capsys.readouterr()
+    assert out == TAG.replace("640 480", "64 480") + "\n"
+    assert err == "note: points tag 1: left out '2 64 480', group 1: not 'id x y'\n"
+    assert cli.main(["ask", str(picture), "?", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["problems"] == [
+        "points tag 1: left out '2 64 480', group 1: not 'id x y'"
+    ]
+    assert err == ""
+
+
+# ---- ask: crops and videos ----
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """An animated GIF: 3 frames of 100 x 50 pixels, half a second each."""
+    path = tmp_path / "clip.gif"
+    frames = [Image.new("RGB", (100, 50), colour) for colour in ("green", "blue", "gray")]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=500)
+    return path
+
+
+@pytest.fixture
+def says_in_crops(says):
+    """As ``says``, for a model of the Molmo2 design: 4 x 4 patches a crop, and videos."""
+
+    def install(*texts: str) -> ScriptedModel:
+        scripted = says(*texts)
+        config = ProcessorConfig.molmo2(
+            multicrop=MultiCrop(max_crops=4, image_size=64, patch_size=16, overlap_margins=(1, 1)),
+            video=VideoConfig(max_frames=8, pooling_size=2),
+        )
+        scripted.processor = Processor(config, scripted.processor.tokenizer)
+        cli.load_pipeline("scripted", Path()).processor = scripted.processor
+        return scripted
+
+    return install
+
+
+def test_max_crops(says_in_crops, picture: Path) -> None:
+    scripted = says_in_crops("Yes.", "Yes.")
+    assert cli.main(["ask", str(picture), "?"]) == 0
+    assert cli.main(["ask", str(picture), "?", "--max-crops", "1"]) == 0
+    as_saved, fewer = (len(call["pixel_values"]) for call in scripted.calls)
+    assert as_saved > fewer == 2  # the overview and one crop
+
+
+def test_a_video(says_in_crops, clip: Path, tmp_path: Path, capsys) -> None:
+    tag = '<points coords="0.0 1 500 500;0.5 2 200 200;1.5 3 500 500">dog</points>'
+    scripted = says_in_crops(tag, tag)
+    target = tmp_path / "out.gif"
+    question = ("ask", str(clip), "Where?", "--video")
+    assert cli.main([*question, "--json", "--draw", str(target)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["video"]["path"] == str(clip)
+    assert (report["video"]["width"], report["video"]["height"]) == (100, 50)
+    assert report["video"]["frame_times"] == [0.0, 0.5, 1.0, 1.5]
+    assert report["images"] == []
+    assert report["points"][1] == {
+        "time": 0.5,
+        "id": 2,
+        "label": "dog",
+        "x": 20.0,
+        "y": 10.0,
+        "x_thousandths": 200,
+        "y_thousandths": 200,
+    }
+    with Image.open(target) as drawn:
+        assert drawn.size == (100, 50)
+        assert drawn.n_frames == 4
+        drawn.seek(1)
+        assert drawn.convert("RGB").getpixel((20, 13)) != (0, 0, 255)
+    assert cli.main([*question, "--max-frames", "2"]) == 0
+    every, two = (len(call["pixel_values"]) for call in scripted.calls)
+    assert (every, two) == (4, 2)
+
+
+def test_a_gif_is_a_picture_unless_video_is_said(says_in_crops, clip: Path, capsys) -> None:
+    says_in_crops("Yes.")
+    assert cli.main(["ask", str(clip), "?", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["video"] is None
+    assert report["images"] == [{"path": str(clip), "width": 100, "height": 50}]
+
+
+def test_what_crops_and_videos_need(
+    refused: Refusal, saved: Path, picture: Path, clip: Path
+) -> None:
+    def ask(*arguments: str | Path, code: int = 2) -> str:
+        return refused("ask", *arguments, "--model", saved, code=code)
+
+    assert "expected pictures or one video" in ask(picture, "a.mp4", "?")
+    assert "does not take videos" in ask(clip, "?", "--video")
+    assert "--max-crops is for pictures" in ask(clip, "?", "--video", "--max-crops", "2")
+    assert "--max-frames is for videos" in ask(picture, "?", "--max-frames", "2")
+    assert "reads a picture as a whole" in ask(picture, "?", "--max-crops", "2")
+    assert "expected one of .gif" in ask(clip, "?", "--video", "--draw", "out.png")
+    assert "expected one of .png" in ask(picture, "?", "--draw", "out.gif")
+    assert "there is no file a.MP4" in ask("a.MP4", "?", code=1)
+
+
+def test_a_video_that_cannot_be_read_is_one_line(
+    says_in_crops, refused: Refusal, tmp_path: Path
+) -> None:
+    says_in_crops()
+    (tmp_path / "broken.gif").write_bytes(b"GIF89a and no more")
+    assert "broken.gif" in refused("ask", "broken.gif", "?", "--video")
+    assert "is a folder" in refused("ask", tmp_path, "?", "--video")
+
+
 def test_where_nothing_can_be_drawn_is_found_before_any_work(
     refused: Refusal, tmp_path: Path
 ) -> None:
@@ -203,6 +320,8 @@ def test_where_nothing_can_be_drawn_is_found_before_any_work(
         (["ask", "a.png", "?", "--temperature", "nan"], "--temperature must be 0 or more"),
         (["ask", "a.png", "?", "--top-k", "-1"], "--top-k must be 0 or more"),
         (["ask", "a.png", "?", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
+        (["ask", "a.png", "?", "--max-crops", "0"], "--max-crops must be 1 or more"),
+        (["ask", "a.mp4", "?", "--max-frames", "0"], "--max-frames must be 1 or more"),
         (["ask"], "at least one picture and a question"),
         (["ask", "only a question"], "at least one picture and a question"),
         (["info"], "MODEL"),
@@ -375,6 +494,15 @@ def test_info_of_a_model(saved: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert '"hidden_size": 32' in out
 
 
+def test_info_of_a_preset_loads_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Twenty gigabytes in float32; only the sizes are looked at."""
+    assert cli.main(["info", "molmo2-4b"]) == 0
+    out = capsys.readouterr().out
+    assert "4,850,869,200" in out
+    assert "sizes only" in out
+    assert "19,403.5 MB" in out
+
+
 def test_info_of_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Checkpoints in their reference formats, and a converted file."""
     config = small_model().config
@@ -398,6 +526,63 @@ def test_info_of_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         out = capsys.readouterr().out
         count = sum(p.numel() for p in part.parameters())
         assert f"{type(part).__name__}: {count:,} parameters" in out
+
+
+# ---- export ----
+
+
+def test_export_and_ask_the_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene = str(Path("nanomolmo2/assets/demo/scene.png").resolve())
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", "--format", "molmo2-hf", "tiny", "out"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "wrote out\n"
+    assert err.startswith(
+        "warning: Molmo2's processor files can not say that a picture is one view"
+    )
+    assert err.count("\n") == 1
+    answers = []
+    for model in ("tiny", "out"):
+        drawn = f"{model}.png"
+        arguments = ["ask", "--model", model, scene, "Point to the snail.", "--draw", drawn]
+        assert cli.main(arguments) == 0
+        answers.append((capsys.readouterr().out, Path(drawn).read_bytes()))
+    assert "<points" in answers[0][0]
+    assert answers[0] == answers[1]
+    assert cli.main(["info", "out"]) == 0
+    assert "vit_layers" in capsys.readouterr().out
+
+
+def test_export_splits_large_files(tmp_path: Path) -> None:
+    assert cli.main(["export", "tiny", str(tmp_path / "out"), "--max-shard-size", "5MB"]) == 0
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) == 3
+
+
+def test_a_linear_model_is_not_exported(refused: Refusal, tmp_path: Path) -> None:
+    """The error names what can be done instead."""
+    config = small_model().config
+    connector = ConnectorConfig(vision_dim=32, llm_dim=32, connector_type="linear")
+    model = NanoMolmo2(dataclasses.replace(config, connector_config=connector))
+    processor = small_processor()
+    settings = dataclasses.replace(processor.config, image_tokens=16)
+    processor = Processor(settings, processor.tokenizer)
+    model.save_pretrained(tmp_path / "linear", processor=processor)
+    err = refused("export", tmp_path / "linear", tmp_path / "out")
+    assert "only express the attention-pooling connector" in err
+    assert "save_pretrained" in err
+    assert "connector_type 'pooling'" in err
+
+
+@pytest.mark.parametrize("size", ["5", "big", "-1GB", "0GB"])
+def test_export_wants_a_size(refused: Refusal, size: str) -> None:
+    err = refused("export", "tiny", "out", f"--max-shard-size={size}", code=2)
+    assert f"such as 5GB or 500MB, found {size}" in err
+
+
+def test_export_into_a_file(refused: Refusal, picture: Path) -> None:
+    assert "is a file: name a folder" in refused("export", "tiny", picture, code=2)
 
 
 # ---- train and eval ----

@@ -42,7 +42,7 @@ SMALL_LLM = LLMConfig(
     head_dim=16,
 )
 # Tools of others, which only blocks that are not run may call.
-TOOLS = {"git", "pip", "pre-commit", "pytest", "python3", "source"}
+TOOLS = {"git", "pip", "pre-commit", "pytest", "python3", "source", "vllm"}
 
 
 class Block(NamedTuple):
@@ -128,7 +128,7 @@ def test_command(
     block: Block, words: list[str], checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variables = []
-    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+    while re.fullmatch(r"[A-Z0-9_]+=.*", words[0]):
         variables.append(words.pop(0))
     tool, *arguments = words
     tool = tool.removeprefix(".venv/bin/")

@@ -2,7 +2,7 @@
 
 A name or path is looked up in this order:
 
-1. a folder: our own format, or a Hugging Face checkpoint of the part;
+1. a folder: our own format, Molmo2's, or a Hugging Face checkpoint of the part;
 2. ``"tiny"``: the bundled model;
 3. no name, or the name of a part's own repository: the converted file in ``cache_dir``, if there;
 4. ``owner/name`` on the Hugging Face hub.
@@ -12,20 +12,19 @@ Weights keep the dtype they are stored in unless another is asked for.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
+from nanomolmo2.convert.folder import write_json, write_weights, written_aside
 from nanomolmo2.convert.hub import WEIGHT_FILES, cache_matches, fetch
-from nanomolmo2.convert.model_card import MARK, model_card
+from nanomolmo2.convert.model_card import model_card, write_card
+from nanomolmo2.convert.molmo2 import open_molmo2
+from nanomolmo2.convert.molmo2_config import MODEL_TYPE as MOLMO2
 from nanomolmo2.convert.parts import (
     CONFIG_NAME,
     LLM,
@@ -38,8 +37,6 @@ from nanomolmo2.convert.parts import (
 )
 from nanomolmo2.convert.state_dict import Shaped, check_keys, to_reference
 from nanomolmo2.convert.tensor_files import (
-    INDEX_NAME,
-    WEIGHTS_NAME,
     CacheFile,
     Readable,
     open_safetensors,
@@ -107,7 +104,8 @@ def load_nanomolmo2(
     device: Device = None,
     revision: str | None = None,
 ) -> NanoMolmo2:
-    """Load a whole model from a folder that ``save_pretrained`` wrote, ``"tiny"``, or the hub.
+    """Load a whole model: a folder that ``save_pretrained`` wrote, a Molmo2 checkpoint (released or
+    transformers' own names), ``"tiny"``, or one of both kinds on the hub.
 
     Without a name: SigLIP 2 and Qwen3-0.6B-Base, joined by a fresh connector.
     Arguments as :func:`load_vision_encoder`.
@@ -115,7 +113,7 @@ def load_nanomolmo2(
     if name_or_path is None:
         return _assemble(cache_dir, dtype, device, revision)
     directory = _find_directory(name_or_path, revision)
-    model, tensors = _open_own(directory)
+    model, tensors = _open_whole(directory)
     _fill(model, tensors, dtype, device)
     return model.eval()
 
@@ -136,7 +134,7 @@ def load(
         name_or_path, cache_dir=cache_dir, dtype=dtype, device=device, revision=revision
     )
     processor = load_processor(name_or_path, revision=revision)
-    _check_agreement(model.config, processor)
+    check_agreement(model.config, processor)
     return model, processor
 
 
@@ -150,7 +148,12 @@ def load_processor(
     from nanomolmo2.processor import Processor, ProcessorConfig, Tokenizer
 
     if name_or_path is not None:
-        return Processor.load(_find_directory(name_or_path, revision))
+        directory = _find_directory(name_or_path, revision)
+        if read_config(directory).get("model_type") == MOLMO2:
+            from nanomolmo2.convert.molmo2_processor import read_molmo2_processor
+
+            return read_molmo2_processor(directory)
+        return Processor.load(directory)
     directory = fetch(LLM.repository, allow_patterns=(TOKENIZER_NAME,)).directory
     return Processor(ProcessorConfig(), Tokenizer.from_file(directory / TOKENIZER_NAME))
 
@@ -175,30 +178,20 @@ def save_pretrained(
         max_shard_size: weights above it are split, with an index; bytes, or text such as "5GB".
     Raises: ValueError for a path that is a file.
     """
-    directory = Path(directory).resolve()
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file: name a folder to save the model in")
-    aside = directory.with_name(f".{uuid.uuid4().hex[:8]}.tmp-{directory.name}")
-    aside.mkdir(parents=True)
-    try:
+    with written_aside(directory) as aside:
         state_dict = model.state_dict()
         if isinstance(model, NanoMolmo2):
             model.config.save(aside / CONFIG_NAME, model_type=MODEL_TYPE)
-            card = directory / "README.md"
-            if not card.exists() or card.read_text(encoding="utf-8").startswith(MARK):
-                (aside / "README.md").write_text(model_card(model), encoding="utf-8")
+            write_card(aside, directory, model_card(model))
             if processor is not None:
                 processor.save(aside)
         else:
             part = VISION if isinstance(model, VisionEncoder) else LLM
             # An encoder built without its last blocks would not be the model of its own config.
             _check_fit(build_on_meta(part.build, model.config), state_dict, "the part to save")
-            _write_json(aside / CONFIG_NAME, part.config_to_reference(model.config))
+            write_json(aside / CONFIG_NAME, part.config_to_reference(model.config))
             state_dict = to_reference(state_dict, part.table)
-        _write_weights(state_dict, aside, max_shard_size)
-        _move_into(aside, directory)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        write_weights(state_dict, aside, max_shard_size)
 
 
 def _load_part(
@@ -232,22 +225,24 @@ def _open_part(
     if Path(name).is_file():
         return _open_cache(part, CacheFile(name))
     directory = _find_directory(name, revision)
-    if read_config(directory).get("model_type") != MODEL_TYPE:
+    if read_config(directory).get("model_type") not in (MODEL_TYPE, MOLMO2):
         return open_reference(directory, part)
-    model, tensors = _open_own(directory)
+    model, tensors = _open_whole(directory)
     start = f"{part.component}."
     own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
     return getattr(model, part.component), own
 
 
-def _open_own(directory: Path) -> tuple[NanoMolmo2, Mapping[str, Readable]]:
-    """A whole model in our format: on the meta device, and its tensors, not read yet."""
+def _open_whole(directory: Path) -> tuple[NanoMolmo2, Mapping[str, Readable]]:
+    """A whole model in our or Molmo2's format: on the meta device, and its tensors, not read."""
     model_type = read_config(directory).get("model_type")
+    if model_type == MOLMO2:
+        return open_molmo2(directory)
     if model_type != MODEL_TYPE:
         raise ValueError(
-            f"{directory} holds a checkpoint of type {model_type!r}, expected {MODEL_TYPE!r}: a "
-            f"vision encoder or language model alone loads with VisionEncoder.from_pretrained or "
-            f"LanguageModel.from_pretrained"
+            f"{directory} holds a checkpoint of type {model_type!r}, expected {MODEL_TYPE!r} or "
+            f"{MOLMO2!r}: a vision encoder or language model alone loads with "
+            f"VisionEncoder.from_pretrained or LanguageModel.from_pretrained"
         )
     config = NanoMolmo2Config.load(directory / CONFIG_NAME, ignore=("model_type",))
     tensors = open_safetensors(directory)
@@ -352,17 +347,37 @@ def _check_fit(module: nn.Module, tensors: Mapping[str, Shaped], source: str) ->
     )
 
 
-def _check_agreement(config: NanoMolmo2Config, processor: Processor) -> None:
-    """Model and processor were made apart and meet here."""
-    vision, settings = config.vision_config, processor.config
-    side, tokens = settings.image_size // vision.patch_size, settings.image_tokens
+def check_agreement(config: NanoMolmo2Config, processor: Processor) -> None:
+    """Model and processor were made apart and meet here.
+
+    Raises: ValueError naming what differs.
+    """
+    vision, settings, connector = config.vision_config, processor.config, config.connector
     vocabulary, rows = processor.tokenizer.vocab_size, config.llm_config.num_embeddings
-    for what, found, expected in (
-        ("patches a side", side, vision.patches_per_side),
-        ("image_tokens", tokens or config.num_visual_tokens, config.num_visual_tokens),
+    pairs: list[tuple[str, int, int]]
+    if (crops := settings.multicrop) is not None:
+        pairs = [
+            ("pixels a side of a crop", crops.image_size, vision.image_size),
+            ("pixels a side of a patch", crops.patch_size, vision.patch_size),
+            ("patches a side of a window", crops.pooling_size, connector.pooling_size),
+        ]
+        if connector.connector_type != "pooling":
+            raise ValueError(
+                f"the processor cuts pictures into crops and names the patches that are pooled, "
+                f"but the model has the {connector.connector_type!r} connector, expected 'pooling'"
+            )
+    else:
+        side, tokens = settings.image_size // vision.patch_size, settings.image_tokens
+        expected = config.num_visual_tokens
+        pairs = [
+            ("patches a side", side, vision.patches_per_side),
+            ("image_tokens", tokens or expected, expected),
+        ]
+    pairs += [
         ("the id of its image token", processor.image_token_id, config.image_token_id),
         ("tokens", vocabulary, min(vocabulary, rows)),  # rows that no token uses are fine
-    ):
+    ]
+    for what, found, expected in pairs:
         if found != expected:
             raise ValueError(
                 f"the processor does not belong to the model: {what}: {found}, the model expects "
@@ -387,41 +402,3 @@ def _read(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}, expected a floating point torch.dtype or None")
     return {name: tensor.read(dtype=dtype, device=device) for name, tensor in tensors.items()}
-
-
-def _write_weights(
-    state_dict: Mapping[str, torch.Tensor], directory: Path, max_shard_size: int | str
-) -> None:
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    pattern = WEIGHTS_NAME.replace(".", "{suffix}.")
-    split = split_torch_state_dict_into_shards(
-        dict(state_dict), max_shard_size=max_shard_size, filename_pattern=pattern
-    )
-    for file, names in split.filename_to_tensors.items():
-        shard = {name: state_dict[name].detach().cpu().contiguous() for name in names}
-        save_file(shard, directory / file, metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read.
-        shutil.copymode(directory / CONFIG_NAME, directory / file)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(directory / INDEX_NAME, index)
-
-
-def _move_into(aside: Path, directory: Path) -> None:
-    """Put complete files where they belong; weights of an earlier save that are left over go."""
-    if not directory.exists():
-        os.replace(aside, directory)
-        return
-    names = sorted(p.name for p in aside.iterdir())
-    for name in sorted(names, key=lambda n: n == CONFIG_NAME):
-        os.replace(aside / name, directory / name)
-    for pattern in (WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors"):
-        for old in directory.glob(pattern):
-            if old.name not in names:
-                old.unlink()
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -80,11 +80,11 @@ def vision_config_from_reference(values: Mapping[str, Any]) -> VisionConfig:
             f"model_type {model_type!r} is not a vision encoder: expected 'siglip' or "
             f"'siglip_vision_model'"
         )
-    _refuse_unknown(values, _SIGLIP_DEFAULTS, extra=("attention_dropout",))
-    _require(values, "attention_dropout", (0, None), "no dropout is built")
+    refuse_unknown(values, _SIGLIP_DEFAULTS, extra=("attention_dropout",))
+    require(values, "attention_dropout", (0, None), "no dropout is built")
     fields = {name: values.get(name, default) for name, default in _SIGLIP_DEFAULTS.items()}
     for name in ("image_size", "patch_size"):
-        fields[name] = _square(name, fields[name])
+        fields[name] = square(name, fields[name])
     return VisionConfig.from_dict(fields)
 
 
@@ -100,11 +100,11 @@ def llm_config_from_reference(values: Mapping[str, Any]) -> LLMConfig:
         )
     checked = ("attention_bias", "attention_dropout", "hidden_act", "layer_types")
     rope = ("rope_parameters", "rope_scaling", "use_sliding_window")
-    _refuse_unknown(values, _QWEN3_DEFAULTS, extra=checked + rope)
-    _require(values, "attention_bias", (False, None), "the projections have no biases")
-    _require(values, "attention_dropout", (0, None), "no dropout is built")
-    _require(values, "hidden_act", ("silu", "swish"), "the MLP is SwiGLU")
-    _require(values, "use_sliding_window", (False, None), "every layer sees all positions")
+    refuse_unknown(values, _QWEN3_DEFAULTS, extra=checked + rope)
+    require(values, "attention_bias", (False, None), "the projections have no biases")
+    require(values, "attention_dropout", (0, None), "no dropout is built")
+    require(values, "hidden_act", ("silu", "swish"), "the MLP is SwiGLU")
+    require(values, "use_sliding_window", (False, None), "every layer sees all positions")
     layer_types = values.get("layer_types")
     if layer_types is not None and set(layer_types) - {"full_attention"}:
         raise ValueError(
@@ -114,7 +114,7 @@ def llm_config_from_reference(values: Mapping[str, Any]) -> LLMConfig:
     fields = {name: values.get(name, default) for name, default in _QWEN3_DEFAULTS.items()}
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
-    fields["rope_theta"] = _rope_theta(values)
+    fields["rope_theta"] = read_rope_theta(values)
     return LLMConfig.from_dict(fields)
 
 
@@ -152,7 +152,7 @@ def llm_config_to_reference(config: LLMConfig) -> dict[str, Any]:
     }
 
 
-def _rope_theta(values: Mapping[str, Any]) -> Any:
+def read_rope_theta(values: Mapping[str, Any]) -> Any:
     """The base of the rotary frequencies, from either spelling."""
     thetas = [values["rope_theta"]] if values.get("rope_theta") is not None else []
     for name in ("rope_parameters", "rope_scaling"):
@@ -175,7 +175,7 @@ def _rope_theta(values: Mapping[str, Any]) -> Any:
     return thetas[0] if thetas else _QWEN3_DEFAULTS["rope_theta"]
 
 
-def _square(name: str, value: Any) -> Any:
+def square(name: str, value: Any) -> Any:
     """Newer files may write a size as [height, width]."""
     if not isinstance(value, list):
         return value
@@ -184,12 +184,12 @@ def _square(name: str, value: Any) -> Any:
     return value[0]
 
 
-def _require(values: Mapping[str, Any], name: str, accepted: tuple[Any, ...], reason: str) -> None:
+def require(values: Mapping[str, Any], name: str, accepted: tuple[Any, ...], reason: str) -> None:
     if name in values and values[name] not in accepted:
         raise ValueError(f"{name} is {values[name]!r}, expected {accepted[0]!r}: {reason}")
 
 
-def _refuse_unknown(
+def refuse_unknown(
     values: Mapping[str, Any], fields: Iterable[str], extra: Iterable[str] = ()
 ) -> None:
     known = {*fields, *extra, *_HARMLESS}

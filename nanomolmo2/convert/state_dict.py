@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from nanomolmo2.convert.tables import Table
+from torch import Tensor
+
+from nanomolmo2.convert.tables import Rows, RowTable, Table
+from nanomolmo2.convert.tensor_files import PatchTensor, Readable, StackedTensor, StoredTensor
 
 
 class Shaped(Protocol):
@@ -84,6 +88,103 @@ def to_reference(tensors: Mapping[str, T], table: Table) -> dict[str, T]:
     unused = [name for name in tensors if _split_index(name)[0] not in back]
     check_keys(missing=[], unused=unused, misshapen={}, source="the model")
     return {_rename(name, back): tensor for name, tensor in tensors.items()}
+
+
+def from_rows(
+    tensors: Mapping[str, StoredTensor],
+    table: RowTable,
+    *,
+    expected: Mapping[str, Shaped],
+    heights: Mapping[str, int] | None = None,
+    source: str = "the checkpoint",
+) -> dict[str, Readable]:
+    """Our tensors out of a file that keeps some of them stacked or in pieces; nothing is read.
+
+    Args:
+        tensors: by their name.
+        expected: our names and shapes, such as ``model.state_dict()`` on the meta device.
+        heights: rows of those that are pieces of one of ours, by their name.
+        source: what to call the checkpoint in an error.
+    Raises: ValueError listing every missing, unused and misshapen tensor by its name in the file.
+    """
+    found: dict[str, Readable] = {}
+    missing: list[str] = []
+    used: set[str] = set()
+    misshapen: dict[str, tuple[Sequence[int], Sequence[int]]] = {}
+    for rule, index in _rules_of(expected, table):
+        theirs = [name.format(index) for name in rule.theirs]
+        ours = [name.format(index) for name in rule.ours]
+        used.update(theirs)
+        missing += [name for name in theirs if name not in tensors]
+        if not tensors.keys() >= set(theirs):
+            continue
+        shapes = [tuple(expected[name].shape) for name in ours]
+        rest = (math.prod(shapes[0][1:]),) if rule.patches else shapes[0][1:]
+        total = sum(shape[0] for shape in shapes)
+        wrong = {}
+        for name in theirs:
+            shape = (total if len(theirs) == 1 else (heights or {})[name], *rest)
+            if tensors[name].shape != shape:
+                wrong[name] = (tensors[name].shape, shape)
+        misshapen |= wrong
+        if wrong:
+            continue
+        if rule.patches:
+            found[ours[0]] = PatchTensor(tensors[theirs[0]], shapes[0])
+            continue
+        top = 0
+        for name, shape in zip(ours, shapes, strict=True):
+            found[name] = _cut([tensors[n] for n in theirs], top, top + shape[0])
+            top += shape[0]
+    unused = [name for name in tensors if name not in used]
+    check_keys(missing=missing, unused=unused, misshapen=misshapen, source=source)
+    return found
+
+
+def to_rows(
+    tensors: Mapping[str, Tensor], table: RowTable, *, heights: Mapping[str, int] | None = None
+) -> dict[str, tuple[Tensor, ...]]:
+    """The inverse of :func:`from_rows`.
+
+    Returns: by their name the views that lie on top of each other in it.
+    Raises: ValueError listing the names that the format has no place for.
+    """
+    unknown = [n for n in tensors if not any(_split_index(n)[0] in rule.ours for rule in table)]
+    check_keys(missing=[], unused=unknown, misshapen={}, source="the model")
+    stacked: dict[str, tuple[Tensor, ...]] = {}
+    for rule, index in _rules_of(tensors, table):
+        parts = tuple(tensors[name.format(index)] for name in rule.ours)
+        if rule.patches:
+            parts = tuple(part.permute(0, 2, 3, 1).flatten(1) for part in parts)
+        theirs = [name.format(index) for name in rule.theirs]
+        if len(theirs) == 1:
+            stacked[theirs[0]] = parts
+        else:
+            pieces = parts[0].split([(heights or {})[name] for name in theirs])
+            stacked |= {name: (piece,) for name, piece in zip(theirs, pieces, strict=True)}
+    return stacked
+
+
+def _rules_of(names: Iterable[str], table: RowTable) -> list[tuple[Rows, str]]:
+    """The rules that names of ours fall under, with their index, each once and in order."""
+    homes = {ours: rule for rule in table for ours in rule.ours}
+    found: dict[tuple[Rows, str], None] = {}
+    for name in names:
+        pattern, index = _split_index(name)
+        if pattern in homes:
+            found[homes[pattern], index] = None
+    return list(found)
+
+
+def _cut(stack: Sequence[StoredTensor], start: int, stop: int) -> Readable:
+    """Rows ``start`` to ``stop`` of tensors that lie on top of each other."""
+    parts, top = [], 0
+    for tensor in stack:
+        first, last = max(start - top, 0), min(stop - top, tensor.shape[0])
+        if first < last:
+            parts.append(tensor.rows(first, last))
+        top += tensor.shape[0]
+    return parts[0] if len(parts) == 1 else StackedTensor(tuple(parts))
 
 
 def check_keys(

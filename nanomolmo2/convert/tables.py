@@ -8,8 +8,26 @@ model can not be half understood.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 Table = Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tensors that are the same once each side is stacked row upon row, in this order.
+
+    One name on both sides is a renaming; several on one side are what the other keeps as one
+    tensor. ``{}`` stands for the index of a block. ``patches``: theirs holds a patch as a vector
+    (row, column, channel), ours is the weight of a convolution (channel, row, column).
+    """
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    patches: bool = False
+
+
+RowTable = tuple[Rows, ...]
 
 _SIGLIP_BLOCK = (
     *("layer_norm1.weight", "layer_norm1.bias", "layer_norm2.weight", "layer_norm2.bias"),
@@ -68,3 +86,106 @@ QWEN3: Table = {
     "model.rotary_emb.inv_freq": None,
     "model.layers.{}.self_attn.rotary_emb.inv_freq": None,
 }
+
+
+def _same(theirs: str, ours: str, *names: str) -> RowTable:
+    """``names`` under two homes; ``a=b`` where the last part is called ``a`` there, ``b`` here."""
+    pairs = [(n.split("=")[0], n.split("=")[-1]) for n in names]
+    return tuple(Rows((f"{theirs}.{a}",), (f"{ours}.{b}",)) for a, b in pairs)
+
+
+def _both(*names: str) -> tuple[str, ...]:
+    """Weight and bias of each."""
+    return tuple(
+        "=".join(f"{side}.{kind}" for side in name.split("="))
+        for name in names
+        for kind in ("weight", "bias")
+    )
+
+
+_HEAD = _same("lm_head", "llm.lm_head", "weight")
+_BLOCK = "llm.layers.{}"
+_VIT_BLOCK = "vision_encoder.layers.{}"
+_POOLING = "connector.layers.image_pooling_2d"
+_PROJECTOR = "connector.layers.image_projector"
+
+# The released files of Molmo2. Their halves of ff_proj are up, then gate: swapped they would load
+# just as well. The connector's w1 is its gate, w3 its up.
+MOLMO2_LEGACY: RowTable = (
+    Rows(
+        ("model.transformer.wte.embedding", "model.transformer.wte.new_embedding"),
+        ("llm.embed_tokens.weight",),
+    ),
+    *_same("model.transformer", "llm", "ln_f.weight=norm.weight"),
+    *_HEAD,
+    *_same(
+        *("model.transformer.blocks.{}", _BLOCK),
+        "attn_norm.weight=input_layernorm.weight",
+        "ff_norm.weight=post_attention_layernorm.weight",
+        "self_attn.attn_out.weight=self_attn.o_proj.weight",
+        *("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
+        "mlp.ff_out.weight=mlp.down_proj.weight",
+    ),
+    Rows(
+        ("model.transformer.blocks.{}.self_attn.att_proj.weight",),
+        tuple(f"{_BLOCK}.self_attn.{p}_proj.weight" for p in "qkv"),
+    ),
+    Rows(
+        ("model.transformer.blocks.{}.mlp.ff_proj.weight",),
+        (f"{_BLOCK}.mlp.up_proj.weight", f"{_BLOCK}.mlp.gate_proj.weight"),
+    ),
+    Rows(
+        ("model.vision_backbone.image_vit.patch_embedding.weight",),
+        ("vision_encoder.patch_embedding.weight",),
+        patches=True,
+    ),
+    *_same(
+        *("model.vision_backbone.image_vit", "vision_encoder"),
+        "patch_embedding.bias",
+        "positional_embedding=position_embedding.weight",
+    ),
+    *_same(
+        *("model.vision_backbone.image_vit.transformer.resblocks.{}", _VIT_BLOCK),
+        *_both("attention_norm=layer_norm1", "ffn_norm=layer_norm2"),
+        *_both("attention.wq=self_attn.q_proj", "attention.wk=self_attn.k_proj"),
+        *_both("attention.wv=self_attn.v_proj", "attention.wo=self_attn.out_proj"),
+        *_both("feed_forward.w1=mlp.fc1", "feed_forward.w2=mlp.fc2"),
+    ),
+    *_same(
+        *("model.vision_backbone.image_pooling_2d", _POOLING),
+        *_both("wq=q_proj", "wk=k_proj", "wv=v_proj", "wo=o_proj"),
+    ),
+    *_same(
+        *("model.vision_backbone.image_projector", _PROJECTOR),
+        *("w1.weight=gate_proj.weight", "w2.weight=down_proj.weight", "w3.weight=up_proj.weight"),
+    ),
+)
+
+# What transformers itself (5.23) calls them.
+MOLMO2_NATIVE: RowTable = (
+    *_same("model.language_model", "llm", "embed_tokens.weight", "norm.weight"),
+    *_HEAD,
+    *_same("model.language_model.layers.{}", _BLOCK, *_QWEN3_BLOCK),
+    Rows(
+        ("model.vision_tower.patch_embedding.weight",),
+        ("vision_encoder.patch_embedding.weight",),
+        patches=True,
+    ),
+    *_same(
+        *("model.vision_tower", "vision_encoder"),
+        "patch_embedding.bias",
+        "positional_embedding=position_embedding.weight",
+    ),
+    *_same(
+        *("model.vision_tower.layers.{}", _VIT_BLOCK),
+        *(f"{n.replace('out_proj', 'o_proj')}={n}" for n in _SIGLIP_BLOCK),
+    ),
+    *_same(
+        *("model.multi_modal_projector.image_pooling_2d", _POOLING),
+        *_both("q_proj", "k_proj", "v_proj", "o_proj"),
+    ),
+    *_same(
+        *("model.multi_modal_projector.image_projector", _PROJECTOR),
+        *("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
+    ),
+)

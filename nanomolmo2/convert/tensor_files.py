@@ -6,6 +6,7 @@ holds much more than the weights it returns.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import mmap
@@ -73,14 +74,29 @@ class StoredTensor:
         Raises: ValueError if the file ends early.
         """
         target = torch.empty(self.shape, dtype=dtype or self.dtype)
-        flat = target.view(-1)
-        if target.dtype == self.dtype:
+        self.read_into(target.view(-1))
+        return target if device is None else target.to(device)
+
+    def read_into(self, flat: Tensor) -> None:
+        """Fill a flat tensor of as many elements, in its dtype. Raises: as :meth:`read`."""
+        if flat.dtype == self.dtype:
             for _ in self._pieces(flat):
                 pass
         else:
             for start, piece in self._pieces(_buffer(self.numel, self.dtype)):
                 flat[start : start + len(piece)] = piece
-        return target if device is None else target.to(device)
+
+    def rows(self, start: int, stop: int) -> StoredTensor:
+        """The rows ``start`` to ``stop``, as a tensor of its own that is not read either."""
+        if (start, stop) == (0, self.shape[0]):
+            return self
+        row = math.prod(self.shape[1:])
+        return StoredTensor(
+            path=self.path,
+            offset=self.offset + start * row * self.dtype.itemsize,
+            dtype=self.dtype,
+            shape=(stop - start, *self.shape[1:]),
+        )
 
     def equals(self, other: StoredTensor) -> bool:
         """Whether both hold the same bits."""
@@ -107,6 +123,55 @@ class StoredTensor:
                     done += count
                 yield start, piece
                 start += len(piece)
+
+
+@dataclass(frozen=True)
+class StackedTensor:
+    """Several tensors in files as one, row upon row; each is read straight to its place."""
+
+    parts: tuple[StoredTensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(p.shape[0] for p in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest of the parts'."""
+        return functools.reduce(torch.promote_types, (p.dtype for p in self.parts))
+
+    def read(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """As :meth:`StoredTensor.read`."""
+        target = torch.empty(self.shape, dtype=dtype or self.dtype)
+        sizes = [part.numel for part in self.parts]
+        for part, flat in zip(self.parts, target.view(-1).split(sizes), strict=True):
+            part.read_into(flat)
+        return target if device is None else target.to(device)
+
+
+@dataclass(frozen=True)
+class PatchTensor:
+    """Weights over patches as vectors (D, P * P * C), read as those of a convolution.
+
+    The vector runs row, column, channel; ``shape`` is (D, C, P, P).
+    """
+
+    stored: StoredTensor
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    def read(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """As :meth:`StoredTensor.read`."""
+        D, C, P, _ = self.shape
+        vectors = self.stored.read(dtype=dtype, device=device)
+        return vectors.view(D, P, P, C).permute(0, 3, 1, 2).contiguous()
 
 
 def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:

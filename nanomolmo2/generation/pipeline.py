@@ -1,4 +1,4 @@
-"""Pipeline: pictures and a question in, an answer with its points out."""
+"""Pipeline: pictures or a video and a question in, an answer with its points out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2
 from nanomolmo2.processor import Message, Point, Processor, collate, parse_count, parse_points
 from nanomolmo2.processor.image import ImageSource
+from nanomolmo2.processor.video import VideoSource
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,12 @@ class Answer:
 
     Attributes:
         text: the answer as written, points in the model's own format.
-        points: points of the answer in pixels of the pictures they belong to.
+        points: points of the answer in pixels of the pictures, or of the video, they belong to.
         count: the number that the answer gives; None if it gives none.
+        problems: what of the answer's points could not be read, one line each.
         image_sizes: (width, height) of the pictures, pixels.
+        video_size: (width, height) of the video, pixels; None without one.
+        frame_times: seconds of the frames that the model saw.
         input_tokens: length of the prompt; a picture that the model expands counts as one token.
         output_tokens: length of the answer with its end token.
         timings: seconds: ``prepare`` (pictures and text to tensors), then ``first_token`` (to the
@@ -34,7 +38,10 @@ class Answer:
     text: str
     points: tuple[Point, ...]
     count: int | None
+    problems: tuple[str, ...]
     image_sizes: tuple[tuple[int, int], ...]
+    video_size: tuple[int, int] | None
+    frame_times: tuple[float, ...]
     input_tokens: int
     output_tokens: int
     timings: dict[str, float]
@@ -76,6 +83,7 @@ class Pipeline:
         images: ImageSource | Sequence[ImageSource] | None,
         question: str | Sequence[Message],
         *,
+        video: VideoSource | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -83,18 +91,21 @@ class Pipeline:
         seed: int | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Answer:
-        """Answer a question about pictures.
+        """Answer a question about pictures or a video.
 
         Args:
             images: one picture or several in order (path, bytes, PIL image, array); None or empty
                 where the messages hold the pictures, or there are none.
             question: a text, or a conversation that ends with the user's turn.
+            video: anything `load_video` takes, in place of pictures; None where the messages hold
+                it, or there is none.
             max_new_tokens: longest answer; it is cut off there.
             temperature: 0 = greedy. top_p: 1 = off. top_k: 0 = off.
             seed: makes a drawn answer repeatable; None = another one each time.
             on_text: called with each piece of the answer as it is written; the pieces together are
                 ``Answer.text``.
-        Raises: ValueError for pictures that do not open, messages out of order, a prompt longer
+        Raises: ValueError for pictures and videos that do not open, a video where the model takes
+            none, messages out of order, a prompt longer
             than the model's context, sampling values out of range.
         """
         start = time.perf_counter()
@@ -102,7 +113,7 @@ class Pipeline:
         messages = (
             [{"role": "user", "content": question}] if isinstance(question, str) else question
         )
-        encoded = self.processor.encode(messages, _as_list(images))
+        encoded = self.processor.encode(messages, _as_list(images), video=video)
         if messages[-1]["role"] != "user":
             raise ValueError(
                 "the conversation ends with an answer, expected a question: leave the last "
@@ -124,6 +135,7 @@ class Pipeline:
         self.model.generate(
             batch.input_ids,
             batch.pixel_values,
+            image_token_pooling=batch.image_token_pooling,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -134,11 +146,18 @@ class Pipeline:
         )
         text = stream.end()
         done = time.perf_counter()
+        problems: list[str] = []
+        points = parse_points(
+            text, encoded.image_sizes, video_size=encoded.video_size, problems=problems
+        )
         return Answer(
             text=text,
-            points=_points(text, encoded.image_sizes),
+            points=tuple(points),
             count=parse_count(text),
+            problems=tuple(problems),
             image_sizes=encoded.image_sizes,
+            video_size=encoded.video_size,
+            frame_times=tuple(encoded.frame_times),
             input_tokens=len(encoded.input_ids),
             output_tokens=len(stream.ids),
             timings={
@@ -193,11 +212,3 @@ def _as_list(images: ImageSource | Sequence[ImageSource] | None) -> list[ImageSo
     if images is None:
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
-
-
-def _points(text: str, image_sizes: Sequence[tuple[int, int]]) -> tuple[Point, ...]:
-    """Points of an answer; none where a weak model points at a picture that is not there."""
-    try:
-        return tuple(parse_points(text, image_sizes))
-    except ValueError:
-        return ()

@@ -1,7 +1,7 @@
 """The connector: vision features to tokens of the language model's width.
 
-B pictures or crops, N patches, n visual tokens, F feature width, Dv vision_dim, D llm_dim, W slots of
-a window.
+B pictures or crops, N patches, n visual tokens, F feature width, Dv vision_dim, D llm_dim, W slots
+of a window.
 """
 
 from __future__ import annotations

@@ -55,9 +55,8 @@ def list_pictures(
             return list(pixel_values), None
         if pixel_values.ndim != 5:
             raise ValueError(
-                f"expected pixel_values of shape (I, 3, H, W) or (B, M, 3, H, W), or crops "
-                f"(M, N, 3*P*P) together with image_token_pooling, found "
-                f"{tuple(pixel_values.shape)}"
+                f"expected pixel_values of shape (I, 3, H, W) or (B, M, 3, H, W), found "
+                f"{tuple(pixel_values.shape)}: crops (M, N, 3*P*P) come with image_token_pooling"
             )
         if pixel_values.shape[0] != rows:
             raise ValueError(

@@ -2,22 +2,44 @@
 
 from nanomolmo2.processor.chat import Message
 from nanomolmo2.processor.collate import collate
+from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.processor.image import load_image, preprocess
-from nanomolmo2.processor.points import Point, format_points, parse_count, parse_points
-from nanomolmo2.processor.processor import Encoded, Processor, ProcessorConfig
+from nanomolmo2.processor.points import (
+    Point,
+    format_points,
+    format_tracks,
+    parse_count,
+    parse_points,
+    points_to_json,
+)
+from nanomolmo2.processor.processor import (
+    Encoded,
+    Processor,
+    ProcessorConfig,
+    VideoConfig,
+    molmo2_processor,
+)
 from nanomolmo2.processor.tokenizer import Tokenizer
+from nanomolmo2.processor.video import Video, load_video
 
 __all__ = [
     "Encoded",
     "Message",
+    "MultiCrop",
     "Point",
     "Processor",
     "ProcessorConfig",
     "Tokenizer",
+    "Video",
+    "VideoConfig",
     "collate",
     "format_points",
+    "format_tracks",
     "load_image",
+    "load_video",
+    "molmo2_processor",
     "parse_count",
     "parse_points",
+    "points_to_json",
     "preprocess",
 ]

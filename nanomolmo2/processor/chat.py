@@ -6,26 +6,33 @@ the format of Molmo2 (one answer, P for the pictures, / for a newline):
     qwen3   <|im_start|>user/P{text}<|im_end|>/<|im_start|>assistant/{answer}<|im_end|>/
     molmo2  <|im_end|>P<|im_start|>user/{text}<|im_end|>/<|im_start|>assistant/{answer}<|im_end|>
 
-A picture is its start token, its image tokens and its end token. With several pictures ``molmo2``
-puts the text ``Image 1``, ``Image 2``, ... directly before each. Pictures always come first,
-wherever they stand in the messages. Turns follow each other with a newline between.
+Pictures or a video always come first, wherever they stand in the messages. With several pictures
+``molmo2`` puts the text ``Image 1``, ``Image 2``, ... directly before each; each frame of a video
+follows its time: ``0.0 F 0.5 F 1.0 F``. Turns follow each other with a newline between.
 
 A rendered prompt is a prefix (what the branches of a message tree share: everything up to the end
 of the pictures) and the turns. Prompt and labels come from the same segments: what is an answer is
 decided here and nowhere else.
 
-Differences from the templates that the checkpoints ship:
-- qwen3: no ``<think>`` block in the last answer or the generation prompt (Qwen3's template adds an
-  empty one); no tools; text is kept as it is (the template strips newlines before an answer).
-- molmo2: no space before ``<|im_start|>assistant`` of a past answer (the shipped template has one;
-  training did not), and one ``<|im_end|>`` between turns as the template has (training had two).
+The chat template that Molmo2 ships differs from Molmo2's training in what precedes the answers.
+``released=True`` renders as the template does, which is what other servers send to the checkpoints:
+
+- a space before the ``<|im_start|>assistant`` of every answer that is part of the prompt; training
+  and ``released=False`` have none. The answer that is about to be generated has none in either.
+- one ``<|im_end|>`` between turns; training had two in a row, which is rendered nowhere here.
+
+A last answer ends with its ``<|im_end|>``, which is learned; the template leaves even that out.
+
+Differences of qwen3 from its template: no ``<think>`` block in the last answer or the generation
+prompt (Qwen3's template adds an empty one); no tools; text is kept as it is (the template strips
+newlines before an answer).
 Sources: Qwen3 tokenizer_config.json; Molmo2 olmo/preprocessing/data_formatter.py and template.
 """
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -34,23 +41,49 @@ ChatFormat = Literal["qwen3", "molmo2"]
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 
+# Molmo2 names the style of an answer before the question, but for these, which people use and
+# which have natural questions.
+# fmt: off
+STYLES_WITHOUT_PREFIX = frozenset({
+    "user_qa", "demo", "text_sft", "correction_qa", "long_caption", "short_caption",
+    "pointing", "point_count", "cosyn_point",
+    "multi_image_pointing", "multi_image_counting",
+    "multi_image_point_then_count", "multi_image_count_then_point",
+    "video_long_caption", "video_short_caption", "video_transcript",
+    "video_clip_caption_start_end", "video_clip_caption_start_end_in_seconds",
+    "video_clip_transcript_start_end", "video_clip_transcript_start_end_in_seconds",
+    "video_frame_caption_timestamp", "video_frame_caption_timestamp_in_seconds",
+    "video_point", "video_point_count", "video_count", "video_count_point",
+    "video_point_track_per_frame", "video_point_track_start_end", "video_point_track_all_frames",
+    "video_single_point_track_start_end",
+    "a_okvqa_mc", "ai2_diagram", "ai2_diagram_no_letter", "science_qa",
+    "multi_image_mc", "multi_image_mc_exp", "mantis_instruct_mc",
+    "video_multiple_choice", "video_multiple_choice_count_without_pointing",
+    "video_multiple_choice_multiple_correct", "video_multiple_choice_w_subtitle",
+})
+# fmt: on
+
 
 class ContentItem(TypedDict):
-    """A part of a message: ``{"type": "text", "text": ...}`` or ``{"type": "image", ...}``.
+    """A part of a message: of ``type`` text, image or video.
 
-    ``image`` is anything that `processor.image.load_image` takes; without it the item stands for
-    the next of the pictures given beside the messages.
+    ``image`` is anything that `processor.image.load_image` takes, ``video`` anything that
+    `processor.video.load_video` takes; without it the item stands for the next of the pictures, or
+    for the video, given beside the messages. ``style`` is one of Molmo2's names for kinds of
+    answers, such as ``vqa2`` for short ones.
     """
 
-    type: Literal["text", "image"]
+    type: Literal["text", "image", "video"]
     text: NotRequired[str]
+    style: NotRequired[str]
     image: NotRequired[Any]
+    video: NotRequired[Any]
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation. ``subtitle``: what is spoken in the video, first of all."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "subtitle", "user", "assistant"]
     content: str | Sequence[ContentItem]
 
 
@@ -70,19 +103,24 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Turn:
-    """A checked message: its text in one piece and its pictures (None: given beside)."""
+    """A checked message: its text in one piece, its pictures and videos (None: given beside)."""
 
     role: str
     text: str
     images: tuple[Any, ...] = ()
+    videos: tuple[Any, ...] = ()
 
 
-def read_messages(messages: Sequence[Message]) -> list[Turn]:
+def read_messages(messages: Sequence[Message], *, styled: bool = False) -> list[Turn]:
     """Check messages and take their content apart.
 
-    Texts of one message are joined as they are. An optional system message comes first, then user
-    and assistant alternate, starting with the user.
+    An optional system message or subtitle comes first, then user and assistant alternate, starting
+    with the user.
 
+    Args:
+        styled: join the texts of one message as Molmo2 does: with a space between, and
+            ``style: `` before one that has a ``style`` outside of `STYLES_WITHOUT_PREFIX`.
+            Otherwise they are joined as they are.
     Raises: ValueError naming the message and what was expected.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
@@ -90,65 +128,100 @@ def read_messages(messages: Sequence[Message]) -> list[Turn]:
             f"messages must be a list of {{'role': ..., 'content': ...}}, found "
             f"{type(messages).__name__}: put a single message into a list"
         )
-    turns = [_read_message(message, number) for number, message in enumerate(messages)]
+    turns = [_read_message(message, number, styled) for number, message in enumerate(messages)]
     expected = "user"
     for number, turn in enumerate(turns):
-        if turn.role == "system" and number == 0:
+        if turn.role in ("system", "subtitle") and number == 0:
             continue
         if turn.role != expected:
             raise ValueError(
                 f"message {number} is by {turn.role!r} where {expected!r} must speak: a system "
-                f"message can only be the first, then user and assistant alternate, user first"
+                f"message or subtitle can only be the first, then user and assistant alternate, "
+                f"user first"
             )
         expected = "assistant" if expected == "user" else "user"
-    if not turns or turns[-1].role == "system":
+    if not turns or turns[-1].role in ("system", "subtitle"):
         raise ValueError("a conversation needs at least one user message")
     return turns
 
 
+def show_pictures(chat_format: ChatFormat, pictures: Sequence[str]) -> tuple[Segment, ...]:
+    """Pictures as they stand in the prefix.
+
+    Args:
+        pictures: control string of each: start tokens, image tokens, end tokens.
+    """
+    if chat_format == "qwen3" or len(pictures) == 1:
+        return tuple(_control(picture) for picture in pictures)
+    segments: list[Segment] = []
+    for number, picture in enumerate(pictures, start=1):
+        segments += [_text(f"Image {number}"), _control(picture)]
+    return tuple(segments)
+
+
+def show_video(times: Iterable[float], frame: str) -> tuple[Segment, ...]:
+    """A video as it stands in the prefix: before each frame its time, one decimal of a second.
+
+    Args:
+        frame: control string of a frame: start token, image tokens, end token.
+    """
+    segments: list[Segment] = []
+    for number, time in enumerate(times):
+        segments += [_text(f"{' ' if number else ''}{time:.1f} "), _control(frame)]
+    return tuple(segments)
+
+
 def render_prefix(
-    chat_format: ChatFormat, picture: str, num_pictures: int, system: str | None = None
+    chat_format: ChatFormat, visual: Sequence[Segment], opening: Turn | None = None
 ) -> list[Segment]:
     """What comes before the first user's text and is shared by all branches of a message tree.
 
     Args:
-        picture: control string of one picture: start token, image tokens, end token.
-        system: text of a system message; the molmo2 format has none.
+        visual: what `show_pictures` or `show_video` returned.
+        opening: a system message, which only qwen3 has, or a subtitle, which only molmo2 has.
     """
+    role = opening.role if opening is not None else None
     if chat_format == "qwen3":
+        if role == "subtitle":
+            raise ValueError(
+                "the qwen3 chat format has no subtitle: put its text into the first user message"
+            )
         segments = []
-        if system is not None:
+        if opening is not None:
             segments += [
                 _control(f"{TURN_START}system\n"),
-                _text(system),
+                _text(opening.text),
                 _control(f"{TURN_END}\n"),
             ]
-        return [*segments, _control(f"{TURN_START}user\n" + picture * num_pictures)]
-    if system is not None:
+        return [*segments, _control(f"{TURN_START}user\n"), *visual]
+    if role == "system":
         raise ValueError(
             "the molmo2 chat format has no system message: put its text into the first user message"
         )
-    if num_pictures <= 1:
-        return [_control(TURN_END + picture * num_pictures)]
-    segments = [_control(TURN_END)]
-    for number in range(1, num_pictures + 1):
-        segments += [_text(f"Image {number}"), _control(picture)]
+    segments = [_control(TURN_END), *visual]
+    if opening is not None:
+        segments.append(_text(opening.text))
     return segments
 
 
 def render_turns(
-    chat_format: ChatFormat, turns: Sequence[Turn], add_generation_prompt: bool = False
+    chat_format: ChatFormat,
+    turns: Sequence[Turn],
+    add_generation_prompt: bool = False,
+    *,
+    released: bool = False,
 ) -> list[Segment]:
     """The user and assistant turns that follow the prefix, up to the last ``<|im_end|>``.
 
     Args:
-        turns: without a system turn; the first is the user's.
+        turns: without a system turn or subtitle; the first is the user's.
         add_generation_prompt: open an assistant turn if the user spoke last.
+        released: in molmo2, as the released template has it; see the top of the file.
     """
     user = f"{TURN_START}user\n"
+    space = " " if released and chat_format == "molmo2" else ""
     segments = []
     for number, turn in enumerate(turns):
-        last = number == len(turns) - 1
         if turn.role == "assistant":
             segments += [_answer(turn.text), _ANSWER_END]
             continue
@@ -157,26 +230,29 @@ def render_turns(
         elif chat_format == "molmo2":  # in qwen3 the first user turn is opened by the prefix
             segments.append(_control(user))
         segments.append(_text(turn.text))
-        opens_answer = not last or add_generation_prompt
-        segments.append(
-            _control(f"{TURN_END}\n{TURN_START}assistant\n" if opens_answer else f"{TURN_END}\n")
-        )
+        if number + 1 < len(turns):
+            segments.append(_control(f"{TURN_END}\n{space}{TURN_START}assistant\n"))
+        elif add_generation_prompt:
+            segments.append(_control(f"{TURN_END}\n{TURN_START}assistant\n"))
+        else:
+            segments.append(_control(f"{TURN_END}\n"))
     return segments
 
 
 def render(
     chat_format: ChatFormat,
     turns: Sequence[Turn],
-    picture: str,
-    num_pictures: int,
+    visual: Sequence[Segment] = (),
     add_generation_prompt: bool = True,
+    *,
+    released: bool = False,
 ) -> list[Segment]:
     """A whole conversation: prefix, turns and, in qwen3, the newline after a last answer."""
-    system = None
-    if turns[0].role == "system":
-        system, turns = turns[0].text, turns[1:]
-    segments = render_prefix(chat_format, picture, num_pictures, system)
-    segments += render_turns(chat_format, turns, add_generation_prompt)
+    opening = None
+    if turns[0].role in ("system", "subtitle"):
+        opening, turns = turns[0], turns[1:]
+    segments = render_prefix(chat_format, visual, opening)
+    segments += render_turns(chat_format, turns, add_generation_prompt, released=released)
     if chat_format == "qwen3" and turns[-1].role == "assistant":
         segments.append(_control("\n"))
     return segments
@@ -197,16 +273,17 @@ def _answer(text: str) -> Segment:
 _ANSWER_END = Segment(TURN_END, is_control=True, is_answer=True)
 
 
-def _read_message(message: Message, number: int) -> Turn:
+def _read_message(message: Message, number: int, styled: bool) -> Turn:
     where = f"message {number}"
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
         raise ValueError(
             f"{where} must be {{'role': ..., 'content': ...}}, found {_describe(message)}"
         )
     role, content = message["role"], message["content"]
-    if role not in ("system", "user", "assistant"):
+    if role not in ("system", "subtitle", "user", "assistant"):
         raise ValueError(
-            f"{where} has the unknown role {role!r}: use 'system', 'user' or 'assistant'"
+            f"{where} has the unknown role {role!r}: use 'user' or 'assistant', or for the first "
+            f"message 'system' or 'subtitle'"
         )
     if isinstance(content, str):
         return Turn(role, content)
@@ -215,21 +292,35 @@ def _read_message(message: Message, number: int) -> Turn:
             f"{where} has content of type {type(content).__name__}: give a string or a list of "
             f"{{'type': 'text', 'text': ...}} and {{'type': 'image', 'image': ...}}"
         )
-    texts, images = [], []
+    texts, images, videos = [], [], []
     for item in content:
         part: Mapping[str, Any] = item if isinstance(item, Mapping) else {}
         if part.get("type") == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+            style = part.get("style") if styled else None
+            has_prefix = style is not None and style not in STYLES_WITHOUT_PREFIX
+            texts.append(f"{style}: {part['text']}" if has_prefix else part["text"])
         elif part.get("type") == "image":
             images.append(part.get("image"))
+        elif part.get("type") == "video":
+            videos.append(part.get("video"))
         else:
             raise ValueError(
-                f"{where} holds {_describe(item)}: expected {{'type': 'text', 'text': a string}} "
-                f"or {{'type': 'image', 'image': a picture}}"
+                f"{where} holds {_describe(item)}: expected {{'type': 'text', 'text': a string}}, "
+                f"{{'type': 'image', 'image': a picture}} or {{'type': 'video', 'video': a video}}"
             )
-    if images and role != "user":
-        raise ValueError(f"{where} is by {role!r} and holds a picture: only users show pictures")
-    return Turn(role, "".join(texts), tuple(images))
+    if (images or videos) and role != "user":
+        raise ValueError(
+            f"{where} is by {role!r} and holds a picture or video: only users show them"
+        )
+    return Turn(role, _join(texts, styled), tuple(images), tuple(videos))
+
+
+def _join(texts: Sequence[str], styled: bool) -> str:
+    """The released template has a space before a text that does not begin the message."""
+    joined = ""
+    for text in texts:
+        joined += f" {text}" if styled and joined else text
+    return joined
 
 
 def _describe(value: Any) -> str:

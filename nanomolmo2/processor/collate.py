@@ -20,6 +20,9 @@ def collate(
 ) -> Batch:
     """Pad examples to the longest and stack them; pictures are joined in reading order.
 
+    Crops are counted through the batch, and so are the patches in ``image_token_pooling``; windows
+    of pictures and of videos (4 and 9 patches) are filled up with -1 to the widest.
+
     Padding is ``pad_token_id``, mask False, label -100, weight 0, position 0, subsegment -1.
     What no example has is None: labels without any answer, weights, and for rows without message
     trees also subsegments and positions, which then follow from the mask. If only some rows have
@@ -55,6 +58,29 @@ def collate(
         loss_weights=pad([_loss_weights(e) for e in encoded], 0) if has_weights else None,
         subsegment_ids=pad([_subsegment_ids(e) for e in encoded], -1) if has_trees else None,
         pixel_values=torch.from_numpy(np.concatenate(pictures)) if pictures else None,
+        image_token_pooling=_join_windows(encoded),
+    )
+
+
+def _join_windows(encoded: Sequence[Encoded]) -> torch.Tensor | None:  # (n, K)
+    """The pooling windows of all examples, each example's moved behind the crops before it."""
+    windows, num_before = [], 0  # patches
+    for example in encoded:
+        index, crops = example.image_token_pooling, example.pixel_values
+        if index is None or crops is None:
+            continue
+        windows.append(np.where(index < 0, index, index + num_before))
+        num_before += crops.shape[0] * crops.shape[1]
+    if not windows:
+        return None
+    width = max(index.shape[1] for index in windows)
+    return torch.from_numpy(
+        np.concatenate(
+            [
+                np.pad(index, ((0, 0), (0, width - index.shape[1])), constant_values=-1)
+                for index in windows
+            ]
+        )
     )
 
 

@@ -1,12 +1,15 @@
-"""Draw points over their picture: numbered discs, and each label once."""
+"""Draw points over their picture or the frames of a video: numbered discs, and each label once."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from nanomolmo2.files import atomic_path
 from nanomolmo2.processor.image import ImageSource, load_image
 from nanomolmo2.processor.points import Point
 
@@ -37,19 +40,112 @@ def draw_points(image: ImageSource, points: Iterable[Point], *, number: int = 1)
         number: which picture of the prompt this is, from 1.
     Returns: RGB image of the same size.
     """
+    shown = [point for point in points if point.image == number and point.time is None]
+    return _paint(image, shown, _colour_numbers(shown, by_id=False), by_id=False)
+
+
+def draw_frames(
+    frames: Sequence[ImageSource], times: Sequence[float], points: Iterable[Point]
+) -> list[Image.Image]:
+    """Mark points on copies of a video's frames.
+
+    A point is drawn on the frame nearest in time; one that is more than half a frame step before
+    the first or after the last frame is left out. Points look as in `draw_points`, except that an
+    object which is followed over time (an id that comes at several times: tracks) has a colour of
+    its own.
+
+    Args:
+        frames: pictures of the video, anything `load_image` takes.
+        times: seconds, one a frame, rising.
+        points: in pixels of the frames, as `parse_points` gives them; those of pictures, which have
+            no time, are left out.
+    Returns: RGB images, one a frame, of the same size.
+    Raises: ValueError if there is not one time for each frame.
+    """
+    if len(frames) != len(times):
+        raise ValueError(f"found {len(times)} times for {len(frames)} frames: give one each")
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    # Times in answers are written with one decimal, so even a point on a frame may be 0.05 s off.
+    reach = max(steps, default=0.0) / 2 + 0.05
+    shown: list[list[Point]] = [[] for _ in frames]
+    drawn: list[Point] = []
+    for point in points:
+        if point.time is None or not frames:
+            continue
+        distances = [abs(time - point.time) for time in times]
+        nearest = distances.index(min(distances))
+        if distances[nearest] <= reach:
+            shown[nearest].append(point)
+            drawn.append(point)
+    followed = len({(p.label, p.id) for p in drawn}) < len(drawn)
+    colours = _colour_numbers(drawn, by_id=followed)
+    return [
+        _paint(frame, on_frame, colours, by_id=followed)
+        for frame, on_frame in zip(frames, shown, strict=True)
+    ]
+
+
+def save_gif(
+    frames: Sequence[Image.Image], times: Sequence[float], path: str | Path, *, max_side: int = 640
+) -> None:
+    """Write frames as an animated GIF that runs as fast as the video; complete or not at all.
+
+    Args:
+        frames: at least one, such as `draw_frames` gives.
+        times: seconds, one a frame, rising; the last frame stays as long as the one before.
+        path: ends with ``.gif``.
+        max_side: larger frames are shrunk to this many pixels on their longer side.
+    """
+    if not frames or len(frames) != len(times):
+        raise ValueError(
+            f"found {len(frames)} frames and {len(times)} times: give at least one frame, and one "
+            f"time for each"
+        )
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    steps.append(steps[-1] if steps else 1.0)
+    small = []
+    for frame in frames:
+        image = frame.copy()
+        image.thumbnail((max_side, max_side))
+        small.append(image)
+    with atomic_path(path) as temporary:
+        small[0].save(
+            temporary,
+            format="GIF",
+            save_all=True,
+            append_images=small[1:],
+            duration=[max(20, round(1000 * step)) for step in steps],  # players slow down below 20
+            loop=0,
+        )
+
+
+def _colour_key(point: Point, by_id: bool) -> Hashable:
+    return (point.label, point.id) if by_id else point.label
+
+
+def _colour_numbers(points: Iterable[Point], *, by_id: bool) -> dict[Hashable, int]:
+    """Colours are dealt in order of appearance."""
+    keys = dict.fromkeys(_colour_key(point, by_id) for point in points)
+    return {key: number for number, key in enumerate(keys)}
+
+
+def _paint(
+    image: ImageSource, points: Sequence[Point], colours: dict[Hashable, int], *, by_id: bool
+) -> Image.Image:
+    """A copy of a picture with points; ``colours`` has a number for each label, or label and id."""
     canvas = load_image(image).copy()
     radius = max(7, round(0.018 * math.sqrt(canvas.width * canvas.height)))
-    shown = [point for point in points if point.image == number]
-    labels = list(dict.fromkeys(point.label for point in shown))
-    for index, point in enumerate(shown):
-        colours = _COLOURS[labels.index(point.label) % len(_COLOURS)]
-        disc = _disc(radius, str(point.id or index + 1), *colours)
+
+    def colours_of(point: Point) -> tuple[str, str]:
+        return _COLOURS[colours[_colour_key(point, by_id)] % len(_COLOURS)]
+
+    for index, point in enumerate(points):
+        disc = _disc(radius, str(point.id or index + 1), *colours_of(point))
         corner = (int(point.x) - disc.width // 2, int(point.y) - disc.height // 2)
         canvas.paste(disc, corner, disc)
-    for label in filter(None, labels):
-        first = next(point for point in shown if point.label == label)
-        colours = _COLOURS[labels.index(label) % len(_COLOURS)]
-        _draw_label(canvas, first, label, radius, *colours)
+    for label in filter(None, dict.fromkeys(point.label for point in points)):
+        first = next(point for point in points if point.label == label)
+        _draw_label(canvas, first, label, radius, *colours_of(first))
     return canvas
 
 

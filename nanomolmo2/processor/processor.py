@@ -26,9 +26,13 @@ from nanomolmo2.processor.chat import (
     render,
     render_prefix,
     render_turns,
+    show_pictures,
+    show_video,
 )
+from nanomolmo2.processor.crops import MultiCrop, pool_windows
 from nanomolmo2.processor.image import Resample, load_image, preprocess
-from nanomolmo2.processor.tokenizer import Tokenizer
+from nanomolmo2.processor.tokenizer import MOLMO2_TOKENS, Tokenizer, molmo2_tokenizer
+from nanomolmo2.processor.video import load_video
 
 CONFIG_FILE = "processor_config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -36,7 +40,36 @@ TOKENIZER_FILE = "tokenizer.json"
 IGNORED_LABEL = -100
 PREFIX_SUBSEGMENT = 10000  # larger than any branch: branches see it, it sees no branch
 
-LossWeighting = Literal["token", "sqrt"]
+# Beside the tokens that `ProcessorConfig` names: what else stands around crops and frames.
+DETAILS_START, ROW_END = "<im_start>", "<im_col>"
+FRAME_MARKS = ("<frame_start>", "<frame_end>")
+# A video is text between frames, and a picture's tokens see each other: these are the latter.
+_NOT_TYPED = ("<|image|>", "<|video|>")
+
+LossWeighting = Literal["token", "sqrt", "molmo2"]
+
+
+@dataclass(frozen=True)
+class VideoConfig(Config):
+    """Which frames of a video are taken and how they are written.
+
+    Attributes:
+        max_frames: most frames of a video.
+        max_fps: most frames a second.
+        pooling_size: side of a frame's pooling window, patches.
+        use_frame_special_tokens: mark frames by ``<frame_start>``, ``<frame_end>``; the released
+            models were made with ``<im_start>``, ``<im_end>``.
+    """
+
+    max_frames: int = 384
+    max_fps: float = 2.0
+    pooling_size: int = 3
+    use_frame_special_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        self.check_positive()
+        if not self.max_fps > 0:
+            raise ValueError(f"max_fps ({self.max_fps}) must be greater than 0")
 
 
 @dataclass(frozen=True)
@@ -53,7 +86,11 @@ class ProcessorConfig(Config):
         image_mean, image_std: of red, green and blue, after the values were scaled.
         rescale_factor: 0..255 times this is 0..1.
         image_tokens: image tokens written for a picture; None writes one, which the model expands.
-        image_token, image_start_token, image_end_token: special tokens of a picture.
+        multicrop: cut pictures into crops; image_size, resample, image_mean and image_std are then
+            its own, and image tokens are written as it says. None: one view of a picture.
+        video: take videos too, each frame as one crop of ``multicrop``; None: pictures only.
+        image_token, image_start_token, image_end_token: special tokens of a picture; with crops
+            the start token is the overview's.
         pad_token: special token that fills up rows.
         stop_tokens: special tokens that end an answer.
     """
@@ -65,6 +102,8 @@ class ProcessorConfig(Config):
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     rescale_factor: float = 1 / 255
     image_tokens: int | None = None
+    multicrop: MultiCrop | None = None
+    video: VideoConfig | None = None
     image_token: str = "<|image_pad|>"
     image_start_token: str = "<|vision_start|>"
     image_end_token: str = "<|vision_end|>"
@@ -90,26 +129,52 @@ class ProcessorConfig(Config):
                 f"image_std {self.image_std} and rescale_factor {self.rescale_factor} must be "
                 f"greater than 0: pixels are multiplied by the one and divided by the other"
             )
+        if self.multicrop is not None:
+            for name, expected in _one_view(self.multicrop).items():
+                if getattr(self, name) != expected:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r}, but multicrop says {expected!r}: give "
+                        f"both the same, or use ProcessorConfig.molmo2(multicrop=...)"
+                    )
+        elif self.video is not None:
+            raise ValueError(
+                "video is set and multicrop is not: frames are made as its crops are, so set both"
+            )
         if not self.stop_tokens:
             raise ValueError("stop_tokens is empty, so no answer would end: name at least one")
 
     @classmethod
     def molmo2(cls, **fields: Any) -> Self:
         """Molmo2's chat format and picture tokens; ``fields`` set or replace other fields."""
-        molmo2 = {
+        molmo2: dict[str, Any] = {
             "chat_format": "molmo2",
             "image_token": "<im_patch>",
             "image_start_token": "<low_res_im_start>",
             "image_end_token": "<im_end>",
         }
+        if fields.get("multicrop") is not None:
+            molmo2 |= _one_view(fields["multicrop"])
         return cls(**{**molmo2, **fields})
+
+
+def _one_view(crops: MultiCrop) -> dict[str, Any]:
+    """What a config says about pictures that `crops` says too."""
+    return {
+        "image_size": crops.image_size,
+        "resample": "bilinear",
+        "image_mean": crops.image_mean,
+        "image_std": crops.image_std,
+        "rescale_factor": 1 / 255,
+        "image_tokens": None,
+    }
 
 
 @dataclass
 class Encoded:
-    """One example of T tokens and m pictures; `collate` pads several to a Batch.
+    """One example of T tokens and m pictures or a video; `collate` pads several to a Batch.
 
     ``labels`` are not shifted: the label at t is the token at t, -100 where nothing is learned.
+    With crops, M crops (or frames) of N patches stand behind n image tokens of K patches each.
     """
 
     input_ids: NDArray[np.int64]  # (T,)
@@ -117,8 +182,14 @@ class Encoded:
     labels: NDArray[np.int64] | None = None  # (T,); None if no assistant has spoken
     loss_weights: NDArray[np.float32] | None = None  # (T,); None: 1 for every label
     subsegment_ids: NDArray[np.int64] | None = None  # (T,); only message trees have them
-    pixel_values: NDArray[np.float32] | None = None  # (m, 3, S, S)
+    pixel_values: NDArray[np.float32] | None = None  # (m, 3, S, S); with crops (M, N, 3*P*P)
     image_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of the originals, pixels
+    image_token_pooling: NDArray[np.int64] | None = None  # (n, K), crop * N + patch; -1 empty
+    image_grids: NDArray[np.int64] | None = None  # (m, 4) image tokens: overview, then details
+    image_num_crops: NDArray[np.int64] | None = None  # (m,) adding up to M
+    video_grids: NDArray[np.int64] | None = None  # (1, 3) frames, rows and columns of each
+    frame_times: tuple[float, ...] = ()  # seconds
+    video_size: tuple[int, int] | None = None  # (width, height) of every frame, pixels
 
 
 class Processor:
@@ -131,15 +202,21 @@ class Processor:
         self.image_token_id = tokenizer.special_id(config.image_token)
         self.pad_token_id = tokenizer.special_id(config.pad_token)
         self.stop_token_ids = tuple(tokenizer.special_id(name) for name in config.stop_tokens)
+        names = [config.image_start_token, config.image_end_token, "<|im_start|>", "<|im_end|>"]
+        if config.multicrop is not None:
+            names += [DETAILS_START, ROW_END]
+        if config.video is not None and config.video.use_frame_special_tokens:
+            names += FRAME_MARKS
+        for name in names:
+            tokenizer.special_id(name)
+        typed = {config.image_token, config.image_start_token, config.image_end_token}
+        typed |= {*MOLMO2_TOKENS} & {*tokenizer.special_ids} - {*_NOT_TYPED}
+        self._typed_ids = sorted(tokenizer.special_ids[name] for name in typed)
         self._picture = (
             config.image_start_token
             + config.image_token * (config.image_tokens or 1)
             + config.image_end_token
         )
-        for name in (config.image_start_token, config.image_end_token):
-            tokenizer.special_id(name)
-        for name in ("<|im_start|>", "<|im_end|>"):
-            tokenizer.special_id(name)
         self._prefix = lru_cache(maxsize=64)(self._encode_prefix)
 
     # ---- messages and pictures -> numbers ----
@@ -149,28 +226,39 @@ class Processor:
         messages: Sequence[Message],
         images: Sequence[Any] | None = None,
         *,
+        video: Any = None,
         add_generation_prompt: bool = True,
     ) -> Encoded:
         """One conversation; its assistant turns are labelled.
 
         Pictures stand in the messages, or beside them in ``images``, or as items
-        ``{"type": "image"}`` in the messages that take the next of ``images``.
+        ``{"type": "image"}`` in the messages that take the next of ``images``. A conversation may
+        show a video instead, likewise in the messages or beside them.
+
+        With crops (the Molmo2 design) the prompt is as the released template renders it; see
+        `chat.py`.
 
         Args:
             messages: see `chat.read_messages`.
-            images: anything `load_image` takes, arrays (S, S, 3) of uint8, or float arrays and
-                tensors (3, S, S) that are already normalised.
+            images: anything `load_image` takes; without crops also arrays (S, S, 3) of uint8, and
+                float arrays and tensors (3, S, S) that are already normalised.
+            video: anything `video.load_video` takes.
             add_generation_prompt: let the prompt end where the answer begins, if the user spoke
                 last.
-        Raises: ValueError for messages out of order or pictures that do not add up or open.
+        Raises: ValueError for messages out of order, pictures that do not add up or open, and
+            pictures beside a video.
         """
-        turns = read_messages(messages)
-        pictures = _gather_pictures(turns, images)
+        has_crops = self.config.multicrop is not None
+        turns = read_messages(messages, styled=has_crops)
+        visual = self._load_visual(_gather_pictures(turns, images), _gather_video(turns, video))
         segments = render(
-            self.config.chat_format, turns, self._picture, len(pictures), add_generation_prompt
+            self.config.chat_format,
+            turns,
+            visual.segments,
+            add_generation_prompt,
+            released=has_crops,
         )
         ids, labels = self._encode_segments(segments)
-        pixel_values, image_sizes = self.load_images(pictures)
         return Encoded(
             input_ids=np.array(ids, dtype=np.int64),
             position_ids=np.arange(len(ids)),
@@ -179,36 +267,73 @@ class Processor:
                 if any(turn.role == "assistant" for turn in turns)
                 else None
             ),
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
+            **visual.fields,
         )
+
+    def apply(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+        *,
+        video: Any = None,
+    ) -> dict[str, NDArray[Any]]:
+        """`encode` as a mapping of arrays by the names that transformers' processor uses.
+
+        Returns: ``input_ids``, ``token_type_ids`` (1 = belongs to a picture: image tokens and the
+            start, row and end tokens around them, not times and numbers) and ``labels`` (-100
+            outside of answers), each (T,) int64; with pictures ``pixel_values``,
+            ``image_token_pooling``, ``image_grids``, ``image_num_crops``, with a video
+            ``video_grids`` instead of the last two; all as in `Encoded`, without a batch dimension.
+        """
+        encoded = self.encode(
+            messages, images, video=video, add_generation_prompt=add_generation_prompt
+        )
+        ids = encoded.input_ids
+        arrays = {
+            "input_ids": ids,
+            "token_type_ids": np.isin(ids, self._typed_ids).astype(np.int64),
+            "labels": (
+                encoded.labels if encoded.labels is not None else np.full_like(ids, IGNORED_LABEL)
+            ),
+            "pixel_values": encoded.pixel_values,
+            "image_token_pooling": encoded.image_token_pooling,
+            "image_grids": encoded.image_grids,
+            "image_num_crops": encoded.image_num_crops,
+            "video_grids": encoded.video_grids,
+        }
+        return {name: array for name, array in arrays.items() if array is not None}
 
     def encode_tree(
         self,
         images: Sequence[Any] | None,
         branches: Sequence[Sequence[Message]],
         *,
+        video: Any = None,
         loss_weighting: LossWeighting = "token",
         branch_weights: Sequence[float] | None = None,
     ) -> Encoded:
         """Several conversations about the same pictures in one sequence.
 
         The prefix (beginning and pictures) has subsegment 10000 and positions 0 .. P-1; branch k
-        has subsegment k and positions from P, and ends with its ``<|im_end|>``.
+        has subsegment k and positions from P, and ends with its ``<|im_end|>``. Turns are laid out
+        as in Molmo2's training, without the space that the released template has before answers.
 
         Args:
             images: as for `encode`; may be empty or None.
             branches: conversations without pictures and system messages; each ends with an answer.
-            loss_weighting: a branch with n labels weighs 1 (``token``) or 1/sqrt(n) (``sqrt``) a
-                label. Molmo2's own rule is 2/sqrt(n) over the square root of the branches.
+            video: as for `encode`.
+            loss_weighting: what a label of a branch with n labels weighs: 1 (``token``), 1/sqrt(n)
+                (``sqrt``), or Molmo2's 2/sqrt(n) over the square root of the number of branches
+                (``molmo2``; the last end of a branch is not counted in n if there are several).
             branch_weights: one more factor for each branch.
         Raises: ValueError naming the branch.
         Source: Molmo2, olmo/preprocessing/text_preprocessor.py, README "Message Trees".
         """
         if loss_weighting not in get_args(LossWeighting):
             raise ValueError(
-                f"loss_weighting is {loss_weighting!r}, expected 'token' (every label weighs 1) or "
-                f"'sqrt' (1/sqrt(n) in a branch of n labels)"
+                f"loss_weighting is {loss_weighting!r}, expected 'token' (every label weighs 1), "
+                f"'sqrt' (1/sqrt(n) in a branch of n labels) or 'molmo2' (2/sqrt(n)/sqrt(branches))"
             )
         if not branches:
             raise ValueError("a message tree needs at least one branch")
@@ -217,8 +342,8 @@ class Processor:
                 f"found {len(branch_weights)} branch_weights for {len(branches)} branches: give "
                 f"one each"
             )
-        pixel_values, image_sizes = self.load_images(images)
-        prefix = self._prefix(len(image_sizes))
+        visual = self._load_visual(_several(images), video)
+        prefix = self._prefix(visual.segments)
         num_prefix = len(prefix)
 
         ids, labels, weights = list(prefix), [IGNORED_LABEL] * num_prefix, [0.0] * num_prefix
@@ -227,7 +352,7 @@ class Processor:
             segments = self._render_branch(messages, number)
             branch_ids, branch_labels = self._encode_segments(segments)
             num_labels = len(branch_labels) - branch_labels.count(IGNORED_LABEL)
-            weight = 1.0 if loss_weighting == "token" else num_labels**-0.5
+            weight = _label_weight(loss_weighting, num_labels, len(branches))
             if branch_weights is not None:
                 weight *= branch_weights[number]
             ids += branch_ids
@@ -247,18 +372,104 @@ class Processor:
             subsegment_ids=np.repeat(
                 [PREFIX_SUBSEGMENT, *range(len(lengths))], [num_prefix, *lengths]
             ),
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
+            **visual.fields,
         )
 
     def load_images(
         self, images: Sequence[Any] | None
     ) -> tuple[NDArray[np.float32] | None, tuple[tuple[int, int], ...]]:
-        """Pictures -> ((m, 3, S, S) float32 or None without pictures, their original sizes)."""
-        loaded = [self._load_image(image) for image in _several(images)]
-        if not loaded:
-            return None, ()
-        return np.stack([picture.pixels for picture in loaded]), tuple(p.size for p in loaded)
+        """Pictures -> (``pixel_values`` or None without pictures, their original sizes).
+
+        ``pixel_values`` is (m, 3, S, S) float32, with crops (M, N, 3*P*P).
+        """
+        fields = self._load_visual(_several(images)).fields
+        return fields.get("pixel_values"), fields.get("image_sizes", ())
+
+    def _load_visual(self, images: Sequence[Any], video: Any = None) -> _Visual:
+        """What a conversation shows: as it stands in the prompt, and as fields of `Encoded`."""
+        if video is not None:
+            if len(images):
+                raise ValueError(
+                    f"found {len(images)} pictures beside a video: a conversation shows pictures "
+                    f"or one video, so leave one of them out"
+                )
+            return self._load_video(video)
+        if not len(images):
+            return _Visual((), {})
+        if self.config.multicrop is not None:
+            return self._load_crops(images, self.config.multicrop)
+        loaded = [self._load_image(image) for image in images]
+        fields = {
+            "pixel_values": np.stack([picture.pixels for picture in loaded]),
+            "image_sizes": tuple(picture.size for picture in loaded),
+        }
+        pictures = [self._picture] * len(loaded)
+        return _Visual(show_pictures(self.config.chat_format, pictures), fields)
+
+    def _load_crops(self, images: Sequence[Any], multicrop: MultiCrop) -> _Visual:
+        loaded = [load_image(image) for image in images]
+        crops = [multicrop(image) for image in loaded]
+        num_crops = [len(picture["pixel_values"]) for picture in crops]
+        firsts = np.cumsum([0, *num_crops[:-1]])
+        pooling = [
+            _shift(picture["image_token_pooling"], first * multicrop.num_patches)
+            for picture, first in zip(crops, firsts, strict=True)
+        ]
+        grids = np.stack([picture["image_grid"] for picture in crops])
+        pictures = [self._picture_of_crops(*grid) for grid in grids.tolist()]
+        fields = {
+            "pixel_values": np.concatenate([picture["pixel_values"] for picture in crops]),
+            "image_sizes": tuple(image.size for image in loaded),
+            "image_token_pooling": np.concatenate(pooling),
+            "image_grids": grids,
+            "image_num_crops": np.array(num_crops, dtype=np.int64),
+        }
+        return _Visual(show_pictures(self.config.chat_format, pictures), fields)
+
+    def _picture_of_crops(self, low_rows: int, low_cols: int, rows: int, cols: int) -> str:
+        """The overview, then the detailed view, where every row ends with a token of its own."""
+        config = self.config
+        overview = config.image_token * (low_rows * low_cols)
+        details = (config.image_token * cols + ROW_END) * rows
+        return (
+            f"{config.image_start_token}{overview}{config.image_end_token}"
+            f"{DETAILS_START}{details}{config.image_end_token}"
+        )
+
+    def _load_video(self, source: Any) -> _Visual:
+        settings, multicrop = self.config.video, self.config.multicrop
+        if settings is None or multicrop is None:
+            raise ValueError(
+                "found a video, but this processor takes pictures only: use one whose config has "
+                "`video`, such as molmo2_processor(...)"
+            )
+        video = load_video(source, max_frames=settings.max_frames, max_fps=settings.max_fps)
+        side, num_frames = multicrop.patches_per_side, len(video.frames)
+        patches = np.empty(
+            (num_frames, multicrop.num_patches, 3 * multicrop.patch_size**2), dtype=np.float32
+        )
+        for number, frame in enumerate(video.frames):
+            repeated = number > 0 and frame is video.frames[number - 1]
+            patches[number] = patches[number - 1] if repeated else multicrop.frame(frame)
+        index, rows, cols = pool_windows(
+            np.arange(side * side).reshape(side, side), settings.pooling_size
+        )
+        start, end = (
+            FRAME_MARKS
+            if settings.use_frame_special_tokens
+            else (DETAILS_START, self.config.image_end_token)
+        )
+        fields = {
+            "pixel_values": patches,
+            "image_token_pooling": np.concatenate(
+                [_shift(index, number * multicrop.num_patches) for number in range(num_frames)]
+            ),
+            "video_grids": np.array([[num_frames, rows, cols]], dtype=np.int64),
+            "frame_times": tuple(video.times),
+            "video_size": video.size,
+        }
+        frame_text = f"{start}{self.config.image_token * (rows * cols)}{end}"
+        return _Visual(show_video(video.times, frame_text), fields)
 
     def _load_image(self, image: Any) -> _Picture:
         config = self.config
@@ -288,19 +499,19 @@ class Processor:
         )
         return _Picture(pixels, size)
 
-    def _encode_prefix(self, num_pictures: int) -> tuple[int, ...]:
-        segments = render_prefix(self.config.chat_format, self._picture, num_pictures)
+    def _encode_prefix(self, visual: tuple[Segment, ...]) -> tuple[int, ...]:
+        segments = render_prefix(self.config.chat_format, visual)
         return tuple(self._encode_segments(segments)[0])
 
     def _render_branch(self, messages: Sequence[Message], number: int) -> list[Segment]:
         try:
-            turns = read_messages(messages)
+            turns = read_messages(messages, styled=self.config.multicrop is not None)
         except ValueError as error:
             raise ValueError(f"branch {number}: {error}") from None
-        if turns[0].role == "system" or any(turn.images for turn in turns):
+        if turns[0].role != "user" or any(turn.images or turn.videos for turn in turns):
             raise ValueError(
-                f"branch {number} holds a picture or a system message: branches share the pictures "
-                f"given for the tree and have no more"
+                f"branch {number} holds a picture, a video, a system message or a subtitle: "
+                f"branches share what is given for the tree and have no more"
             )
         if turns[-1].role != "assistant":
             raise ValueError(
@@ -362,9 +573,39 @@ class Processor:
         return cls(ProcessorConfig.load(path), Tokenizer.from_file(directory / TOKENIZER_FILE))
 
 
+def molmo2_processor(
+    tokenizer_json_path: str | Path, max_crops: int = 8, *, vocab_size: int | None = None
+) -> Processor:
+    """The processor of Molmo2 4B and 8B: crops, videos, and prompts as their release has them.
+
+    Args:
+        tokenizer_json_path: Qwen3's ``tokenizer.json`` or its folder, or one that already has
+            Molmo2's tokens; see `tokenizer.molmo2_tokenizer`, also for ``vocab_size``.
+        max_crops: most tiles of a picture, see `MultiCrop`.
+    Raises: FileNotFoundError, ValueError for a tokenizer that is not as expected.
+    """
+    config = ProcessorConfig.molmo2(multicrop=MultiCrop(max_crops), video=VideoConfig())
+    return Processor(config, molmo2_tokenizer(tokenizer_json_path, vocab_size=vocab_size))
+
+
+class _Visual(NamedTuple):
+    segments: tuple[Segment, ...]  # between the beginning of the prompt and the first user
+    fields: dict[str, Any]  # of `Encoded`
+
+
 class _Picture(NamedTuple):
     pixels: NDArray[np.float32]  # (3, S, S)
     size: tuple[int, int]  # (width, height) of the original
+
+
+def _label_weight(weighting: LossWeighting, num_labels: int, num_branches: int) -> float:
+    """Source of ``molmo2``: olmo/preprocessing/text_preprocessor.py (the report has 4/sqrt(n))."""
+    if weighting == "token":
+        return 1.0
+    if weighting == "sqrt":
+        return float(num_labels**-0.5)
+    counted = num_labels if num_branches == 1 else max(1, num_labels - 1)
+    return float(2 * (counted * num_branches) ** -0.5)
 
 
 def _several(images: Sequence[Any] | None) -> Sequence[Any]:
@@ -394,3 +635,27 @@ def _gather_pictures(turns: Sequence[Turn], images: Sequence[Any] | None) -> lis
         )
     remaining = iter(beside)
     return [next(remaining) if image is None else image for image in in_messages]
+
+
+def _gather_video(turns: Sequence[Turn], video: Any) -> Any:
+    """The video of a conversation, from the messages or from beside them; None without one."""
+    in_messages = [found for turn in turns for found in turn.videos]
+    if not in_messages:
+        return video
+    if len(in_messages) > 1:
+        raise ValueError(
+            f"the messages hold {len(in_messages)} videos: a conversation shows one at most"
+        )
+    if (in_messages[0] is None) == (video is None):
+        raise ValueError(
+            "the messages have a video item without a video, and none was given beside them: put "
+            "it into the item, or give video=..."
+            if video is None
+            else "found a video in the messages and one beside them: give it once"
+        )
+    return video if in_messages[0] is None else in_messages[0]
+
+
+def _shift(index: NDArray[np.int64], patches: int) -> NDArray[np.int64]:
+    """The same windows further on; empty slots stay empty."""
+    return np.where(index < 0, index, index + patches)

@@ -16,8 +16,24 @@ from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
+from tokenizers import AddedToken
 
 from nanomolmo2.files import atomic_path
+
+# What Molmo2 adds behind Qwen3's vocabulary, in order of their ids from vocab_size on.
+MOLMO2_TOKENS = (
+    "<im_start>",
+    "<im_end>",
+    "<im_patch>",
+    "<im_col>",
+    "<low_res_im_start>",
+    "<|image|>",
+    "<im_low>",
+    "<frame_start>",
+    "<frame_end>",
+    "<|video|>",
+)
+QWEN3_VOCAB_SIZE = 151936  # rows of Qwen3's embedding; its tokens are fewer
 
 _CACHED_TEXTS = 65536  # questions and answers of synthetic data repeat; each is encoded once
 _CACHED_TEXT_LENGTH = 256  # characters; longer texts hardly repeat
@@ -66,22 +82,7 @@ class Tokenizer:
 
         Raises: FileNotFoundError; ValueError if the file is not a tokenizer.
         """
-        path = Path(path)
-        if path.is_dir():
-            path = path / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"there is no tokenizer at {path}: expected a tokenizer.json of the tokenizers "
-                f"library"
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for every bad file
-            raise ValueError(
-                f"{path} is not a tokenizer.json of the tokenizers library ({error}): copy the "
-                f"file again, or export it with the library's save()"
-            ) from None
-        return cls(backend)
+        return cls(_read_backend(path))
 
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``; complete or not at all."""
@@ -141,3 +142,59 @@ class Tokenizer:
             position = match.end()
         ids.extend(self._encode_text(text[position:]))
         return tuple(ids)
+
+
+def molmo2_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Tokenizer:
+    """Load a ``tokenizer.json`` and see to it that it has Molmo2's tokens, at their ids.
+
+    They stand at vocab_size + 0, 1, ...: behind the rows of the language model's embedding, which
+    are more than Qwen3 has tokens. So fillers ``|<EXTRA_TOKENS_0>|``, ... come first. A tokenizer
+    that has the tokens already is taken as it is.
+
+    Args:
+        path: file or folder.
+        vocab_size: rows of the base embedding; None: 151936, or what the tokens that are already
+            there say.
+    Raises: FileNotFoundError; ValueError for a file that is no tokenizer, one with more tokens
+        than vocab_size, and one that has Molmo2's tokens in part or at other ids.
+    """
+    backend = _read_backend(path)
+    ids = [backend.token_to_id(name) for name in MOLMO2_TOKENS]
+    if any(id is not None for id in ids):
+        first = vocab_size if vocab_size is not None else ids[0]
+        if first is None or ids != list(range(first, first + len(ids))):
+            raise ValueError(
+                f"{path} has Molmo2's tokens at the ids {ids}, expected {len(ids)} ids one after "
+                f"the other from {first if first is not None else 'vocab_size'} on: use the "
+                f"tokenizer.json that belongs to the model, or Qwen3's own"
+            )
+        return Tokenizer(backend)
+    first = vocab_size if vocab_size is not None else QWEN3_VOCAB_SIZE
+    used = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    if used > first:
+        raise ValueError(
+            f"{path} has {used} tokens, more than vocab_size ({first}): use the tokenizer of the "
+            f"language model, or give its vocab_size"
+        )
+    fillers = [f"|<EXTRA_TOKENS_{number}>|" for number in range(first - used)]
+    backend.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in (*fillers, *MOLMO2_TOKENS)]
+    )
+    return Tokenizer(backend)
+
+
+def _read_backend(path: str | Path) -> tokenizers.Tokenizer:
+    path = Path(path)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no tokenizer at {path}: expected a tokenizer.json of the tokenizers library"
+        )
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for every bad file
+        raise ValueError(
+            f"{path} is not a tokenizer.json of the tokenizers library ({error}): copy the "
+            f"file again, or export it with the library's save()"
+        ) from None

@@ -9,6 +9,8 @@ Stages, in the order in which each makes the next one easy:
               the noun that was asked
     coarse    all questions and all weights, points on a grid of 50 thousandths
     fine      the same on a grid of 10 thousandths, until the rates are near zero
+    relations decoder on frozen vision: many questions about what lies where, which need two things
+              to be found and compared, between some of all the others
 
 What was measured on the way is in docs/tiny.md and docs/log.md.
 """
@@ -29,19 +31,11 @@ from nanomolmo2.data.emoji.questions import BranchMix, make_branches
 from nanomolmo2.data.emoji.scenes import Scene, render_crop, render_scene, train_rng
 from nanomolmo2.data.emoji.sprites import Sprites
 from nanomolmo2.data.emoji.vocabulary import (
-    ADDITIONAL_VOCAB_SIZE,
     build_tokenizer,
     noun_ids,
     plural_ids,
-    vocab_size,
 )
-from nanomolmo2.models import (
-    ConnectorConfig,
-    LLMConfig,
-    NanoMolmo2,
-    NanoMolmo2Config,
-    VisionConfig,
-)
+from nanomolmo2.models import NanoMolmo2, preset
 from nanomolmo2.models.language_model import Attention
 from nanomolmo2.models.nanomolmo2 import IGNORED_LABEL
 from nanomolmo2.processor.collate import collate
@@ -71,49 +65,6 @@ def tiny_processor() -> Processor:
     return Processor(config, Tokenizer(build_tokenizer()))
 
 
-def tiny_config(processor: Processor) -> NanoMolmo2Config:
-    """Sizes of ``tiny``; ids come from the processor's tokenizer."""
-    special = processor.tokenizer.special_id
-    image_special = ("<im_start>", "<im_end>", "<im_col>", "<low_res_im_start>")
-    return NanoMolmo2Config(
-        vision_config=VisionConfig(
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
-            hidden_size=192,
-            intermediate_size=768,
-            num_hidden_layers=6,
-            num_attention_heads=3,
-        ),
-        connector_config=ConnectorConfig(
-            vision_dim=192,
-            llm_dim=256,
-            connector_type="pooling",
-            num_attention_heads=3,
-            pooling_size=POOLING_SIZE,
-            intermediate_size=512,
-            vit_layers=(-1,),
-        ),
-        llm_config=LLMConfig(
-            vocab_size=vocab_size(build_tokenizer()),
-            additional_vocab_size=ADDITIONAL_VOCAB_SIZE,
-            hidden_size=256,
-            intermediate_size=640,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            max_position_embeddings=2048,
-            rope_theta=1_000_000.0,
-        ),
-        image_token_id=processor.image_token_id,
-        freeze_vision=False,
-        eos_token_id=processor.stop_token_ids,
-        pad_token_id=processor.pad_token_id,
-        bidirectional_image_attention=True,
-        image_special_token_ids=tuple(special(name) for name in image_special),
-    )
-
-
 class Learner(nn.Module):
     """The model and the heads that only training needs."""
 
@@ -121,7 +72,7 @@ class Learner(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.processor = tiny_processor()
-        self.model = NanoMolmo2(tiny_config(self.processor))
+        self.model = NanoMolmo2(preset("tiny"))
         config = self.model.config
         self.heads = VisionHeads(config.vision_config.hidden_size, config.llm_config.hidden_size)
         tokenizer = build_tokenizer()
@@ -346,6 +297,14 @@ FINE = QuestionPlan(
     vision_rate=0.004,
     final_ratio=0.02,
 )
+RELATIONS = QuestionPlan(
+    name="relations",
+    stream=5,
+    mix=BranchMix(presence=2, count=2, number=1, point=2, caption=1, spatial=6),
+    snap=10,
+    llm_rate=1.5e-3,
+    final_ratio=0.02,
+)
 
 
 @dataclass(frozen=True)
@@ -357,13 +316,14 @@ class Scale:
     presence: int
     coarse: int
     fine: int
+    relations: int
     batch_size: int = 32
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(crops=700, scenes=1300, presence=300, coarse=600, fine=1100),
-    "small": Scale(crops=300, scenes=300, presence=150, coarse=150, fine=100),
-    "smoke": Scale(crops=2, scenes=2, presence=2, coarse=2, fine=2, batch_size=4),
+    "full": Scale(crops=700, scenes=1300, presence=300, coarse=600, fine=1100, relations=900),
+    "small": Scale(crops=300, scenes=300, presence=150, coarse=150, fine=100, relations=100),
+    "smoke": Scale(crops=2, scenes=2, presence=2, coarse=2, fine=2, relations=2, batch_size=4),
 }
 
 Evaluate = Callable[[NanoMolmo2, Processor], dict[str, float]]
@@ -380,7 +340,7 @@ def tiny_stages(
         CropStage(learner, seed, sizes.crops, 4 * sizes.batch_size),
         SceneStage(learner, seed, sizes.scenes, sizes.batch_size),
     ]
-    for plan in (PRESENCE, COARSE, FINE):
+    for plan in (PRESENCE, COARSE, FINE, RELATIONS):
         steps = getattr(sizes, plan.name)
         stages.append(QuestionStage(learner, seed, steps, plan, sizes.batch_size, evaluate))
     return stages

@@ -199,7 +199,7 @@ def test_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     def no_space(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(pretrained, "_write_weights", no_space)
+    monkeypatch.setattr(pretrained, "write_weights", no_space)
     for name in ("old", "new"):
         with pytest.raises(OSError, match="No space"):
             changed.save_pretrained(tmp_path / name)

@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 
 from nanomolmo2.generation.pipeline import Pipeline, TextStream
-from nanomolmo2.processor import Point, collate
+from nanomolmo2.processor import Point, Processor, ProcessorConfig, collate
+from nanomolmo2.processor.crops import MultiCrop
+from nanomolmo2.processor.processor import VideoConfig
+from nanomolmo2.processor.video import Video
 from tests.small_model import ScriptedModel, small_model, small_processor
 
 PICTURE = Image.fromarray(
@@ -93,6 +96,18 @@ def test_a_point_in_a_picture_that_is_not_there_does_not_hide_the_answer() -> No
     answer = pipeline.ask(PICTURE, "Point to the dog.")
     assert answer.text == tag
     assert answer.points == ()
+    (problem,) = answer.problems
+    assert "names picture 7, but the prompt has 1" in problem
+
+
+def test_what_cannot_be_read_costs_no_other_point_and_is_reported() -> None:
+    """Pointing at a picture that is not there used to take the other points along."""
+    pipeline, _ = scripted('<points coords="1 1 500 500 2 64 480;2 3 250 250">dog</points>')
+    answer = pipeline.ask(PICTURE, "Point to the dogs.")
+    assert answer.points == (Point(100, 25, 1, 1, "dog"),)
+    assert len(answer.problems) == 2
+    pipeline, _ = scripted("Yes.")
+    assert pipeline.ask(PICTURE, "Is it?").problems == ()
 
 
 def test_options_reach_the_model_and_the_answer_stops_where_chat_and_model_say() -> None:
@@ -150,3 +165,106 @@ def test_weights_are_float32_on_the_cpu_unless_asked(tmp_path) -> None:
     assert next(Pipeline.from_pretrained(tmp_path / "m").model.parameters()).dtype == torch.float32
     half = Pipeline.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
     assert next(half.model.parameters()).dtype == torch.bfloat16
+
+
+# ---- crops and videos ----
+
+
+def in_crops(processor: Processor) -> Processor:
+    """The small processor for a model of the Molmo2 design: 4 x 4 patches a crop, and videos."""
+    config = ProcessorConfig.molmo2(
+        multicrop=MultiCrop(max_crops=2, image_size=64, patch_size=16, overlap_margins=(1, 1)),
+        video=VideoConfig(max_frames=4, pooling_size=2),
+    )
+    return Processor(config, processor.tokenizer)
+
+
+def scripted_in_crops(*texts: str) -> tuple[Pipeline, ScriptedModel]:
+    model = ScriptedModel(*texts)
+    model.processor = in_crops(model.processor)
+    return Pipeline(model, model.processor), model
+
+
+VIDEO = Video(
+    tuple(np.full((50, 200, 3), 60 * number, dtype=np.uint8) for number in range(3)),
+    (0.0, 0.5, 1.0),
+)
+
+
+def test_crops_and_their_pooling_reach_the_model() -> None:
+    pipeline, model = scripted_in_crops("Yes.", "Yes.")
+    answer = pipeline.ask([PICTURE, PICTURE], "Is it?")
+    (call,) = model.calls
+    crops, patches, _ = call["pixel_values"].shape
+    pooling = call["image_token_pooling"]
+    tokens = int((call["prompt_ids"] == pipeline.processor.image_token_id).sum())
+    assert crops > 2
+    assert pooling.shape == (tokens, 4)
+    assert pooling.max() == crops * patches - 1  # the last corner of the second picture
+    assert answer.image_sizes == ((200, 50), (200, 50))
+    assert (answer.video_size, answer.frame_times) == (None, ())
+
+
+def test_a_model_without_crops_gets_no_pooling() -> None:
+    pipeline, model = scripted("Yes.")
+    pipeline.ask(PICTURE, "Is it?")
+    assert model.calls[0]["image_token_pooling"] is None
+
+
+def test_points_in_a_video_have_times_and_pixels_of_its_frames() -> None:
+    tag = '<points coords="0.0 1 500 500;1.0 2 250 1000">dog</points>'
+    pipeline, model = scripted_in_crops(tag)
+    answer = pipeline.ask(None, "Point to the dogs.", video=VIDEO)
+    assert answer.points == (
+        Point(100, 25, id=1, label="dog", time=0.0),
+        Point(50, 50, id=2, label="dog", time=1.0),
+    )
+    assert answer.problems == ()
+    assert answer.count == 2
+    assert (answer.video_size, answer.frame_times) == ((200, 50), (0.0, 0.5, 1.0))
+    assert answer.image_sizes == ()
+    (call,) = model.calls
+    assert len(call["pixel_values"]) == 3
+    assert len(call["image_token_pooling"]) == 3 * 4  # 4 x 4 patches pooled by 2 x 2
+
+
+def test_a_video_beside_a_conversation_or_in_it() -> None:
+    pipeline, model = scripted_in_crops("Two.", "Two.", "Two.")
+    rest = [{"role": "assistant", "content": "One."}, {"role": "user", "content": "Sure?"}]
+    text = {"type": "text", "text": "How many dogs?"}
+    conversations = (
+        ([{"role": "user", "content": "How many dogs?"}, *rest], VIDEO),
+        ([{"role": "user", "content": [{"type": "video", "video": VIDEO}, text]}, *rest], None),
+        ([{"role": "user", "content": [text, {"type": "video"}]}, *rest], VIDEO),
+    )
+    for messages, video in conversations:
+        pipeline.ask(None, messages, video=video)
+    first, *others = model.calls
+    for other in others:
+        assert torch.equal(other["prompt_ids"], first["prompt_ids"])
+        assert torch.equal(other["pixel_values"], first["pixel_values"])
+
+
+def test_a_video_for_a_model_without_videos() -> None:
+    pipeline, _ = scripted("Yes.")
+    with pytest.raises(ValueError, match="video"):
+        pipeline.ask(None, "Is it?", video=VIDEO)
+
+
+@pytest.mark.parametrize("what", ["pictures", "video"])
+def test_a_real_model_takes_crops_and_frames(what: str) -> None:
+    """Against the steps by hand."""
+    pipeline = Pipeline(small_model(), in_crops(small_processor()))
+    shown = {"images": [PICTURE]} if what == "pictures" else {"images": None, "video": VIDEO}
+    answer = pipeline.ask(**shown, question="Dogs?", max_new_tokens=6)
+    item = {"type": "video", "video": VIDEO} if what == "video" else {"type": "image"}
+    content = [item, {"type": "text", "text": "Dogs?"}]
+    encoded = pipeline.processor.encode([{"role": "user", "content": content}], shown["images"])
+    batch = collate([encoded], pipeline.processor.pad_token_id)
+    ids = pipeline.model.generate(
+        batch.input_ids,
+        batch.pixel_values,
+        image_token_pooling=batch.image_token_pooling,
+        max_new_tokens=6,
+    )
+    assert answer.text == pipeline.processor.decode(ids[0, batch.input_ids.shape[1] :])

@@ -697,7 +697,7 @@ def test_gradients_reach_vision_through_crops() -> None:
         ({"image_token_pooling": windows_of(0)}, "holds 8 image tokens, but .* makes 4 visual"),
         ({"image_token_pooling": windows_of(0, 2)}, "runs from -1 to 26, but 2 crop"),
         ({"pixel_values": None}, r"needs pixel_values \(M, N, 3\*P\*P\), .* found None"),
-        ({"image_token_pooling": None}, r"crops \(M, N, 3\*P\*P\) together with image_token"),
+        ({"image_token_pooling": None}, r"crops \(M, N, 3\*P\*P\) come with image_token"),
         ({"pixel_values": patchify(pictures(2))[:, :8]}, "a square grid .* found 8"),
         ({"pixel_values": patchify(pictures(2))[:, :, :9]}, r"found \(2, 9, 9\)"),
     ],

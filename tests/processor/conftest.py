@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
-from tokenizers import AddedToken
 
-from nanomolmo2.processor import Processor, ProcessorConfig, Tokenizer
+from nanomolmo2.processor import (
+    MultiCrop,
+    Processor,
+    ProcessorConfig,
+    Tokenizer,
+    VideoConfig,
+    molmo2_processor,
+)
+from nanomolmo2.processor.tokenizer import molmo2_tokenizer as molmo2_tokenizer_from
 from tests.processor.helpers import small_backend
 
 
@@ -61,11 +67,25 @@ def qwen3_reference(qwen3_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def molmo2_tokenizer(qwen3_folder: Path) -> Tokenizer:
-    """Qwen3's, filled up to 151,936 and with Molmo2's ten tokens behind, as in its release."""
-    backend = tokenizers.Tokenizer.from_file(str(qwen3_folder / "tokenizer.json"))
-    fillers = [f"|<EXTRA_TOKENS_{i}>|" for i in range(267)]
-    extra = ["<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>"]
-    extra += ["<|image|>", "<im_low>", "<frame_start>", "<frame_end>", "<|video|>"]
-    backend.add_special_tokens([AddedToken(t, normalized=False) for t in fillers + extra])
-    return Tokenizer(backend)
+def released(qwen3_folder: Path) -> Processor:
+    """The processor of Molmo2 4B and 8B."""
+    return molmo2_processor(qwen3_folder)
+
+
+@pytest.fixture(scope="session")
+def molmo2_tokenizer(released: Processor) -> Tokenizer:
+    return released.tokenizer
+
+
+@pytest.fixture(scope="session")
+def crops(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    """The Molmo2 design in small: crops of 4 x 4 patches, a vocabulary of 512."""
+    path = tmp_path_factory.mktemp("small") / "tokenizer.json"
+    small_backend(("<|endoftext|>", "<|im_start|>", "<|im_end|>")).save(str(path))
+    return Processor(
+        ProcessorConfig.molmo2(
+            multicrop=MultiCrop(4, image_size=56, overlap_margins=(1, 1)),
+            video=VideoConfig(max_frames=8, pooling_size=2),
+        ),
+        molmo2_tokenizer_from(path, vocab_size=512),
+    )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 
@@ -41,3 +45,19 @@ def user(text):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
+
+
+def golden():
+    """Values made with transformers' Molmo2 processors; see tests/data/README.md."""
+    return json.loads((Path(__file__).parents[1] / "data" / "molmo2_golden.json").read_text())
+
+
+def golden_picture(width, height):
+    """The picture of that size that the golden values belong to: (H, W, 3) uint8."""
+    y, x, c = np.ogrid[:height, :width, :3]
+    return ((37 * (c + 1) * x + 91 * y + ((c + 2) * x * y) // 7) % 256).astype(np.uint8)
+
+
+def runs(pairs):
+    """[value, repeats] pairs -> the values."""
+    return [value for value, repeats in pairs for _ in range(repeats)]

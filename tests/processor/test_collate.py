@@ -56,6 +56,36 @@ def test_rows_of_different_kinds(qwen3):
     assert batch.pixel_values.shape == (1, 3, 32, 32)
 
 
+def test_pooling_windows_go_on_behind_the_crops_before(crops):
+    """Two rows of pictures, a row without, and a video with wider windows."""
+    pictures = crops.encode([user("x")], [np.zeros((90, 60, 3), np.uint8), PICTURE])
+    video = crops.encode([user("x")], video=([PICTURE, PICTURE], [0.0, 0.5]))
+    video.image_token_pooling = np.pad(  # as wide as windows of 3 x 3
+        video.image_token_pooling, ((0, 0), (0, 5)), constant_values=-1
+    )
+    rows = [pictures, crops.encode([user("x")]), pictures, video]
+    batch = collate(rows, crops.pad_token_id)
+    n, patches = len(pictures.image_token_pooling), 16 * len(pictures.pixel_values)
+    assert batch.pixel_values.shape == (2 * patches // 16 + 2, 16, 588)
+    pooling = batch.image_token_pooling.numpy()
+    assert pooling.shape == (2 * n + len(video.image_token_pooling), 9)
+    assert (pooling[: 2 * n, 4:] == -1).all()
+    for start, example, before in (
+        (0, pictures, 0),
+        (n, pictures, patches),
+        (2 * n, video, 2 * patches),
+    ):
+        own = example.image_token_pooling
+        there = pooling[start : start + len(own), : own.shape[1]]
+        assert ((there == -1) == (own == -1)).all()
+        assert (there[own >= 0] == own[own >= 0] + before).all()
+    image_tokens = (batch.input_ids == crops.image_token_id).sum()
+    assert image_tokens == len(pooling)
+    used = pooling[pooling >= 0]
+    assert len(set(used.tolist())) == len(used) and used.max() < 16 * len(batch.pixel_values)
+    assert collate([rows[1]], 0).image_token_pooling is None
+
+
 def test_refused(qwen3):
     with pytest.raises(ValueError, match="nothing to collate"):
         collate([], 0)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from nanomolmo2.processor import Point
-from nanomolmo2.processor.draw import draw_points
+from nanomolmo2.processor.draw import draw_frames, draw_points, save_gif
 
 
 def difference(size, points, colour="white", **options):
@@ -73,3 +73,107 @@ def test_points_on_the_edges_and_large_ids():
     points = [Point(0, 0, id=1), Point(200, 100, id=1234), Point(0, 100), Point(200, 0)]
     changed, _ = difference((200, 100), points)
     assert changed[0, 0] and changed[99, 199] and changed[99, 0] and changed[0, 199]
+
+
+# ---- videos ----
+
+
+def frames(count, size=(200, 100), colour="gray"):
+    return [np.asarray(Image.new("RGB", size, colour)) for _ in range(count)]
+
+
+def changed_frames(times, points, **options):
+    """Numbers of the frames that have something drawn on them."""
+    plain = frames(len(times), **options)
+    drawn = draw_frames(plain, times, points)
+    assert all(image.mode == "RGB" for image in drawn)
+    assert (plain[0] == frames(1, **options)[0]).all()
+    return [
+        number
+        for number, (before, after) in enumerate(zip(plain, drawn, strict=True))
+        if (np.asarray(after) != before).any()
+    ]
+
+
+def test_a_point_is_drawn_on_the_nearest_frame():
+    times = (0.0, 0.5, 1.0, 1.3)  # the last frame of a video comes when it ends
+    for time, number in ((0.0, 0), (0.2, 0), (0.3, 1), (1.0, 2), (1.2, 3), (1.3, 3), (1.55, 3)):
+        assert changed_frames(times, [Point(100, 50, id=1, time=time)]) == [number], time
+    assert changed_frames(times, [Point(100, 50, id=1, time=2.0)]) == []
+    assert changed_frames((5.0, 5.5), [Point(100, 50, id=1, time=4.0)]) == []
+
+
+def test_the_time_of_a_frame_as_it_is_written_finds_the_frame():
+    """One decimal: 7.38 s is written 7.4, after the last frame."""
+    assert changed_frames((7.34, 7.38), [Point(100, 50, id=1, time=7.4)]) == [1]
+    assert changed_frames((0.04,), [Point(100, 50, id=1, time=0.0)]) == [0]
+
+
+def test_points_of_pictures_and_of_videos_are_kept_apart():
+    assert changed_frames((0.0, 0.5), [Point(100, 50, id=1)]) == []
+    assert not difference((200, 100), [Point(100, 50, id=1, time=0.0)])[0].any()
+
+
+def fill(image, x, y):
+    """Colour of a disc, beside its number."""
+    return tuple(np.asarray(image)[y, x - 6])
+
+
+def test_a_track_keeps_the_colour_of_its_id():
+    first = [Point(40, 50, id=1, label="cat", time=0.0), Point(150, 50, id=2, label="cat", time=0)]
+    second = [Point(30, 50, id=2, label="cat", time=0.5), Point(160, 50, id=1, label="cat", time=1)]
+    a, b, c = draw_frames(frames(3), (0.0, 0.5, 1.0), [*first, *second])
+    assert fill(a, 40, 50) == fill(c, 160, 50)
+    assert fill(a, 150, 50) == fill(b, 30, 50)
+    assert fill(a, 40, 50) != fill(a, 150, 50)
+
+
+def test_points_of_one_label_share_a_colour_at_all_times():
+    points = [
+        Point(40, 50, id=1, label="goal", time=0.0),
+        Point(150, 50, id=2, label="goal", time=1),
+    ]
+    a, b = draw_frames(frames(2), (0.0, 1.0), points)
+    assert fill(a, 40, 50) == fill(b, 150, 50)
+
+
+def test_one_time_for_each_frame(tmp_path):
+    with pytest.raises(ValueError, match="found 1 times for 2 frames"):
+        draw_frames(frames(2), (0.0,), [])
+    with pytest.raises(ValueError, match="found 0 frames"):
+        save_gif([], [], tmp_path / "a.gif")
+    assert draw_frames([], [], [Point(1, 1, time=0.0)]) == []
+
+
+def test_the_gif_runs_as_fast_as_the_video(tmp_path):
+    times = (0.0, 0.5, 1.0, 1.3)
+    points = [Point(100 + 300 * t, 300, id=1, label="ball", time=t) for t in times]
+    drawn = draw_frames(frames(4, (800, 600)), times, points)
+    save_gif(drawn, times, tmp_path / "out.gif")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gif"]
+    with Image.open(tmp_path / "out.gif") as gif:
+        assert gif.size == (640, 480)
+        assert gif.n_frames == 4
+        durations = []
+        for number in range(4):
+            gif.seek(number)
+            durations.append(gif.info["duration"])
+            expected = drawn[number].resize((640, 480))
+            error = np.abs(np.asarray(gif.convert("RGB")).astype(int) - np.asarray(expected))
+            assert error.mean() < 3
+    assert durations == [500, 500, 300, 300]
+
+
+def test_a_gif_of_one_frame(tmp_path):
+    save_gif(draw_frames(frames(1), (0.0,), []), (0.0,), tmp_path / "out.gif")
+    with Image.open(tmp_path / "out.gif") as gif:
+        assert gif.size == (200, 100)
+
+
+def test_a_gif_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image.Image, "save", lambda *_, **__: 1 / 0)
+    (tmp_path / "out.gif").write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError):
+        save_gif(draw_frames(frames(1), (0.0,), []), (0.0,), tmp_path / "out.gif")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gif"]
+    assert (tmp_path / "out.gif").read_bytes() == b"old"

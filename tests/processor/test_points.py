@@ -1,10 +1,20 @@
 """Points: the text format of Molmo2, both ways."""
 
+import json
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanomolmo2.processor.points import Point, format_points, parse_count, parse_points
+from nanomolmo2.processor.points import (
+    Point,
+    format_points,
+    format_tracks,
+    parse_count,
+    parse_points,
+    points_to_json,
+)
 
 SIZES = [(640, 480), (1000, 300), (33, 1777)]
 
@@ -22,6 +32,36 @@ def scenes(draw):
         y = draw(st.floats(0, height) | st.sampled_from([0.0, float(height)]))
         points.append(Point(x, y, image))
     return points, image_sizes
+
+
+@st.composite
+def video_scenes(draw):
+    """(points, video_size): places and times in a video, one object or none at each."""
+    width, height = draw(st.tuples(st.integers(1, 5000), st.integers(1, 5000)))
+    points = []
+    for id in draw(st.lists(st.integers(-5, 99), min_size=1, max_size=12)):
+        x = draw(st.floats(0, width) | st.sampled_from([0.0, float(width)]))
+        y = draw(st.floats(0, height) | st.sampled_from([0.0, float(height)]))
+        time = draw(st.floats(0, 5000) | st.sampled_from([0.0, -0.0, 0.04, 9.95, 10.0]))
+        points.append(Point(x, y, id=id, time=time))
+    return points, (width, height)
+
+
+@st.composite
+def track_scenes(draw):
+    """(points, video_size): objects with at most one place at each tenth of a second."""
+    points, size = draw(video_scenes())
+    return list({(p.id, f"{p.time:.1f}".lstrip("-")): p for p in points}.values()), size
+
+
+def near(read, point, size):
+    """Whether a point came back as exactly as its text can say."""
+    width, height = size
+    return (
+        abs(point.x - read.x) <= width / 2000 + 1e-6
+        and abs(point.y - read.y) <= height / 2000 + 1e-6
+        and abs((point.time or 0) - (read.time or 0)) <= 0.05 + 1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,6 +101,7 @@ def test_modes():
         == f"Counting the {tag} shows a total of 2."
     )
     assert format_points(cups, "cups", size, mode="count_point") == f"There are 2 {tag}."
+    assert format_points(cups, "cups", size, mode="count") == "2"
     assert format_points([], "cups", size, mode="point_count") == "There are none."
     with pytest.raises(ValueError, match="unknown mode 'xml'"):
         format_points(cups, "cups", size, mode="xml")
@@ -82,16 +123,13 @@ def test_round_trip(scene):
     # Each point comes back within half a thousandth of its picture's side.
     remaining = list(points)
     for point in read:
-        width, height = image_sizes[point.image - 1]
-        near = [
+        close = [
             p
             for p in remaining
-            if p.image == point.image
-            and abs(p.x - point.x) <= width / 2000 + 1e-6
-            and abs(p.y - point.y) <= height / 2000 + 1e-6
+            if p.image == point.image and near(point, p, image_sizes[p.image - 1])
         ]
-        assert near
-        remaining.remove(near[0])
+        assert close
+        remaining.remove(close[0])
     # What was read is on the grid of thousandths: writing it again changes nothing.
     assert format_points(read, "things", image_sizes) == format_points(
         points, "things", image_sizes
@@ -100,23 +138,91 @@ def test_round_trip(scene):
     assert keys == sorted(keys)
 
 
-@given(scenes(), st.sampled_from(["point", "point_count", "count_point"]))
+@given(scenes(), st.sampled_from(["point", "point_count", "count_point", "count"]))
 @settings(deadline=None)
 def test_count_agrees_with_points_in_every_mode(scene, mode):
     points, image_sizes = scene
     assert parse_count(format_points(points, "things", image_sizes, mode=mode)) == len(points)
 
 
-@given(scenes(), st.data())
+@given(video_scenes())
 @settings(deadline=None)
-def test_points_of_a_broken_off_answer_are_the_first_of_the_whole_one(scene, data):
+def test_round_trip_of_video_points(scene):
+    points, size = scene
+    text = format_points(points, "goals", video_size=size)
+    read = parse_points(text, video_size=size)
+    assert [p.id for p in read] == list(range(1, len(points) + 1))
+    assert [(p.time, p.x, p.y) for p in read] == sorted((p.time, p.x, p.y) for p in read)
+    remaining = list(points)
+    for point in read:
+        remaining.remove(next(p for p in remaining if near(point, p, size)))
+    assert not remaining
+    assert format_points(read, "goals", video_size=size) == text
+    assert parse_points(text.replace(";", "\t"), video_size=size) == read
+
+
+def paths(points, size):
+    """The way of each object in tenths of a second and thousandths, whatever its id."""
+    ways = {}
+    for p in points:
+        step = f"{abs(p.time):.1f}", round(1000 * p.x / size[0]), round(1000 * p.y / size[1])
+        ways.setdefault(p.id, set()).add(step)
+    return sorted(sorted(way) for way in ways.values())
+
+
+@given(track_scenes())
+@settings(deadline=None)
+def test_round_trip_of_tracks(scene):
+    points, size = scene
+    text = format_tracks(points, "dancers", size)
+    read = parse_points(text, video_size=size)
+    assert len(read) == len(points)
+    assert paths(read, size) == paths(points, size)
+    appearance = list(dict.fromkeys(p.id for p in read))
+    assert appearance == list(range(1, len({p.id for p in points}) + 1))
+    assert [(p.time, p.id) for p in read] == sorted((p.time, p.id) for p in read)
+    assert parse_count(text) == len(appearance)
+    assert format_tracks(read, "dancers", size) == text
+    assert parse_points(text.replace(";", "\t"), video_size=size) == read
+
+
+def place(point):
+    return point.image, point.id, point.x, point.y, point.time
+
+
+@given(scenes() | video_scenes() | track_scenes(), st.booleans(), st.data())
+@settings(deadline=None)
+def test_points_of_a_broken_off_answer_are_the_first_of_the_whole_one(scene, tracks, data):
     """A cut-off "1000" once read as 100."""
-    points, image_sizes = scene
-    text = format_points(points, "things", image_sizes, mode="point_count")
-    whole = [(p.image, p.id, p.x, p.y) for p in parse_points(text, image_sizes)]
+    points, size = scene
+    sizes = {"image_sizes": size} if isinstance(size, list) else {"video_size": size}
+    if isinstance(size, list) or not tracks:
+        text = format_points(points, "things", mode="point_count", **sizes)
+    else:
+        text = format_tracks(list({p.id: p for p in points}.values()), "things", size)
+    whole = [place(p) for p in parse_points(text, **sizes)]
     cut = data.draw(st.integers(0, len(text)))
-    part = [(p.image, p.id, p.x, p.y) for p in parse_points(text[:cut], image_sizes)]
+    problems = []
+    part = [place(p) for p in parse_points(text[:cut], **sizes, problems=problems)]
     assert part == whole[: len(part)]
+    assert len(problems) <= 1  # that it broke off
+    assert problems or len(part) in (0, len(whole))
+
+
+@given(
+    scenes(),
+    st.text(alphabet='0123 ;\t.x"</>', max_size=12),
+    st.data(),
+)
+@settings(deadline=None)
+def test_a_malformed_tail_costs_no_point_before_it(scene, tail, data):
+    points, image_sizes = scene
+    text = format_points(points, "things", image_sizes)
+    whole = [place(p) for p in parse_points(text, image_sizes)]
+    cut = data.draw(st.integers(text.index('"') + 1, len(text)))
+    sure = [place(p) for p in parse_points(text[:cut], image_sizes)]
+    found = [place(p) for p in parse_points(text[:cut] + tail, image_sizes, problems=[])]
+    assert found[: len(sure)] == sure == whole[: len(sure)]
 
 
 @given(st.text(alphabet='<points cords="123 ;\t/>.', max_size=80))
@@ -196,10 +302,12 @@ def test_points_outside_of_the_picture(x, y):
         format_points([Point(x, y)], "dogs", [(10, 20)])
 
 
-@pytest.mark.parametrize("label", ["</points>", '<points coords="1 1 100 100">'])
+@pytest.mark.parametrize("label", ["</points>", '<points coords="1 1 100 100">', "a </tracks>"])
 def test_labels_that_would_break_the_tag(label):
-    with pytest.raises(ValueError, match="points tag"):
+    with pytest.raises(ValueError, match="points or tracks tag"):
         format_points([Point(1, 1)], label, [(10, 20)])
+    with pytest.raises(ValueError, match="points or tracks tag"):
+        format_tracks([Point(1, 1, id=1, time=0.0)], label, (10, 20))
 
 
 @pytest.mark.parametrize(
@@ -214,6 +322,9 @@ def test_labels_that_would_break_the_tag(label):
         (" 7\n", 7),
         ("7.", 7),
         ('<points coords="1 1 100 100 2 200 200;2 3 300 300">cups</points>', 3),
+        ('<points coords="0.0 1 100 100;2.5 2 300 300">goals</points>', 2),
+        ('<tracks coords="0.0 1 100 100 2 200 200;0.5 1 110 100;1.0 3 500 500">cats</tracks>', 3),
+        ("No tracks available.", 0),
         ("I see the year 1999.", None),
         ("yes", None),
         ("", None),
@@ -222,3 +333,233 @@ def test_labels_that_would_break_the_tag(label):
 )
 def test_parse_count(text, count):
     assert parse_count(text) == count
+
+
+# ---- videos and tracks ----
+
+VIDEO = (1000, 500)
+TRACKS = (
+    '<tracks coords="0.0 1 259 340 2 800 120;0.5 1 262 338;1.0 1 270 330 2 790 118">'
+    "dancers</tracks>"
+)
+
+
+def test_text_of_the_reference_video_example():
+    goals = [Point(138, 213.5, time=12.5), Point(259, 170, time=0)]
+    text = '<points coords="0.0 1 259 340;12.5 2 138 427">goals</points>'
+    assert format_points(goals, "goals", video_size=VIDEO) == text
+    assert (
+        format_points(goals, "goals", video_size=VIDEO, mode="point_count")
+        == f"Counting the {text} shows a total of 2."
+    )
+    assert parse_points(text, video_size=VIDEO) == [
+        Point(259.0, 170.0, id=1, label="goals", time=0.0),
+        Point(138.0, 213.5, id=2, label="goals", time=12.5),
+    ]
+
+
+def test_text_of_the_reference_tracks_example():
+    """Ids follow (x, y) at the first appearance, and then the object: not the order given."""
+    right = [(0.0, 800, 60), (1.0, 790, 59)]  # hidden at 0.5 s
+    left = [(0.0, 259, 170), (0.5, 262, 169), (1.0, 270, 165)]
+    points = [Point(x, y, id=7, time=t) for t, x, y in right]
+    points += [Point(x, y, id=33, time=t) for t, x, y in left]
+    assert format_tracks(points, "dancers", VIDEO) == TRACKS
+    read = parse_points(TRACKS, video_size=VIDEO)
+    assert [(p.time, p.id, p.x, p.y) for p in read] == [
+        (0.0, 1, 259.0, 170.0),
+        (0.0, 2, 800.0, 60.0),
+        (0.5, 1, 262.0, 169.0),
+        (1.0, 1, 270.0, 165.0),
+        (1.0, 2, 790.0, 59.0),
+    ]
+    assert {p.label for p in read} == {"dancers"}
+    assert format_tracks([], "dancers", VIDEO) == "No tracks available."
+
+
+def test_an_object_that_comes_later_gets_the_next_id_even_left_of_the_others():
+    points = [Point(500, 100, id=1, time=0.0), Point(490, 100, id=1, time=0.5)]
+    points.append(Point(10, 100, id=2, time=0.5))
+    assert (
+        format_tracks(points, "cats", VIDEO)
+        == '<tracks coords="0.0 1 500 200;0.5 1 490 200 2 010 200">cats</tracks>'
+    )
+
+
+def test_what_a_key_means_depends_on_what_was_shown():
+    text = '<points coords="1 1 100 100;2.0 2 200 200">a</points>'
+    assert [(p.image, p.time) for p in parse_points(text, video_size=VIDEO)] == [
+        (1, 1.0),
+        (1, 2.0),
+    ]
+    assert [(p.image, p.time) for p in parse_points(text, [(9, 9)], video_size=VIDEO)] == [
+        (1, None),
+        (1, 2.0),
+    ]
+    assert [(p.image, p.time) for p in parse_points(text, [(9, 9)])] == [(1, None)]
+
+
+@pytest.mark.parametrize("seconds", [-0.1, float("nan"), float("inf"), 1e9])
+def test_impossible_times(seconds):
+    with pytest.raises(ValueError, match=f"has the time {seconds}"):
+        format_points([Point(1, 1, time=seconds)], "a", video_size=VIDEO)
+
+
+def test_what_tracks_and_video_points_need():
+    with pytest.raises(ValueError, match="lacks its time or its id"):
+        format_tracks([Point(1, 1, id=1)], "a", VIDEO)
+    with pytest.raises(ValueError, match="lacks its time or its id"):
+        format_tracks([Point(1, 1, time=1.0)], "a", VIDEO)
+    with pytest.raises(ValueError, match=r"object 4 has several points at 1\.0 s"):
+        format_tracks([Point(1, 1, id=4, time=t) for t in (0.98, 1.02)], "a", VIDEO)
+    with pytest.raises(ValueError, match=r"names the time 1\.0 s, but there is no video"):
+        format_points([Point(1, 1, time=1.0)], "a", [(10, 10)])
+    with pytest.raises(ValueError, match="some points have a time and some do not"):
+        format_points([Point(1, 1, time=1.0), Point(1, 1)], "a", [(10, 10)], video_size=VIDEO)
+    with pytest.raises(ValueError, match="outside of the video, which is 1000 x 500"):
+        format_points([Point(1, 501, time=1.0)], "a", video_size=VIDEO)
+
+
+# ---- what is reported ----
+
+
+@pytest.mark.parametrize(
+    ("text", "reported"),
+    [
+        ('<points coords="1 1 210 455 2 640 480">dogs</points>', []),
+        ("There are none.", []),
+        ('<points coords="1 1 210 455"/> <points coords="1 1 210 455" />', []),
+        (
+            '<points coords="1 1 210 455 2 640">dogs</points>',
+            ["points tag 1: left out '2 640', group 1: not 'id x y'"],
+        ),
+        (
+            '<points coords="1 1 21 455 2 640 480;2;3 3 1001 480">dogs</points>',
+            [
+                "points tag 1: left out '1 21 455', group 1: not 'id x y'",
+                "points tag 1: left out '2', expected a key and triples",
+                "points tag 1: left out '3 1001 480', group 3: over 1000",
+            ],
+        ),
+        (
+            '<tracks coords="1 1 210 455 2 64',
+            ["tracks tag 1: the answer breaks off after '1 1 210 455 2 64'"],
+        ),
+        (
+            '<points coords="1 1 210 455">a</points> <points coords="1 1 210 455 and so on">b',
+            ["points tag 2: 'and so on\">b' in its coords, expected numbers and an end quote"],
+        ),
+        ('<points coords="1 1 210 455">dogs', ["points tag 1 is not closed with </points>"]),
+        ('<points coords="1 1 210 455">d</tracks>', ["points tag 1 is not closed with </points>"]),
+        ("Counting the <points ...>cups</points>", ["points tag 1 has no coords"]),
+        (
+            '<points coords="0.5 1 210 455">a</points>',
+            [
+                "points tag 1: a point names the time 0.5 s, but there is no video: was video_size "
+                "left out?"
+            ],
+        ),
+        (
+            '<points coords="1 1 100 100;4 2 100 100 3 200 200">a</points>',
+            [
+                "points tag 1: a point names picture 4, but the prompt has 3: pictures count from "
+                "1 in prompt order; was a picture left out of image_sizes?"
+            ],
+        ),
+    ],
+)
+def test_what_is_left_out_is_reported_in_one_line_each(text, reported):
+    problems = []
+    parse_points(text, SIZES, problems=problems)
+    assert problems == reported
+
+
+def test_a_long_malformed_answer_is_read_in_no_time():
+    """3000 open tags took 26 s: each looked for its closing tag to the end of the text."""
+    start = time.perf_counter()
+    for text in (
+        '<points coords="1 1 100 100">' * 3000,
+        "<points " * 20000,
+        '<points coords="' + "1 " * 50000 + '"',
+    ):
+        problems = []
+        parse_points(text, SIZES, problems=problems)
+        assert all(len(problem) < 120 for problem in problems)
+    assert time.perf_counter() - start < 5
+
+
+def test_the_alt_attribute_is_the_label_where_the_tag_has_none():
+    text = '<points alt="the boats" coords="1 1 555 169"/> <tracks alt="cats" coords="0.5 1 100 10'
+    labels = [p.label for p in parse_points(text + "0 ", SIZES, video_size=VIDEO)]
+    assert labels == ["the boats", "cats"]
+
+
+def test_the_separators_of_the_official_reader():
+    """It also splits groups at ``:`` and ``,``, which no known model writes."""
+    text = format_points([Point(1, 1, n) for n in (1, 2, 3)], "a", SIZES)
+    read = parse_points(text, SIZES)
+    assert len(read) == 3
+    for separator in "\t:,":
+        assert parse_points(text.replace(";", separator), SIZES) == read
+
+
+# ---- JSON ----
+
+
+def test_json_of_pictures_and_videos():
+    points = [Point(64.0, 24.0, 2, 5, "dog"), Point(250.0, 125.0, id=1, label="cat", time=12.5)]
+    found = json.loads(json.dumps(points_to_json(points, [(1, 1), (640, 480)], video_size=VIDEO)))
+    assert found == [
+        {
+            "image": 2,
+            "id": 5,
+            "label": "dog",
+            "x": 64.0,
+            "y": 24.0,
+            "x_thousandths": 100,
+            "y_thousandths": 50,
+        },
+        {
+            "time": 12.5,
+            "id": 1,
+            "label": "cat",
+            "x": 250.0,
+            "y": 125.0,
+            "x_thousandths": 250,
+            "y_thousandths": 250,
+        },
+    ]
+    with pytest.raises(ValueError, match="no video"):
+        points_to_json(points, [(1, 1), (640, 480)])
+
+
+# ---- traps ----
+
+
+def test_trap_18_points_sorted_after_rounding_three_digits_running_ids_key_1_separators():
+    size = (1000, 1000)
+    # Sorted after rounding: by the exact x the first would come first.
+    text = format_points([Point(199.9, 700), Point(200.2, 300)], "a", [size])
+    assert text == '<points coords="1 1 200 300 2 200 700">a</points>'
+    # At least three digits; a single picture still has the key 1.
+    text = format_points([Point(7, 0), Point(55, 1000)], "a", [size])
+    assert text == '<points coords="1 1 007 000 2 055 1000">a</points>'
+    # Ids run on over the pictures, and over the times of a video.
+    three = [Point(5, 5, 1), Point(5, 5, 3), Point(6, 6, 3)]
+    text = format_points(three, "a", [size] * 3)
+    assert text == '<points coords="1 1 005 005;3 2 005 005 3 006 006">a</points>'
+    timed = [Point(5, 5, time=t) for t in (10.0, 9.5)]  # as numbers: "10.0" < "9.5" as text
+    text = format_points(timed, "a", video_size=size)
+    assert text == '<points coords="9.5 1 005 005;10.0 2 005 005">a</points>'
+    # Released models write `;` between groups, pre-training used a tab.
+    old = text.replace(";", "\t")
+    assert parse_points(text, video_size=size) == parse_points(old, video_size=size)
+
+
+def test_trap_21_the_number_in_the_text_and_the_number_of_points_are_two_numbers():
+    """The official counter of picture benchmarks scores the second and ignores the first."""
+    text = 'Counting the <points coords="1 1 100 100 2 200 200">cups</points> shows a total of 3.'
+    assert parse_count(text) == 3
+    assert len(parse_points(text, [(10, 10)])) == 2
+    assert parse_count("There are 3 cups.") == 3
+    assert parse_points("There are 3 cups.", [(10, 10)]) == []

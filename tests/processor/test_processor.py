@@ -8,8 +8,23 @@ import pytest
 import torch
 from PIL import Image
 
-from nanomolmo2.processor import Processor, ProcessorConfig, Tokenizer
-from tests.processor.helpers import SPECIAL, assistant, small_backend, user
+from nanomolmo2.processor import (
+    MultiCrop,
+    Processor,
+    ProcessorConfig,
+    Tokenizer,
+    Video,
+    VideoConfig,
+)
+from tests.processor.helpers import (
+    SPECIAL,
+    assistant,
+    golden,
+    golden_picture,
+    runs,
+    small_backend,
+    user,
+)
 
 PICTURE = np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3).astype(np.uint8)
 BRANCHES = [
@@ -169,6 +184,226 @@ def test_molmo2_text_ids_against_the_reference(molmo2_tokenizer, messages, num_p
     assert processor.stop_token_ids == (151645, 151643)
 
 
+# ---- the Molmo2 design: crops, video, released prompts ----
+
+WIDE = np.random.default_rng(0).integers(0, 256, (60, 120, 3), dtype=np.uint8)
+CLIP = Video((WIDE, WIDE, WIDE[::-1].copy()), (0.0, 0.5, 0.8))
+OVERVIEW = ["<low_res_im_start>", *["<im_patch>"] * 4, "<im_end>"]
+
+
+def details(rows, cols):
+    return ["<im_start>", *[*["<im_patch>"] * cols, "<im_col>"] * rows, "<im_end>"]
+
+
+def text_tokens(processor, text):
+    return tokens(processor, processor.tokenizer.encode_text(text))
+
+
+@pytest.mark.parametrize("number", range(len(golden()["prompts"])))
+def test_golden_prompts(released, number):
+    """Ids and types of transformers' Molmo2Processor; see tests/data/README.md."""
+    expected = golden()["prompts"][number]
+    pictures = [golden_picture(width, height) for width, height in expected["image_sizes"]]
+    applied = released.apply(expected["messages"], images=pictures)
+    assert applied["input_ids"].tolist() == runs(expected["input_ids_rle"])
+    assert applied["token_type_ids"].tolist() == runs(expected["token_type_rle"])
+    assert len(applied["input_ids"]) == expected["length"]
+    image_tokens = (applied["input_ids"] == released.image_token_id).sum()
+    assert image_tokens == len(applied.get("image_token_pooling", ()))
+    assert ("pixel_values" in applied) == bool(pictures)
+
+
+def test_the_released_settings(released):
+    config = released.config
+    assert config.multicrop == MultiCrop(8) and config.video == VideoConfig(384, 2.0, 3, False)
+    assert (config.image_size, config.resample) == (378, "bilinear")
+    assert (released.image_token_id, released.pad_token_id) == (151938, 151643)
+
+
+def test_trap_08_rows_end_in_the_detailed_view_only_and_starts_differ(crops):
+    encoded = crops.encode([user("x")], [WIDE])
+    rows, cols = encoded.image_grids[0, 2:]
+    assert encoded.image_grids.tolist() == [[2, 2, 2, 4]]
+    expected = ["<|im_end|>", *OVERVIEW, *details(rows, cols), "<|im_start|>"]
+    assert tokens(crops, encoded.input_ids)[: len(expected)] == expected
+    frames = crops.encode([user("x")], video=CLIP)
+    shown = tokens(crops, frames.input_ids)
+    assert "<im_col>" not in shown and "<low_res_im_start>" not in shown
+    assert shown.count("<im_start>") == shown.count("<im_end>") == 3
+
+
+def test_trap_09_pictures_and_their_marks_are_typed_and_times_and_numbers_are_not(crops):
+    def typed(applied):
+        assert set(applied["token_type_ids"].tolist()) == {0, 1}
+        return tokens(crops, applied["input_ids"][applied["token_type_ids"] == 1])
+
+    picture = [*OVERVIEW, *details(2, 4)]
+    assert typed(crops.apply([user("Image 1")], [WIDE, WIDE])) == picture * 2
+    frame = ["<im_start>", *["<im_patch>"] * 4, "<im_end>"]
+    assert typed(crops.apply([user("0.5")], video=CLIP)) == frame * 3
+    assert not crops.apply([user("<im_patch>")])["token_type_ids"].any()
+
+
+def test_trap_10_the_beginning_is_the_end_of_turn_once_and_past_answers_follow_a_space(crops):
+    conversation = [user("a"), assistant("b"), user("a")]
+    ids = crops.encode(conversation, [WIDE]).input_ids
+    shown = tokens(crops, ids)
+    assert shown[0] == "<|im_end|>" and shown[1] == "<low_res_im_start>"
+    answer = [*text_tokens(crops, "\n "), "<|im_start|>", *text_tokens(crops, "assistant\n"), "b"]
+    place = shown.index("b")
+    assert shown[place + 1 - len(answer) : place + 1] == answer
+    assert shown.count("<|im_end|>") == 1 + 3
+    # Trees have the layout of training.
+    tree = tokens(crops, crops.encode_tree([WIDE], [conversation[:2]]).input_ids)
+    assert " " not in tree and " " in shown
+    assert tree == [
+        token
+        for token in tokens(crops, crops.encode(conversation[:2], [WIDE]).input_ids)
+        if token != " "
+    ]
+
+
+def test_several_pictures_are_numbered_and_their_patches_run_on(crops):
+    encoded = crops.encode([user("x")], [WIDE, PICTURE, WIDE])
+    expected = ["<|im_end|>"]
+    for number, grid in enumerate([(2, 4), (2, 2), (2, 4)], start=1):
+        expected += [*text_tokens(crops, f"Image {number}"), *OVERVIEW, *details(*grid)]
+    assert tokens(crops, encoded.input_ids)[: len(expected)] == expected
+    assert encoded.image_num_crops.tolist() == [4, 2, 4]
+    assert encoded.image_sizes == ((120, 60), (32, 32), (120, 60))
+    alone = [crops.config.multicrop(picture) for picture in (WIDE, PICTURE, WIDE)]
+    assert (encoded.pixel_values == np.concatenate([a["pixel_values"] for a in alone])).all()
+    shifted = [
+        np.where(a["image_token_pooling"] < 0, -1, a["image_token_pooling"] + 16 * before)
+        for a, before in zip(alone, (0, 4, 6), strict=True)
+    ]
+    assert (encoded.image_token_pooling == np.concatenate(shifted)).all()
+    assert encoded.image_grids.tolist() == [a["image_grid"].tolist() for a in alone]
+    pixels, sizes = crops.load_images([WIDE, PICTURE, WIDE])
+    assert (pixels == encoded.pixel_values).all() and sizes == encoded.image_sizes
+    assert crops.load_images([]) == (None, ())
+
+
+def test_layout_of_a_video(crops):
+    encoded = crops.encode([user("x")], video=CLIP)
+    frame = ["<im_start>", *["<im_patch>"] * 4, "<im_end>"]
+    expected = ["<|im_end|>", *text_tokens(crops, "0.0 "), *frame]
+    expected += [*text_tokens(crops, " 0.5 "), *frame, *text_tokens(crops, " 0.8 "), *frame]
+    expected += ["<|im_start|>"]
+    assert tokens(crops, encoded.input_ids)[: len(expected)] == expected
+    assert encoded.video_grids.tolist() == [[3, 2, 2]]
+    assert encoded.frame_times == CLIP.times and encoded.video_size == (120, 60)
+    assert encoded.image_sizes == () and encoded.image_grids is None
+    one = crops.config.multicrop.frame
+    assert (encoded.pixel_values == np.stack([one(frame) for frame in CLIP.frames])).all()
+    windows = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    expected_index = np.concatenate([np.array(windows) + 16 * frame for frame in range(3)])
+    assert (encoded.image_token_pooling == expected_index).all()
+    applied = crops.apply([user("x")], video=CLIP)
+    assert set(applied) == {
+        *("input_ids", "token_type_ids", "labels"),
+        *("pixel_values", "image_token_pooling", "video_grids"),
+    }
+
+
+def test_a_frame_of_the_released_size_is_81_tokens(released):
+    applied = released.apply([user("What happens?")], video=([WIDE, WIDE], [0.0, 1.25]))
+    assert applied["video_grids"].tolist() == [[2, 9, 9]]
+    assert applied["image_token_pooling"].shape == (162, 9)
+    assert applied["image_token_pooling"].min() == 0
+    frame = [151936, *[151938] * 81, 151937]
+    space, zero, one, two, dot = (
+        released.tokenizer.encode_text(text)[0] for text in (" ", "0", "1", "2", ".")
+    )
+    expected = [151645, zero, dot, zero, space, *frame, space, one, dot, two, space, *frame]
+    assert applied["input_ids"][: len(expected)].tolist() == expected
+
+
+def test_frame_marks_of_their_own(crops):
+    config = ProcessorConfig.molmo2(
+        multicrop=crops.config.multicrop,
+        video=VideoConfig(pooling_size=2, use_frame_special_tokens=True),
+    )
+    marked = Processor(config, crops.tokenizer).apply([user("x")], video=CLIP)
+    plain = crops.apply([user("x")], video=CLIP)
+    swap = {"<im_start>": "<frame_start>", "<im_end>": "<frame_end>"}
+    expected = [swap.get(token, token) for token in tokens(crops, plain["input_ids"])]
+    assert tokens(crops, marked["input_ids"]) == expected
+    assert (marked["token_type_ids"] == plain["token_type_ids"]).all()
+
+
+def test_videos_in_the_messages_and_beside_them(crops):
+    beside = crops.encode([user("x")], video=CLIP)
+    text = {"type": "text", "text": "x"}
+    for item, video in (
+        ({"type": "video", "video": CLIP}, None),
+        ({"type": "video"}, CLIP),
+        ({"type": "video", "video": (CLIP.frames, CLIP.times)}, None),
+    ):
+        encoded = crops.encode([user([text, item])], video=video)
+        assert encoded.input_ids.tolist() == beside.input_ids.tolist()
+        assert (encoded.pixel_values == beside.pixel_values).all()
+    item = {"type": "video", "video": CLIP}
+    with pytest.raises(ValueError, match="hold 2 videos: a conversation shows one at most"):
+        crops.encode([user([item]), assistant("y"), user([item])])
+    with pytest.raises(ValueError, match="give it once"):
+        crops.encode([user([item])], video=CLIP)
+    with pytest.raises(ValueError, match="a video item without a video"):
+        crops.encode([user([{"type": "video"}])])
+    for call in (
+        lambda: crops.encode([user([item])], [WIDE]),
+        lambda: crops.encode([user([item, {"type": "image", "image": WIDE}])]),
+        lambda: crops.encode_tree([WIDE], BRANCHES, video=CLIP),
+    ):
+        with pytest.raises(ValueError, match="found 1 pictures beside a video"):
+            call()
+
+
+def test_processors_of_pictures_refuse_videos(molmo2):
+    with pytest.raises(ValueError, match="takes pictures only"):
+        molmo2.encode([user("x")], video=CLIP)
+
+
+def test_apply_masks_all_but_the_answers(crops):
+    messages = [user("dog"), assistant("yes"), user("Sure?"), assistant("yes yes")]
+    applied = crops.apply(messages, [WIDE])
+    kept = applied["labels"] != -100
+    assert crops.decode(applied["labels"][kept], False) == "yes<|im_end|>yes yes<|im_end|>"
+    assert (applied["labels"][kept] == applied["input_ids"][kept]).all()
+    prompt = crops.apply(messages[:1], [WIDE])
+    assert (prompt["labels"] == -100).all() and prompt["labels"].dtype == np.int64
+    assert tokens(crops, prompt["input_ids"])[-1:] == text_tokens(crops, "\n")
+    closed = crops.apply(messages[:1], [WIDE], False)
+    assert len(closed["input_ids"]) < len(prompt["input_ids"])
+
+
+def test_apply_without_crops(molmo2):
+    applied = molmo2.apply([user("x")], [PICTURE])
+    assert set(applied) == {"input_ids", "token_type_ids", "labels", "pixel_values"}
+    assert applied["token_type_ids"].sum() == 6  # four image tokens, start and end
+
+
+def test_trees_share_crops_and_videos(crops):
+    answered = [user("dogs"), assistant("2")]
+    for images, video in (([WIDE, PICTURE], None), ([], CLIP)):
+        tree = crops.encode_tree(images, [answered, answered], video=video)
+        alone = crops.encode(answered[:1], images, video=video)
+        length = (tree.subsegment_ids == 10000).sum()
+        assert (tree.input_ids[:length] == alone.input_ids[:length]).all()
+        assert crops.tokenizer.backend.id_to_token(int(alone.input_ids[length])) == "<|im_start|>"
+        for name in ("pixel_values", "image_token_pooling"):
+            assert (getattr(tree, name) == getattr(alone, name)).all()
+        assert (tree.frame_times, tree.video_size) == (alone.frame_times, alone.video_size)
+
+
+def test_save_and_load_with_crops(crops, tmp_path):
+    crops.save(tmp_path)
+    again = Processor.load(tmp_path)
+    assert again.config == crops.config
+    one, two = (p.encode([user("x")], [WIDE]) for p in (crops, again))
+    assert one.input_ids.tolist() == two.input_ids.tolist()
+
+
 # ---- message trees ----
 
 
@@ -213,6 +448,24 @@ def test_layout_of_a_small_tree(molmo2):
     assert tree.loss_weights.tolist() == [0] * 4 + [1, 1] + [0] * 3 + [1]
 
 
+def test_trap_17_weights_of_molmo2(molmo2):
+    """2/sqrt(n) over sqrt(branches), n without the branch's last end; alone it counts."""
+    first = [user("a b"), assistant("c d")]  # c, d, end
+    second = [user("a e"), assistant("f"), user("a g"), assistant("h")]  # f, end, h, end
+
+    def weight_of(branches, number):
+        tree = molmo2.encode_tree([], branches, loss_weighting="molmo2")
+        (weight,) = set(tree.loss_weights[(tree.subsegment_ids == number) & (tree.labels != -100)])
+        return weight
+
+    for number, branch in enumerate((first, second)):
+        labels = molmo2.encode_tree([], [branch]).labels
+        n = int((labels != -100).sum())
+        assert weight_of([branch], 0) == pytest.approx(2 / n**0.5)
+        expected = 2 / (n - 1) ** 0.5 / 2**0.5
+        assert weight_of([first, second], number) == pytest.approx(expected)
+
+
 def test_loss_weights(molmo2):
     tree = molmo2.encode_tree(
         [PICTURE], BRANCHES, loss_weighting="sqrt", branch_weights=[1.0, 0.5, 2.0]
@@ -234,6 +487,8 @@ def test_loss_weights(molmo2):
         ([assistant("x")], "branch 1: message 0 is by 'assistant'"),
         ([user([{"type": "image", "image": PICTURE}]), assistant("x")], "branch 1 holds a picture"),
         ([{"role": "system", "content": "x"}, user("x"), assistant("x")], "a system message"),
+        ([{"role": "subtitle", "content": "x"}, user("x"), assistant("x")], "a subtitle"),
+        ([user([{"type": "video", "video": CLIP}]), assistant("x")], "a video"),
     ],
 )
 def test_branches_that_are_refused(qwen3, branch, error):
@@ -318,8 +573,24 @@ def test_a_tokenizer_without_the_tokens_of_the_config():
         ({"image_std": (1.0, 0.0, 1.0)}, "image_std"),
         ({"rescale_factor": 0.0}, "rescale_factor"),
         ({"stop_tokens": ()}, "stop_tokens is empty"),
+        ({"video": VideoConfig()}, "video is set and multicrop is not"),
+        ({"multicrop": MultiCrop()}, "image_size is 384, but multicrop says 378"),
+        ({"multicrop": MultiCrop(), "image_size": 378}, "resample is 'bicubic', but multicrop"),
     ],
 )
 def test_configs_that_are_refused(fields, error):
     with pytest.raises(ValueError, match=error):
         ProcessorConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"max_frames": 0}, "max_frames must be at least 1"),
+        ({"pooling_size": 0}, "pooling_size must be at least 1"),
+        ({"max_fps": 0.0}, "max_fps"),
+    ],
+)
+def test_video_configs_that_are_refused(fields, error):
+    with pytest.raises(ValueError, match=error):
+        VideoConfig(**fields)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from nanomolmo2.data.emoji.vocabulary import build_tokenizer
 from nanomolmo2.processor import Tokenizer
+from nanomolmo2.processor.tokenizer import MOLMO2_TOKENS, molmo2_tokenizer
 from tests.processor.helpers import SPECIAL, small_backend
 
 SMALL = Tokenizer(small_backend())
@@ -124,3 +125,53 @@ def test_qwen3_text_is_never_special(qwen3_tokenizer, text):
 def test_qwen3_words_that_are_added_but_not_special_stay_words(qwen3_tokenizer):
     (think,) = qwen3_tokenizer.encode_text("<think>")
     assert think == 151667 and qwen3_tokenizer.decode([think]) == "<think>"
+
+
+# ---- Molmo2's tokens behind a base vocabulary ----
+
+
+def test_molmo2_tokens_behind_qwen3(released):
+    tokenizer = released.tokenizer
+    assert [tokenizer.special_id(name) for name in MOLMO2_TOKENS] == list(range(151936, 151946))
+    assert tokenizer.special_id("|<EXTRA_TOKENS_0>|") == 151669
+    assert tokenizer.special_id("|<EXTRA_TOKENS_266>|") == 151935
+    assert "|<EXTRA_TOKENS_267>|" not in tokenizer.special_ids
+    assert tokenizer.special_id("<|im_end|>") == 151645
+    assert tokenizer.special_id("<|endoftext|>") == 151643
+    assert tokenizer.vocab_size == 151946
+
+
+@pytest.fixture
+def base(tmp_path):
+    small_backend(("<|endoftext|>", "<|im_start|>", "<|im_end|>")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    return tmp_path
+
+
+def test_molmo2_tokens_behind_a_small_vocabulary(base):
+    used = Tokenizer.from_file(base).vocab_size
+    for vocab_size in (used, used + 1, 512):
+        tokenizer = molmo2_tokenizer(base, vocab_size=vocab_size)
+        ids = [tokenizer.special_id(name) for name in MOLMO2_TOKENS]
+        assert ids == list(range(vocab_size, vocab_size + 10))
+        assert tokenizer.vocab_size == vocab_size + 10
+        # Once extended it is taken as it is.
+        tokenizer.save(base / "extended.json")
+        for given_size in (None, vocab_size):
+            again = molmo2_tokenizer(base / "extended.json", vocab_size=given_size)
+            assert again.special_ids == tokenizer.special_ids
+    with pytest.raises(ValueError, match=rf"has {used} tokens, more than vocab_size \(100\)"):
+        molmo2_tokenizer(base, vocab_size=100)
+
+
+def test_molmo2_tokens_at_other_ids(base, tmp_path):
+    molmo2_tokenizer(base, vocab_size=512).save(tmp_path / "extended.json")
+    with pytest.raises(ValueError, match=r"ids \[512, .* one after the other from 600 on"):
+        molmo2_tokenizer(tmp_path / "extended.json", vocab_size=600)
+    # SPECIAL has some of them, in another order.
+    small_backend().save(str(tmp_path / "part.json"))
+    with pytest.raises(ValueError, match="one after the other"):
+        molmo2_tokenizer(tmp_path / "part.json")
+    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
+        molmo2_tokenizer(tmp_path / "none.json")

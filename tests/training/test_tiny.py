@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanomolmo2.convert.pretrained import load
+from nanomolmo2.models import preset
 from nanomolmo2.training import tiny
 from nanomolmo2.training.loop import LoopConfig
 from nanomolmo2.training.tiny import QuestionStage, train_tiny
@@ -23,11 +24,13 @@ def test_all_stages_run_and_leave_a_model_that_loads(tmp_path):
     )
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     stages = [line["stage"] for line in lines if "loss" in line]
-    assert list(dict.fromkeys(stages)) == ["crops", "scenes", "presence", "coarse", "fine"]
-    assert len(scored) == 3
-    model, processor = load(str(tmp_path / "model"))
+    assert list(dict.fromkeys(stages)) == [
+        *("crops", "scenes", "presence", "coarse", "fine", "relations")
+    ]
+    assert len(scored) == 4
+    model, _ = load(str(tmp_path / "model"))
     assert next(model.parameters()).dtype == torch.bfloat16
-    assert model.config == tiny.tiny_config(processor)
+    assert model.config == preset("tiny")
     with pytest.raises(ValueError, match="already holds a run"):
         train_tiny(tmp_path, scale="smoke", config=QUIET)
 

@@ -1,0 +1,161 @@
+"""A model of ours to a folder in Molmo2's released layout, which other programs serve."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanomolmo2.convert.folder import write_json, write_weights, written_aside
+from nanomolmo2.convert.model_card import MARK, write_card
+from nanomolmo2.convert.molmo2 import GENERATION_NAME, molmo2_tensors
+from nanomolmo2.convert.molmo2_config import SPECIAL_TOKENS, molmo2_config_to_reference
+from nanomolmo2.convert.parts import CONFIG_NAME
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2, NanoMolmo2Config
+from nanomolmo2.models.presets import IMAGE_COL, IMAGE_END, IMAGE_START, LOW_RES_START
+
+if TYPE_CHECKING:
+    from nanomolmo2.processor import Processor
+
+
+def export_molmo2(
+    model: NanoMolmo2,
+    out_dir: str | Path,
+    processor: Processor | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a folder in the layout of the released Molmo2 checkpoints.
+
+    transformers, vLLM and :func:`nanomolmo2.load` read it. Files are written aside and moved in
+    when all are complete; other files in the folder stay. What other programs will do differently
+    is a warning, and said in the model card.
+
+    Args:
+        model: with the ``pooling`` connector, named vision layers and rows behind the vocabulary.
+        out_dir: created if needed.
+        processor: that belongs to the model; without it only the model itself is written.
+        max_shard_size: weights above it are split, with an index; bytes, or text such as "5GB".
+    Raises: ValueError for a model that the format can not express, naming the alternatives; for a
+        processor of another model; for a path that is a file.
+    Source: Molmo2, olmo/hf_model/convert_molmo2_to_hf.py (which files, and what is in them).
+    """
+    tensors = molmo2_tensors(model.state_dict(), model.config)
+    if processor is not None:
+        from nanomolmo2.convert.pretrained import check_agreement
+
+        check_agreement(model.config, processor)
+    notes = _notes(model, processor)
+    with written_aside(out_dir) as aside:
+        write_json(aside / CONFIG_NAME, _config(model, processor))
+        write_json(aside / GENERATION_NAME, _generation_config(model, processor))
+        if processor is not None:
+            from nanomolmo2.convert.molmo2_processor import write_molmo2_processor
+
+            write_molmo2_processor(processor, aside, model.config)
+        write_card(aside, out_dir, _card(model, notes))
+        write_weights(tensors, aside, max_shard_size)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+
+
+def _config(model: NanoMolmo2, processor: Processor | None) -> dict[str, Any]:
+    values = molmo2_config_to_reference(model.config)
+    values["dtype"] = str(model.llm.embed_tokens.weight.dtype).removeprefix("torch.")
+    if processor is not None:
+        known = processor.tokenizer.special_ids
+        values |= {name: known[t] for name, t in SPECIAL_TOKENS.items() if t in known}
+    return values
+
+
+def _generation_config(model: NanoMolmo2, processor: Processor | None) -> dict[str, Any]:
+    """A prompt begins with the token that ends an answer, and so it is written here."""
+    eos = list(model.config.eos_token_ids)
+    bos = eos[0] if eos else None
+    if processor is not None:
+        from nanomolmo2.convert.molmo2_processor import BOS
+
+        eos = eos or list(processor.stop_token_ids)
+        bos = processor.tokenizer.special_id(BOS)
+    return {
+        "bos_token_id": bos,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": model.config.pad_token_id,
+    }
+
+
+def _notes(model: NanoMolmo2, processor: Processor | None) -> list[str]:
+    """What other programs will do differently, a sentence each."""
+    notes = []
+    if processor is None:
+        notes.append(
+            "no processor was given, so the folder has no tokenizer and no processor files: other "
+            "programs need them to answer"
+        )
+    else:
+        from nanomolmo2.convert.molmo2_processor import what_official_files_cannot_say
+
+        if difference := what_official_files_cannot_say(processor):
+            notes.append(
+                f"Molmo2's processor files can not say that {difference}: nanomolmo2 reads its own "
+                f"nanomolmo2_processor.json, other programs prepare the same picture differently"
+            )
+    row = model.llm.embed_tokens.weight[model.config.image_token_id]
+    if largest := float(row.detach().abs().max()):
+        notes.append(
+            f"the embedding of the image token is not zero (up to {largest:.3g}): programs that "
+            f"put visual tokens in its place, such as vLLM, instead of adding them answer "
+            f"differently"
+        )
+    if not _masks_like_molmo2(model.config):
+        notes.append(
+            "the model was not made for image tokens that see each other, together with the start, "
+            "end and column tokens, but other programs use a Molmo2 checkpoint so"
+        )
+    return notes
+
+
+def _masks_like_molmo2(config: NanoMolmo2Config) -> bool:
+    """Whether the tokens that every picture has see each other in both directions."""
+    always = (IMAGE_START, IMAGE_END, IMAGE_COL, LOW_RES_START)
+    ids = {config.llm_config.vocab_size + offset for offset in always}
+    return config.bidirectional_image_attention and ids <= {*config.image_special_token_ids}
+
+
+def _card(model: NanoMolmo2, notes: Sequence[str]) -> str:
+    config = model.config
+    count = sum(p.numel() for p in model.parameters())
+    remarks = "".join(f"- {note[0].upper()}{note[1:]}.\n" for note in notes)
+    remarks = f"## Remarks\n\n{remarks}\n" if notes else ""
+    return f"""{MARK}license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+
+# Molmo2 checkpoint written by NanoMolmo2
+
+A vision-language model of {count:,} parameters in the layout of the released Molmo2 checkpoints:
+{config.llm_config.num_hidden_layers} decoder layers of width {config.llm_config.hidden_size},
+vision blocks {list(config.connector.vit_layers or ())} of {config.vision_config.num_hidden_layers}.
+
+## Use
+
+```python
+import nanomolmo2
+
+model, processor = nanomolmo2.load("path/to/this/folder")
+```
+
+```python
+from transformers import Molmo2ForConditionalGeneration  # 5.23 or newer
+
+model = Molmo2ForConditionalGeneration.from_pretrained("path/to/this/folder")
+```
+
+{remarks}## Licence
+
+Apache-2.0 for these files, unless whoever trained them says otherwise. Weights that started from
+SigLIP 2 (google/siglip2-so400m-patch14-384) or Qwen3 derive from models that are Apache-2.0
+themselves.
+"""

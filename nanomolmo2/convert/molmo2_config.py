@@ -1,0 +1,375 @@
+"""The ``config.json`` of Molmo2 checkpoints <-> NanoMolmo2Config.
+
+Two spellings are read: the released one (``vit_config``, ``vit_layers``, ``rope_theta``), which
+counts the blocks that are not stored too, and that of transformers (``vision_config``,
+``vision_feature_layer``, ``rope_parameters``), which counts the stored ones only. Written is the
+released one: every server reads it. A setting that these networks can not honour stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nanomolmo2.convert.reference_config import (
+    read_rope_theta,
+    refuse_unknown,
+    require,
+    square,
+)
+from nanomolmo2.models.language_model import LLMConfig
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
+from nanomolmo2.models.presets import (
+    FRAME_END,
+    FRAME_START,
+    IMAGE_COL,
+    IMAGE_END,
+    IMAGE_LOW,
+    IMAGE_START,
+    LOW_RES_START,
+)
+from nanomolmo2.models.vision_encoder import VisionConfig
+
+MODEL_TYPE = "molmo2"
+
+# Tokens that the mask treats like image tokens, by the name of their id in config.json, and how far
+# behind vocab_size the released models have them.
+SPECIAL_IDS = {
+    "image_start_token_id": IMAGE_START,
+    "image_end_token_id": IMAGE_END,
+    "image_col_id": IMAGE_COL,
+    "low_res_image_start_token_id": LOW_RES_START,
+    "image_low_res_id": IMAGE_LOW,
+    "frame_start_token_id": FRAME_START,
+    "frame_end_token_id": FRAME_END,
+}
+
+# The tokens with these ids.
+SPECIAL_TOKENS = {
+    "image_start_token_id": "<im_start>",
+    "image_end_token_id": "<im_end>",
+    "image_col_id": "<im_col>",
+    "low_res_image_start_token_id": "<low_res_im_start>",
+    "image_low_res_id": "<im_low>",
+    "frame_start_token_id": "<frame_start>",
+    "frame_end_token_id": "<frame_end>",
+}
+
+_SIZES = {
+    "text_config": (
+        *("vocab_size", "additional_vocab_size", "hidden_size", "intermediate_size"),
+        *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *("max_position_embeddings", "rms_norm_eps"),
+    ),
+    "vision_config": (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("layer_norm_eps", "image_size", "patch_size"),
+    ),
+    "adapter_config": (
+        *("hidden_size", "intermediate_size", "num_attention_heads", "text_hidden_size"),
+        "vision_feature_layer",
+    ),
+}
+
+# Released spelling -> that of transformers.
+_RENAMED: dict[str, dict[str, str]] = {
+    "text_config": {"qkv_bias": "attention_bias", "layer_norm_eps": "rms_norm_eps"},
+    "vision_config": {
+        "image_default_input_size": "image_size",
+        "image_patch_size": "patch_size",
+        "image_num_pos": "num_position_embeddings",
+    },
+    "adapter_config": {"vit_layers": "vision_feature_layer"},
+}
+
+_NO_DROPOUT = ((0, None), "no dropout is built")
+# What else a part may say, and what it has to be.
+_REQUIRED: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
+    "text_config": {
+        "qk_norm_type": (("qwen3", None), "query and key are normalised per head, as in Qwen3"),
+        "use_qk_norm": ((True, None), "query and key are normalised"),
+        "norm_after": ((False, None), "the norms come before attention and MLP"),
+        "attention_bias": ((False, None), "the projections have no biases"),
+        "hidden_act": (("silu", "swish"), "the MLP is SwiGLU"),
+        "tie_word_embeddings": ((False, None), "the head is stored on its own"),
+        **dict.fromkeys(
+            ("attention_dropout", "embedding_dropout", "residual_dropout"), _NO_DROPOUT
+        ),
+    },
+    "vision_config": {
+        "hidden_act": (("gelu_pytorch_tanh",), "SigLIP 2's activation"),
+        "attention_bias": ((True, None), "the projections have biases"),
+        "num_channels": ((3, None), "pictures are RGB"),
+        **dict.fromkeys(("attention_dropout", "residual_dropout"), _NO_DROPOUT),
+    },
+    "adapter_config": {
+        "hidden_act": (("silu", "swish"), "the MLP is SwiGLU"),
+        "attention_bias": ((True, None), "the projections have biases"),
+        "mlp_bias": ((False, None), "the MLP has no biases"),
+        "pooling_attention_mask": ((True, None), "empty slots of a window are left out"),
+        **dict.fromkeys(
+            ("attention_dropout", "residual_dropout", "image_feature_dropout"), _NO_DROPOUT
+        ),
+    },
+}
+# Read where they are used, or without effect on the result.
+_OTHERS = {
+    "text_config": (
+        *("rope_theta", "rope_scaling", "rope_scaling_layers", "rope_parameters"),
+        "attn_implementation",
+    ),
+    "vision_config": (
+        *("num_key_value_heads", "head_dim", "num_position_embeddings"),
+        *("float32_attention", "attn_implementation"),
+    ),
+    "adapter_config": (
+        *("num_key_value_heads", "head_dim", "float32_attention", "attn_implementation"),
+    ),
+}
+
+
+def molmo2_config_from_reference(
+    values: Mapping[str, Any],
+    *,
+    generation: Mapping[str, Any] | None = None,
+    pooling_size: int = 2,
+) -> NanoMolmo2Config:
+    """Read the config of a Molmo2 checkpoint that is built on Qwen3 (4B, 8B, or one of ours).
+
+    Args:
+        values: of ``config.json``, in either spelling.
+        generation: of ``generation_config.json``; gives the ids that end and fill up a row.
+        pooling_size: side of a picture's windows, which only the processor's files say.
+    Raises: ValueError for another model, an unknown field, a wrong type, a setting not built here.
+    """
+    if values.get("model_type") != MODEL_TYPE:
+        raise ValueError(
+            f"model_type {values.get('model_type')!r} is not Molmo2: expected {MODEL_TYPE!r}"
+        )
+    parts, own = _parts(values)
+    known = ("image_patch_id", "image_high_res_id", "use_frame_special_tokens", *SPECIAL_IDS)
+    refuse_unknown(own, known, extra=("tie_word_embeddings", "attn_implementation"))
+    require(own, "tie_word_embeddings", (False, None), "the head is stored on its own")
+    vision, adapter = parts["vision_config"], parts["adapter_config"]
+    for name, part in (("vision_config", vision), ("adapter_config", adapter)):
+        _check_heads(name, part)
+    llm_config = _llm_config(parts["text_config"])
+    base = llm_config.vocab_size
+    if "image_patch_id" not in own:
+        raise ValueError("image_patch_id is missing: it is the id of the image token")
+    patch = own["image_patch_id"]
+    require(own, "image_high_res_id", (patch, None), "there is one kind of image token")
+    vision_config = VisionConfig.from_dict(
+        {
+            **{name: vision[name] for name in _SIZES["vision_config"]},
+            "image_size": square("image_size", vision["image_size"]),
+        }
+    )
+    positions = vision.get("num_position_embeddings")
+    if positions not in (None, vision_config.num_patches):
+        raise ValueError(
+            f"{positions} positions do not fit pictures of {vision_config.image_size} pixels with "
+            f"{vision_config.num_patches} patches of {vision_config.patch_size}"
+        )
+    if adapter["hidden_size"] != vision_config.hidden_size:
+        raise ValueError(
+            f"adapter_config.hidden_size is {adapter['hidden_size']}, expected that of the vision "
+            f"encoder, {vision_config.hidden_size}"
+        )
+    return NanoMolmo2Config.from_dict(
+        {
+            "vision_config": vision_config,
+            "connector_config": {
+                "vision_dim": adapter["hidden_size"],
+                "llm_dim": adapter["text_hidden_size"],
+                "connector_type": "pooling",
+                "num_attention_heads": adapter["num_attention_heads"],
+                "pooling_size": pooling_size,
+                "intermediate_size": adapter["intermediate_size"],
+                "vit_layers": adapter["vision_feature_layer"],
+            },
+            "llm_config": llm_config,
+            "image_token_id": patch,
+            "freeze_vision": False,
+            "bidirectional_image_attention": True,
+            "image_special_token_ids": [
+                own.get(name, base + offset) for name, offset in SPECIAL_IDS.items()
+            ],
+            **_end_ids(values, generation),
+        }
+    )
+
+
+def molmo2_config_to_reference(config: NanoMolmo2Config) -> dict[str, Any]:
+    """The ``config.json`` of the released files.
+
+    Ids that are not in ``config`` follow from ``vocab_size``, as in the released models.
+
+    Raises: ValueError for a model that the format can not express.
+    """
+    vision, connector, llm = config.vision_config, config.connector, config.llm_config
+    check_expressible(config)
+    dropout = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+    ids = {name: llm.vocab_size + offset for name, offset in SPECIAL_IDS.items()}
+    return {
+        "architectures": ["Molmo2ForConditionalGeneration"],
+        "model_type": MODEL_TYPE,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "image_patch_id": config.image_token_id,
+        "image_high_res_id": config.image_token_id,
+        **ids,
+        "use_frame_special_tokens": False,
+        "text_config": {
+            "model_type": "molmo2_text",
+            "vocab_size": llm.vocab_size,
+            "additional_vocab_size": llm.additional_vocab_size,
+            "hidden_size": llm.hidden_size,
+            "intermediate_size": llm.intermediate_size,
+            "num_hidden_layers": llm.num_hidden_layers,
+            "num_attention_heads": llm.num_attention_heads,
+            "num_key_value_heads": llm.num_key_value_heads,
+            "head_dim": llm.head_dim,
+            "hidden_act": "silu",
+            "layer_norm_eps": llm.rms_norm_eps,
+            "max_position_embeddings": llm.max_position_embeddings,
+            "rope_theta": llm.rope_theta,
+            "rope_scaling": None,
+            "rope_scaling_layers": None,
+            "qkv_bias": False,
+            "use_qk_norm": True,
+            "qk_norm_type": "qwen3",
+            "norm_after": False,
+            "embedding_dropout": 0.0,
+            "initializer_range": 0.02,
+            "tie_word_embeddings": False,
+            **dropout,
+        },
+        "vit_config": {
+            "model_type": MODEL_TYPE,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "num_hidden_layers": vision.num_hidden_layers,
+            "num_attention_heads": vision.num_attention_heads,
+            "num_key_value_heads": vision.num_attention_heads,
+            "head_dim": vision.head_dim,
+            "hidden_act": vision.hidden_act,
+            "layer_norm_eps": vision.layer_norm_eps,
+            "image_default_input_size": [vision.image_size, vision.image_size],
+            "image_patch_size": vision.patch_size,
+            "image_num_pos": vision.num_patches,
+            "float32_attention": True,
+            "initializer_range": 0.02,
+            **dropout,
+        },
+        "adapter_config": {
+            "model_type": MODEL_TYPE,
+            "vit_layers": list(connector.vit_layers or ()),
+            "pooling_attention_mask": True,
+            "hidden_size": connector.vision_dim,
+            "num_attention_heads": connector.num_attention_heads,
+            "num_key_value_heads": connector.num_attention_heads,
+            "head_dim": connector.vision_dim // connector.num_attention_heads,
+            "intermediate_size": connector.intermediate_size,
+            "text_hidden_size": connector.llm_dim,
+            "hidden_act": "silu",
+            "float32_attention": True,
+            "image_feature_dropout": 0.0,
+            "initializer_range": 0.02,
+            **dropout,
+        },
+    }
+
+
+def check_expressible(config: NanoMolmo2Config) -> None:
+    """Raises: ValueError for a model that Molmo2's format has no words for."""
+    connector, llm = config.connector, config.llm_config
+    if connector.connector_type != "pooling":
+        raise ValueError(
+            f"Molmo2's format can only express the attention-pooling connector, this model has the "
+            f"{connector.connector_type!r} one: keep it in our own format "
+            f"(NanoMolmo2.save_pretrained), or train a model with connector_type 'pooling', such "
+            f"as the preset 'nanomolmo2-pooling'"
+        )
+    if connector.vit_layers is None:
+        raise ValueError(
+            "Molmo2's format joins outputs of vision blocks, this model reads the encoder's final "
+            "features behind its last norm (vit_layers is None): keep it in our own format "
+            "(NanoMolmo2.save_pretrained), or train a model that names its vit_layers"
+        )
+    if llm.additional_vocab_size == 0:
+        raise ValueError(
+            f"Molmo2's format keeps the image tokens in rows behind the vocabulary, this model has "
+            f"none (additional_vocab_size is 0; the image token is {config.image_token_id} of "
+            f"{llm.vocab_size}): keep it in our own format (NanoMolmo2.save_pretrained), or train "
+            f"a model with such rows, such as the preset 'nanomolmo2-pooling'"
+        )
+
+
+def _parts(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The three parts in the spelling of transformers, checked, and what stands beside them."""
+    own = dict(values)
+    if "vit_config" in own:
+        if "vision_config" in own:
+            raise ValueError("vit_config and vision_config are two spellings of one part: keep one")
+        own["vision_config"] = own.pop("vit_config")
+    parts = {}
+    for part, names in _RENAMED.items():
+        given = own.pop(part, None)
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{part}: expected an object, found {given!r}")
+        fields = {names.get(str(name), str(name)): value for name, value in given.items()}
+        try:
+            refuse_unknown(fields, _SIZES[part], extra=(*_REQUIRED[part], *_OTHERS[part]))
+            for name, (accepted, reason) in _REQUIRED[part].items():
+                require(fields, name, accepted, reason)
+        except ValueError as error:
+            raise ValueError(f"{part}: {error}") from None
+        absent = [name for name in _SIZES[part] if name not in fields]
+        if absent:
+            raise ValueError(
+                f"{part} lacks {', '.join(absent)}: copy config.json from the checkpoint again"
+            )
+        parts[part] = fields
+    return parts, own
+
+
+def _llm_config(text: Mapping[str, Any]) -> LLMConfig:
+    layers = text.get("rope_scaling_layers")
+    if not (layers is None or layers == list(range(text["num_hidden_layers"]))):
+        raise ValueError(
+            f"text_config.rope_scaling_layers is {layers}, but every layer turns alike here"
+        )
+    if text.get("rope_theta") is None and not isinstance(text.get("rope_parameters"), Mapping):
+        raise ValueError("text_config lacks rope_theta: copy config.json again")
+    fields = {name: text[name] for name in _SIZES["text_config"]}
+    try:
+        theta = read_rope_theta(text)
+    except ValueError as error:
+        raise ValueError(f"text_config: {error}") from None
+    return LLMConfig.from_dict({**fields, "rope_theta": theta, "tie_word_embeddings": False})
+
+
+def _check_heads(name: str, part: Mapping[str, Any]) -> None:
+    """Vision and connector have heads of one kind, which fill the width."""
+    heads, width = part["num_attention_heads"], part["hidden_size"]
+    keys, head = part.get("num_key_value_heads", heads), part.get("head_dim", width // heads)
+    if keys != heads or head * heads != width:
+        raise ValueError(
+            f"{name} has {heads} heads of {head} and {keys} key/value heads in a width of {width}, "
+            f"but only as many of both are built, which together have the width"
+        )
+
+
+def _end_ids(values: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``eos_token_id`` and ``pad_token_id`` of the first file that has them."""
+    found: dict[str, Any] = {"eos_token_id": None, "pad_token_id": None}
+    places: Iterable[Mapping[str, Any]] = (generation or {}, values, values["text_config"])
+    for place in places:
+        for name in found:
+            if found[name] is None:
+                found[name] = place.get(name)
+    if found["pad_token_id"] is None:
+        found["pad_token_id"] = 0
+    return found

@@ -1,0 +1,226 @@
+"""The processor files of Molmo2 folders <-> Processor.
+
+A folder that we wrote also holds our own settings in ``nanomolmo2_processor.json``, which are read
+first: Molmo2's files can not say everything that a processor of ours may do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nanomolmo2.config import read_json_object
+from nanomolmo2.convert.folder import write_json
+from nanomolmo2.convert.molmo2 import OFFICIAL_PROCESSOR_NAME, PREPROCESSOR_NAME
+from nanomolmo2.convert.reference_config import require, square
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
+from nanomolmo2.processor.crops import MultiCrop
+from nanomolmo2.processor.processor import (
+    TOKENIZER_FILE,
+    Processor,
+    ProcessorConfig,
+    VideoConfig,
+)
+from nanomolmo2.processor.tokenizer import Tokenizer
+
+OWN_NAME = "nanomolmo2_processor.json"
+VIDEO_NAME = "video_preprocessor_config.json"
+TEMPLATE_NAME = "chat_template.jinja"
+TEMPLATE = Path(__file__).parents[1] / "assets" / "molmo2" / TEMPLATE_NAME
+
+BOS = "<|im_end|>"  # Molmo2 begins a prompt with the token that also ends an answer
+
+# How the released models lay out their tokens. None: what the file leaves out is not that.
+_LAYOUT = {
+    "image_use_col_tokens": ((True,), "the high-resolution view has a column token a row"),
+    "use_single_crop_col_tokens": ((False,), "the overview has no column tokens"),
+    "use_single_crop_start_token": ((True,), "the overview has a start token of its own"),
+    "video_use_col_tokens": ((False,), "frames have no column tokens"),
+}
+_LAYOUT_DEFAULTS = {
+    "image_use_col_tokens": True,
+    "use_single_crop_col_tokens": None,
+    "use_single_crop_start_token": True,
+    "video_use_col_tokens": False,
+    "use_frame_special_tokens": True,
+}
+_BILINEAR = 2  # PIL's number
+_STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+
+
+def read_molmo2_processor(directory: str | Path) -> Processor:
+    """Read the processor of a Molmo2 folder, ours or an official one.
+
+    Raises: FileNotFoundError; ValueError for settings that are not built here.
+    """
+    directory = Path(directory)
+    tokenizer = Tokenizer.from_file(directory / TOKENIZER_FILE)
+    if (directory / OWN_NAME).exists():
+        return Processor(ProcessorConfig.load(directory / OWN_NAME), tokenizer)
+    processor = _read_if_there(directory / OFFICIAL_PROCESSOR_NAME)
+    image = processor.get("image_processor") or _read_if_there(directory / PREPROCESSOR_NAME)
+    if not image:
+        raise FileNotFoundError(
+            f"{directory} holds no {PREPROCESSOR_NAME}: copy the processor's files of the "
+            f"checkpoint too, or load the model alone with NanoMolmo2.from_pretrained"
+        )
+    video = processor.get("video_processor") or _read_if_there(directory / VIDEO_NAME)
+    try:
+        return Processor(_processor_config(processor, image, video), tokenizer)
+    except ValueError as error:
+        raise ValueError(f"the processor's files in {directory}: {error}") from None
+
+
+def write_molmo2_processor(processor: Processor, directory: Path, config: NanoMolmo2Config) -> None:
+    """Write the official files, as near as they can say it, and our own settings."""
+    settings = processor.config
+    processor.tokenizer.save(directory / TOKENIZER_FILE)
+    settings.save(directory / OWN_NAME)
+    crops = settings.multicrop or MultiCrop(
+        # The nearest that there is to one picture: an overview, and a single crop of the same.
+        max_crops=1,
+        image_size=settings.image_size,
+        patch_size=config.vision_config.patch_size,
+        overlap_margins=(0, 0),
+        pooling_size=config.connector.pooling_size,
+        image_mean=settings.image_mean,
+        image_std=settings.image_std,
+    )
+    frames = settings.video or VideoConfig()
+    pictures = {
+        "processor_class": "Molmo2Processor",
+        **dict.fromkeys(_STEPS, True),
+        "size": {"height": crops.image_size, "width": crops.image_size},
+        "resample": _BILINEAR,
+        "rescale_factor": 1 / 255,
+        "image_mean": list(crops.image_mean),
+        "image_std": list(crops.image_std),
+        "patch_size": crops.patch_size,
+    }
+    write_json(
+        directory / PREPROCESSOR_NAME,
+        {
+            "image_processor_type": "Molmo2ImageProcessor",
+            **pictures,
+            "max_crops": crops.max_crops,
+            "overlap_margins": list(crops.overlap_margins),
+            "pooling_size": [crops.pooling_size] * 2,
+        },
+    )
+    write_json(
+        directory / VIDEO_NAME,
+        {
+            "video_processor_type": "Molmo2VideoProcessor",
+            **pictures,
+            "pooling_size": [frames.pooling_size] * 2,
+            "num_frames": frames.max_frames,
+            "max_fps": frames.max_fps,
+            "sampling_fps": 2,
+            "frame_sample_mode": "uniform_last_frame",
+        },
+    )
+    write_json(
+        directory / OFFICIAL_PROCESSOR_NAME,
+        {
+            "processor_class": "Molmo2Processor",
+            **{name: accepted[0] for name, (accepted, _) in _LAYOUT.items()},
+            "use_frame_special_tokens": frames.use_frame_special_tokens,
+        },
+    )
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            # Reads tokenizer.json as it is, in every version of transformers.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "processor_class": "Molmo2Processor",
+            "bos_token": BOS,
+            "eos_token": BOS,
+            "pad_token": settings.pad_token,
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "padding_side": "left",
+            "model_max_length": config.llm_config.max_position_embeddings,
+        },
+    )
+    (directory / TEMPLATE_NAME).write_text(TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def what_official_files_cannot_say(processor: Processor) -> str | None:
+    """How the pictures or prompts of a processor differ from Molmo2's; None if they do not."""
+    settings = processor.config
+    parts = []
+    if settings.multicrop is None:
+        side = settings.image_size
+        parts.append(f"a picture is one view of {side} x {side} pixels without crops")
+    if settings.chat_format != "molmo2":
+        parts.append(f"the chat format is {settings.chat_format!r}")
+    if settings.image_token != ProcessorConfig.molmo2().image_token:
+        parts.append(f"the image token is {settings.image_token!r}")
+    return " and ".join(parts) or None
+
+
+def _processor_config(
+    processor: Mapping[str, Any], image: Mapping[str, Any], video: Mapping[str, Any]
+) -> ProcessorConfig:
+    layout = {**_LAYOUT_DEFAULTS, **processor}
+    for name, (accepted, reason) in _LAYOUT.items():
+        require(layout, name, accepted, reason)
+    _check_pictures(image)
+    size = _side(image.get("size", {"height": 378, "width": 378}))
+    frames: dict[str, Any] = {"use_frame_special_tokens": layout["use_frame_special_tokens"]}
+    if video:
+        _check_pictures(video)
+        if _side(video.get("size", {"height": size, "width": size})) != size:
+            raise ValueError(f"size: pictures have {size} pixels a side and frames other ones")
+        frames |= _given(
+            {"num_frames": "max_frames", "max_fps": "max_fps", "pooling_size": "pooling_size"},
+            video,
+        )
+    crops = {
+        "image_size": size,
+        **_given(
+            {
+                name: name
+                for name in (
+                    *("max_crops", "patch_size", "overlap_margins", "pooling_size"),
+                    *("image_mean", "image_std"),
+                )
+            },
+            image,
+        ),
+    }
+    return ProcessorConfig.molmo2(
+        multicrop=MultiCrop.from_dict(crops),
+        video=VideoConfig.from_dict(frames),
+        stop_tokens=(BOS,),
+    )
+
+
+def _given(names: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a file has, by our names; both sides of a window are one number here."""
+    found = {ours: values[theirs] for theirs, ours in names.items() if theirs in values}
+    if "pooling_size" in found:
+        found["pooling_size"] = square("pooling_size", found["pooling_size"])
+    return found
+
+
+def _check_pictures(values: Mapping[str, Any]) -> None:
+    for name in _STEPS:
+        require(values, name, (True, None), "every picture goes through all steps")
+    require(values, "resample", (_BILINEAR, None), "pictures are resized bilinearly")
+    factor = values.get("rescale_factor")
+    if factor is not None and abs(factor * 255 - 1) > 1e-6:
+        raise ValueError(f"rescale_factor is {factor}, expected 1/255")
+
+
+def _side(size: Any) -> int:
+    if not isinstance(size, Mapping) or not size.get("height") or "width" not in size:
+        raise ValueError(f"size is {size!r}, expected height and width in pixels")
+    side: int = square("size", [size["height"], size["width"]])
+    return side
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.exists() else {}

@@ -1,0 +1,244 @@
+"""Crops: one picture -> an overview and overlapping details, cut into patches, as Molmo2 sees it.
+
+A square of 378 pixels shows little of a page of text. So a picture is sent as one overview,
+squashed to the crop size, and as a grid of tiles cut from a larger copy (the canvas), whose size is
+chosen so that the picture has to shrink as little as `max_crops` tiles allow:
+
+    canvas   one crop, and one window further for every more tile: rows x window + margins
+    window   crop without its margins, 27 - 4 - 4 = 19 patches: neighbours overlap by the margins
+    index    each tile gives up its margin where it touches another; what is left is one seamless
+             grid, pooled in windows of 2 x 2 patches
+
+A side no longer than the margins together (112 pixels) has no or a negative length without them.
+The tiling is then what the Hugging Face processors make of it (800 x 50 pixels: one tile); Molmo2's
+training code counted such a side as one pixel (three tiles).
+
+The resize is ``F.interpolate`` of one channel at a time: with three channels its result depends on
+the number of threads (the last bit of a float, and so now and then a rounded half).
+
+Letters: P side of a patch, N patches a crop, M crops, K patches a pooling window, n image tokens.
+Source: Molmo2, olmo/preprocessing/multicrop_preprocessor.py; transformers 5.23, models/molmo2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from nanomolmo2.config import Config
+from nanomolmo2.processor.image import ImageSource, load_image
+
+
+@dataclass(frozen=True)
+class MultiCrop(Config):
+    """How a picture becomes crops, and which patches each image token pools.
+
+    Attributes:
+        max_crops: most tiles, the overview not counted; 8 as shipped, 24 in published results.
+        image_size: side of a crop, pixels.
+        patch_size: side of a patch, pixels.
+        overlap_margins: patches at the left and top, right and bottom of a crop that may be its
+            neighbour's too.
+        pooling_size: side of a pooling window, patches.
+        image_mean, image_std: of red, green and blue, after the values were scaled to 0..1.
+    """
+
+    max_crops: int = 8
+    image_size: int = 378
+    patch_size: int = 14
+    overlap_margins: tuple[int, int] = (4, 4)
+    pooling_size: int = 2
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        self.check_positive()
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size ({self.image_size}) must be a multiple of patch_size "
+                f"({self.patch_size}): crops are cut into whole patches"
+            )
+        if min(self.overlap_margins) < 0 or sum(self.overlap_margins) >= self.patches_per_side:
+            raise ValueError(
+                f"overlap_margins {self.overlap_margins} must not be negative and must leave at "
+                f"least one of the {self.patches_per_side} patches a side of a crop: make them "
+                f"smaller"
+            )
+        if not all(std > 0 for std in self.image_std):
+            raise ValueError(f"image_std {self.image_std} must be greater than 0")
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """N, patches of a crop."""
+        return self.patches_per_side**2
+
+    @property
+    def window_size(self) -> int:
+        """What a further tile adds to the canvas, pixels."""
+        return (self.patches_per_side - sum(self.overlap_margins)) * self.patch_size
+
+    @property
+    def margin_size(self) -> int:
+        """What a canvas has beside its windows, pixels."""
+        return sum(self.overlap_margins) * self.patch_size
+
+    def __call__(self, picture: ImageSource) -> dict[str, NDArray[Any]]:
+        """Cut a picture into crops: the overview, then the tiles row by row.
+
+        Args:
+            picture: anything `load_image` takes; EXIF rotation is applied, transparency put on
+                white.
+        Returns:
+            pixel_values: (M, N, 3*P*P) float32, normalised; a patch runs row, column, channel.
+            image_token_pooling: (n, K) int64, patches of each image token (crop * N + patch), -1
+                where a window reaches over the border; overview first, both row by row.
+            image_grid: (4,) int64, rows and columns of image tokens in the overview, then in the
+                detailed view; n = their products' sum.
+        Raises: ValueError as `load_image`.
+        """
+        image = load_image(picture)
+        rows, cols = self.tiling(*image.size)
+        canvas_size = tuple(n * self.window_size + self.margin_size for n in (rows, cols))
+        overview, canvas = resize(image, (self.image_size, self.image_size), canvas_size)
+        patches = np.concatenate([self._cut(overview, 1, 1), self._cut(canvas, rows, cols)])
+        index, grid = _pooling_index(
+            rows, cols, self.patches_per_side, self.overlap_margins, self.pooling_size
+        )
+        return {
+            "pixel_values": self._normalise(patches),
+            "image_token_pooling": index.copy(),  # the cached one stays as it is
+            "image_grid": np.array(grid, dtype=np.int64),
+        }
+
+    def tiling(self, width: int, height: int) -> tuple[int, int]:
+        """(rows, columns) of tiles for a picture of this size in pixels.
+
+        The tiling that enlarges least; where every one shrinks, the one that shrinks least. Sizes
+        are compared without the margins and in float32, as the references do.
+        """
+        tilings, windows = _tilings(self.max_crops)
+        side = np.array([height - self.margin_size, width - self.margin_size], dtype=np.float32)
+        with np.errstate(divide="ignore"):  # a side as short as the margins: no limit, infinite
+            scales = (windows * np.float32(self.window_size) / side).min(axis=1)
+        if (scales < 1).all():
+            return tilings[int(scales.argmax())]
+        return tilings[int(np.where(scales < 1, np.float32(10e9), scales).argmin())]
+
+    def image_grid(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """``image_grid`` of a picture of this size without cutting it."""
+        return _pooling_index(
+            *self.tiling(width, height),
+            self.patches_per_side,
+            self.overlap_margins,
+            self.pooling_size,
+        )[1]
+
+    def frame(self, picture: ImageSource) -> NDArray[np.float32]:
+        """One frame of a video, made as an overview is: (N, 3*P*P) float32."""
+        (frame,) = resize(load_image(picture), (self.image_size, self.image_size))
+        return self._normalise(self._cut(frame, 1, 1))[0]
+
+    def _cut(self, canvas: NDArray[np.uint8], rows: int, cols: int) -> NDArray[np.uint8]:
+        """(H, W, 3) -> (rows * cols, N, 3*P*P), in one copy."""
+        side, patch = self.patches_per_side, self.patch_size
+        down, right, channel = canvas.strides
+        tiles = np.lib.stride_tricks.as_strided(
+            canvas,
+            # Neighbouring pixels of a row lie together, so a row of a patch is one piece.
+            shape=(rows, cols, side, side, patch, patch * 3),
+            strides=(
+                self.window_size * down,
+                self.window_size * right,
+                patch * down,
+                patch * right,
+                down,
+                channel,
+            ),
+            writeable=False,
+        )
+        return tiles.reshape(rows * cols, side * side, patch * patch * 3)
+
+    def _normalise(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(value - 255 mean) / (255 std), the references' order of operations."""
+        pixels = torch.from_numpy(patches).float()
+        times = self.patch_size**2  # the channels of every pixel of a patch
+        mean = (torch.tensor(self.image_mean) * 255).repeat(times)
+        std = (torch.tensor(self.image_std) * 255).repeat(times)
+        return pixels.sub_(mean).div_(std).numpy()
+
+
+def resize(image: Any, *sizes: tuple[int, ...]) -> list[NDArray[np.uint8]]:
+    """Resize an RGB image to each (height, width); the aspect ratio is not kept.
+
+    Bilinear between the four nearest pixels, without antialias, rounded half to even.
+
+    Returns: arrays (height, width, 3).
+    """
+    pixels = np.asarray(image)
+    resized = [np.empty((*size, 3), dtype=np.uint8) for size in sizes]
+    for channel in range(3):  # one at a time: see the top of the file; it saves memory too
+        plane = torch.from_numpy(pixels[:, :, channel].astype(np.float32))[None, None]
+        for size, out in zip(sizes, resized, strict=True):
+            values = F.interpolate(plane, size, mode="bilinear", align_corners=False)[0, 0]
+            out[:, :, channel] = values.round_().clamp_(0, 255).to(torch.uint8).numpy()
+    return resized
+
+
+def pool_windows(patches: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], int, int]:
+    """Group a grid of patches into windows of size x size.
+
+    Args:
+        patches: (rows, cols) of indices; padded with -1 to whole windows, the odd one at the end.
+    Returns: (windows, size * size), both row by row; rows and columns of windows.
+    """
+    padding = [(-length % size // 2, (-length % size + 1) // 2) for length in patches.shape]
+    patches = np.pad(patches, padding, constant_values=-1)
+    rows, cols = patches.shape[0] // size, patches.shape[1] // size
+    windows = patches.reshape(rows, size, cols, size).swapaxes(1, 2)
+    return windows.reshape(rows * cols, size * size), rows, cols
+
+
+@lru_cache(maxsize=32)
+def _tilings(max_crops: int) -> tuple[list[tuple[int, int]], NDArray[np.float32]]:
+    """All (rows, columns) of at most so many tiles, fewest first, then fewest rows."""
+    tilings = [
+        (rows, cols) for rows in range(1, max_crops + 1) for cols in range(1, max_crops // rows + 1)
+    ]
+    tilings.sort(key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))
+    return tilings, np.array(tilings, dtype=np.float32)
+
+
+@lru_cache(maxsize=256)
+def _pooling_index(
+    rows: int, cols: int, side: int, margins: tuple[int, int], pooling_size: int
+) -> tuple[NDArray[np.int64], tuple[int, int, int, int]]:
+    """((n, K) index, grid) of an overview and rows x cols tiles of side x side patches each."""
+    overview, *low = pool_windows(np.arange(side * side).reshape(side, side), pooling_size)
+    tiles = np.arange(rows * cols * side * side).reshape(rows, cols, side, side) + side * side
+    left, right = margins
+    window = side - left - right
+
+    def kept(tile: int, tiles: int) -> slice:
+        """A tile's patches along one axis without those it leaves to its neighbours."""
+        return slice(left if tile > 0 else 0, left + window if tile < tiles - 1 else side)
+
+    seamless = np.block(
+        [
+            [tiles[row, col][kept(row, rows), kept(col, cols)] for col in range(cols)]
+            for row in range(rows)
+        ]
+    )
+    details, *high = pool_windows(seamless, pooling_size)
+    index = np.concatenate([overview, details])
+    index.flags.writeable = False
+    return index, (low[0], low[1], high[0], high[1])
