@@ -331,7 +331,7 @@ class Train:
     scale: Annotated[
         Literal["full", "small", "smoke"],
         arg(
-            help="how long: full makes the shipped model (100 minutes on two cores), small shows "
+            help="how long: full makes the shipped model (two hours on two cores), small shows "
             "that it learns, smoke only that everything runs"
         ),
     ] = "full"

@@ -31,13 +31,14 @@ TEMPLATE = Path(__file__).parents[1] / "assets" / "molmo2" / TEMPLATE_NAME
 
 BOS = "<|im_end|>"  # Molmo2 begins a prompt with the token that also ends an answer
 
-# How the released models lay out their tokens. None: what the file leaves out is not that.
+# How the released models lay out their tokens, which a folder without the file is taken to be.
 _LAYOUT = {
     "image_use_col_tokens": ((True,), "the high-resolution view has a column token a row"),
     "use_single_crop_col_tokens": ((False,), "the overview has no column tokens"),
     "use_single_crop_start_token": ((True,), "the overview has a start token of its own"),
     "video_use_col_tokens": ((False,), "frames have no column tokens"),
 }
+# What a file that is there means by leaving a field out; None is not what was released.
 _LAYOUT_DEFAULTS = {
     "image_use_col_tokens": True,
     "use_single_crop_col_tokens": None,
@@ -165,11 +166,15 @@ def _processor_config(
     processor: Mapping[str, Any], image: Mapping[str, Any], video: Mapping[str, Any]
 ) -> ProcessorConfig:
     layout = {**_LAYOUT_DEFAULTS, **processor}
+    if not processor:
+        layout = {name: accepted[0] for name, (accepted, _) in _LAYOUT.items()}
     for name, (accepted, reason) in _LAYOUT.items():
         require(layout, name, accepted, reason)
     _check_pictures(image)
     size = _side(image.get("size", {"height": 378, "width": 378}))
-    frames: dict[str, Any] = {"use_frame_special_tokens": layout["use_frame_special_tokens"]}
+    frames: dict[str, Any] = {
+        "use_frame_special_tokens": layout.get("use_frame_special_tokens", False)
+    }
     if video:
         _check_pictures(video)
         if _side(video.get("size", {"height": size, "width": size})) != size:

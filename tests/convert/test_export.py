@@ -211,6 +211,15 @@ def test_settings_that_transformers_keeps_in_one_file(tmp_path: Path) -> None:
     assert (found.multicrop, found.video) == (processor.config.multicrop, processor.config.video)
 
 
+def test_a_folder_without_the_layout_is_taken_as_released(tmp_path: Path) -> None:
+    processor = crops_processor()
+    export_quietly(small_model(), tmp_path, processor)
+    for name in ("nanomolmo2_processor.json", "processor_config.json"):
+        (tmp_path / name).unlink()
+    found = read_molmo2_processor(tmp_path).config
+    assert (found.multicrop, found.video) == (processor.config.multicrop, processor.config.video)
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [

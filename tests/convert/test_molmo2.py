@@ -200,6 +200,29 @@ def test_presets_there_and_back(name: str) -> None:
     assert molmo2_config_from_reference(written, generation=generation) == config
 
 
+def test_the_released_config_is_the_preset() -> None:
+    """The very file of allenai/Molmo2-4B, with its remote code and its unused fields."""
+    values = json.loads((Path(__file__).parents[1] / "data" / "molmo2_4b_config.json").read_text())
+    generation = {"bos_token_id": 151645, "eos_token_id": 151645, "pad_token_id": 151643}
+    config = molmo2_config_from_reference(values, generation=generation)
+    assert config == PRESETS["molmo2-4b"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text__norm_after": True}, "norm_after is True"),
+        ({"text__qk_norm_type": "olmo"}, "qk_norm_type is 'olmo'"),
+    ],
+)
+def test_trap_23_the_layout_that_sglang_expects_is_another_network(
+    changes: dict[str, Any], message: str
+) -> None:
+    """Norms behind the blocks, query and key normalised over the full width: refused, not run."""
+    with pytest.raises(ValueError, match=message):
+        molmo2_config_from_reference(legacy_config(**changes))
+
+
 def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
