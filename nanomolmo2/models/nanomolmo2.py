@@ -130,6 +130,10 @@ class NanoMolmo2(nn.Module):
             )
         self.connector = MultimodalConnector(config.connector)
         self.llm = LanguageModel(config.llm_config)
+        if config.connector.connector_type == "pooling":
+            # Features are added to this row; at zero, programs that replace it do the same.
+            with torch.no_grad():
+                self.llm.embed_tokens.weight[config.image_token_id].zero_()
         self._warned_unlabelled = False
         if config.freeze_vision:
             self.vision_encoder.freeze()

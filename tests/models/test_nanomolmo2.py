@@ -660,6 +660,12 @@ def test_trap_03_features_are_added_to_the_placeholder() -> None:
     assert greatest_difference(without, model.llm(inputs_embeds=embeddings)) < TOLERANCE
 
 
+def test_the_placeholder_of_a_new_model_is_zero() -> None:
+    model = NanoMolmo2(small_config("pooling"))
+    assert model.llm.embed_tokens.weight[IMAGE].abs().max() == 0
+    assert NanoMolmo2(small_config()).llm.embed_tokens.weight[IMAGE].abs().max() > 0
+
+
 def test_generating_from_crops(pooling: NanoMolmo2) -> None:
     """One by one, in a batch with padding on the left, and with whole pictures."""
     rows = rows_of("iiii..", "--iiii")
