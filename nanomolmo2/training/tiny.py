@@ -51,16 +51,17 @@ from nanomolmo2.training.vision_heads import (
     scale_loss,
 )
 
-IMAGE_SIZE, PATCH_SIZE, POOLING_SIZE = 192, 16, 2
+CONFIG = preset("tiny")
+PATCH_SIZE, POOLING_SIZE = CONFIG.vision_config.patch_size, CONFIG.connector.pooling_size
 CROP_SIZE = 64
 
 
 def tiny_processor() -> Processor:
     """Processor of ``tiny``: one 192 px picture is 36 image tokens, Molmo2's chat format."""
     config = ProcessorConfig.molmo2(
-        image_size=IMAGE_SIZE,
+        image_size=CONFIG.vision_config.image_size,
         resample="bilinear",
-        image_tokens=(IMAGE_SIZE // PATCH_SIZE // POOLING_SIZE) ** 2,
+        image_tokens=CONFIG.num_visual_tokens,
     )
     return Processor(config, Tokenizer(build_tokenizer()))
 
@@ -72,7 +73,7 @@ class Learner(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.processor = tiny_processor()
-        self.model = NanoMolmo2(preset("tiny"))
+        self.model = NanoMolmo2(CONFIG)
         config = self.model.config
         self.heads = VisionHeads(config.vision_config.hidden_size, config.llm_config.hidden_size)
         tokenizer = build_tokenizer()

@@ -14,7 +14,6 @@ from nanomolmo2.data.emoji.questions import BranchMix, make_branches
 from nanomolmo2.data.emoji.scenes import render_scene, train_rng
 from nanomolmo2.data.emoji.sprites import CATEGORIES, PLURALS, Sprites
 from nanomolmo2.data.emoji.vocabulary import (
-    ADDITIONAL_TOKENS,
     ADDITIONAL_VOCAB_SIZE,
     SPECIAL_TOKENS,
     build_tokenizer,
@@ -23,7 +22,7 @@ from nanomolmo2.data.emoji.vocabulary import (
     plural_ids,
     vocab_size,
 )
-from nanomolmo2.processor.tokenizer import Tokenizer
+from nanomolmo2.processor.tokenizer import MOLMO2_TOKENS, Tokenizer
 
 TOKENIZER = build_tokenizer()
 PROCESSOR_TOKENIZER = Tokenizer(build_tokenizer())  # sets options of its backend
@@ -146,7 +145,7 @@ def test_ids_of_special_tokens():
     size = vocab_size(TOKENIZER)
     assert size % 32 == 0 and 500 <= size <= 800
     assert TOKENIZER.get_vocab_size() == size + ADDITIONAL_VOCAB_SIZE == size + 16
-    for offset, name in enumerate(ADDITIONAL_TOKENS):
+    for offset, name in enumerate(MOLMO2_TOKENS):
         assert TOKENIZER.token_to_id(name) == size + offset
     official = {"<im_start>": 0, "<im_end>": 1, "<im_patch>": 2, "<im_col>": 3}
     official |= {"<low_res_im_start>": 4, "<|image|>": 5, "<frame_end>": 8, "<|video|>": 9}

@@ -26,6 +26,7 @@ from nanomolmo2.data.emoji.questions import (
     QUESTIONS,
 )
 from nanomolmo2.data.emoji.sprites import CATEGORIES, PLURALS
+from nanomolmo2.processor.tokenizer import MOLMO2_TOKENS
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -35,19 +36,7 @@ SPECIAL_TOKENS = (
     "<|im_start|>user\n",
     "<|im_end|>\n<|im_start|>assistant\n",
 )
-# Offsets from vocab_size as in Molmo2's checkpoints; the rest of the 16 rows is free.
-ADDITIONAL_TOKENS = (
-    "<im_start>",
-    "<im_end>",
-    "<im_patch>",
-    "<im_col>",
-    "<low_res_im_start>",
-    "<|image|>",
-    "<im_low>",
-    "<frame_start>",
-    "<frame_end>",
-    "<|video|>",
-)
+# Offsets from vocab_size are Molmo2's; the rest of the rows is free.
 ADDITIONAL_VOCAB_SIZE = 16
 VOCAB_MULTIPLE = 32
 
@@ -125,8 +114,8 @@ def build_tokenizer() -> tokenizers.Tokenizer:
 
     add(list(SPECIAL_TOKENS))
     add([f"<|reserved_{i}|>" for i in range(-tokenizer.get_vocab_size() % VOCAB_MULTIPLE)])
-    free = ADDITIONAL_VOCAB_SIZE - len(ADDITIONAL_TOKENS)
-    add([*ADDITIONAL_TOKENS, *(f"<|additional_{i}|>" for i in range(free))])
+    free = ADDITIONAL_VOCAB_SIZE - len(MOLMO2_TOKENS)
+    add([*MOLMO2_TOKENS, *(f"<|additional_{i}|>" for i in range(free))])
     return tokenizer
 
 
