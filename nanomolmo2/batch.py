@@ -13,6 +13,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+IGNORED_LABEL = -100  # nothing is learned at this position
+# Of the prefix of a message tree, whose branches are 0, 1, ...: they see it, it sees no branch.
+PREFIX_SUBSEGMENT = 10_000
+
 
 @dataclass
 class Batch:

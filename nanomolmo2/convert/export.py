@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nanomolmo2.convert.folder import write_json, write_weights, written_aside
 from nanomolmo2.convert.model_card import MARK, write_card
 from nanomolmo2.convert.molmo2 import GENERATION_NAME, molmo2_tensors
-from nanomolmo2.convert.molmo2_config import SPECIAL_TOKENS, molmo2_config_to_reference
+from nanomolmo2.convert.molmo2_config import SPECIAL_IDS, molmo2_config_to_reference
 from nanomolmo2.convert.parts import CONFIG_NAME
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2, NanoMolmo2Config
 from nanomolmo2.models.presets import IMAGE_COL, IMAGE_END, IMAGE_START, LOW_RES_START
@@ -64,8 +64,11 @@ def _config(model: NanoMolmo2, processor: Processor | None) -> dict[str, Any]:
     values = molmo2_config_to_reference(model.config)
     values["dtype"] = str(model.llm.embed_tokens.weight.dtype).removeprefix("torch.")
     if processor is not None:
+        from nanomolmo2.processor.tokenizer import MOLMO2_TOKENS
+
         known = processor.tokenizer.special_ids
-        values |= {name: known[t] for name, t in SPECIAL_TOKENS.items() if t in known}
+        tokens = {name: MOLMO2_TOKENS[offset] for name, offset in SPECIAL_IDS.items()}
+        values |= {name: known[t] for name, t in tokens.items() if t in known}
     return values
 
 

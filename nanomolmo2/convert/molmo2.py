@@ -41,7 +41,7 @@ def open_molmo2(directory: str | Path) -> tuple[NanoMolmo2, Mapping[str, Readabl
     try:
         config = molmo2_config_from_reference(
             values,
-            generation=_read_if_there(directory / GENERATION_NAME),
+            generation=read_if_there(directory / GENERATION_NAME),
             pooling_size=_pooling_size(directory),
         )
     except ValueError as error:
@@ -103,7 +103,7 @@ def _embedding_heights(
 def _pooling_size(directory: Path) -> int:
     """Side of a picture's windows, from the processor's files; 2 where they do not say."""
     for name in (OFFICIAL_PROCESSOR_NAME, PREPROCESSOR_NAME):
-        values = _read_if_there(directory / name)
+        values = read_if_there(directory / name)
         for place in (values.get("image_processor"), values):
             size = place.get("pooling_size") if isinstance(place, Mapping) else None
             if size is None:
@@ -115,5 +115,6 @@ def _pooling_size(directory: Path) -> int:
     return 2
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
+def read_if_there(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one without the file."""
     return read_json_object(path) if path.exists() else {}

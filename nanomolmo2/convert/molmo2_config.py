@@ -44,17 +44,6 @@ SPECIAL_IDS = {
     "frame_end_token_id": FRAME_END,
 }
 
-# The tokens with these ids.
-SPECIAL_TOKENS = {
-    "image_start_token_id": "<im_start>",
-    "image_end_token_id": "<im_end>",
-    "image_col_id": "<im_col>",
-    "low_res_image_start_token_id": "<low_res_im_start>",
-    "image_low_res_id": "<im_low>",
-    "frame_start_token_id": "<frame_start>",
-    "frame_end_token_id": "<frame_end>",
-}
-
 _SIZES = {
     "text_config": (
         *("vocab_size", "additional_vocab_size", "hidden_size", "intermediate_size"),

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nanomolmo2.config import read_json_object
 from nanomolmo2.convert.folder import write_json
-from nanomolmo2.convert.molmo2 import OFFICIAL_PROCESSOR_NAME, PREPROCESSOR_NAME
+from nanomolmo2.convert.molmo2 import OFFICIAL_PROCESSOR_NAME, PREPROCESSOR_NAME, read_if_there
 from nanomolmo2.convert.reference_config import require, square
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.processor.crops import MultiCrop
@@ -59,14 +58,14 @@ def read_molmo2_processor(directory: str | Path) -> Processor:
     tokenizer = Tokenizer.from_file(directory / TOKENIZER_FILE)
     if (directory / OWN_NAME).exists():
         return Processor(ProcessorConfig.load(directory / OWN_NAME), tokenizer)
-    processor = _read_if_there(directory / OFFICIAL_PROCESSOR_NAME)
-    image = processor.get("image_processor") or _read_if_there(directory / PREPROCESSOR_NAME)
+    processor = read_if_there(directory / OFFICIAL_PROCESSOR_NAME)
+    image = processor.get("image_processor") or read_if_there(directory / PREPROCESSOR_NAME)
     if not image:
         raise FileNotFoundError(
             f"{directory} holds no {PREPROCESSOR_NAME}: copy the processor's files of the "
             f"checkpoint too, or load the model alone with NanoMolmo2.from_pretrained"
         )
-    video = processor.get("video_processor") or _read_if_there(directory / VIDEO_NAME)
+    video = processor.get("video_processor") or read_if_there(directory / VIDEO_NAME)
     try:
         return Processor(_processor_config(processor, image, video), tokenizer)
     except ValueError as error:
@@ -225,7 +224,3 @@ def _side(size: Any) -> int:
         raise ValueError(f"size is {size!r}, expected height and width in pixels")
     side: int = square("size", [size["height"], size["width"]])
     return side
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json_object(path) if path.exists() else {}

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanomolmo2.batch import PREFIX_SUBSEGMENT
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -52,7 +54,6 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     return torch.arange(S, device=device)[None, :] <= queries
 
 
-PREFIX_SUBSEGMENT = 10_000  # of the prefix of a message tree; its branches are 0, 1, ...
 PACK_SUBSEGMENT = 100_000  # times the number of an example in a pack, added to its subsegments
 
 

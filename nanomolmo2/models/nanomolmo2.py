@@ -17,14 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanomolmo2.batch import IGNORED_LABEL
 from nanomolmo2.config import Config
 from nanomolmo2.models.attention import sequence_mask, tree_positions
 from nanomolmo2.models.connector import ConnectorConfig, MultimodalConnector
 from nanomolmo2.models.language_model import LanguageModel, LLMConfig
 from nanomolmo2.models.merge import Pictures, Placement, list_pictures, place
 from nanomolmo2.models.vision_encoder import VisionConfig, VisionEncoder
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)

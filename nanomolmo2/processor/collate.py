@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nanomolmo2.batch import Batch
-from nanomolmo2.processor.processor import IGNORED_LABEL, Encoded
+from nanomolmo2.batch import IGNORED_LABEL, Batch
+from nanomolmo2.processor.crops import shift_windows
+from nanomolmo2.processor.processor import Encoded
 
 
 def collate(
@@ -69,7 +70,7 @@ def _join_windows(encoded: Sequence[Encoded]) -> torch.Tensor | None:  # (n, K)
         index, crops = example.image_token_pooling, example.pixel_values
         if index is None or crops is None:
             continue
-        windows.append(np.where(index < 0, index, index + num_before))
+        windows.append(shift_windows(index, num_before))
         num_before += crops.shape[0] * crops.shape[1]
     if not windows:
         return None

@@ -208,6 +208,11 @@ def pool_windows(patches: NDArray[np.int64], size: int) -> tuple[NDArray[np.int6
     return windows.reshape(rows * cols, size * size), rows, cols
 
 
+def shift_windows(index: NDArray[np.int64], patches: int) -> NDArray[np.int64]:
+    """The same windows so many patches further on; empty slots stay -1."""
+    return np.where(index < 0, index, index + patches)
+
+
 @lru_cache(maxsize=32)
 def _tilings(max_crops: int) -> tuple[list[tuple[int, int]], NDArray[np.float32]]:
     """All (rows, columns) of at most so many tiles, fewest first, then fewest rows."""

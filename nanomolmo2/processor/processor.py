@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nanomolmo2.batch import IGNORED_LABEL, PREFIX_SUBSEGMENT
 from nanomolmo2.config import Config
 from nanomolmo2.processor.chat import (
     ChatFormat,
@@ -29,16 +30,13 @@ from nanomolmo2.processor.chat import (
     show_pictures,
     show_video,
 )
-from nanomolmo2.processor.crops import MultiCrop, pool_windows
+from nanomolmo2.processor.crops import MultiCrop, pool_windows, shift_windows
 from nanomolmo2.processor.image import Resample, load_image, preprocess
 from nanomolmo2.processor.tokenizer import MOLMO2_TOKENS, Tokenizer, molmo2_tokenizer
 from nanomolmo2.processor.video import load_video
 
 CONFIG_FILE = "processor_config.json"
 TOKENIZER_FILE = "tokenizer.json"
-
-IGNORED_LABEL = -100
-PREFIX_SUBSEGMENT = 10000  # larger than any branch: branches see it, it sees no branch
 
 # Beside the tokens that `ProcessorConfig` names: what else stands around crops and frames.
 DETAILS_START, ROW_END = "<im_start>", "<im_col>"
@@ -412,7 +410,7 @@ class Processor:
         num_crops = [len(picture["pixel_values"]) for picture in crops]
         firsts = np.cumsum([0, *num_crops[:-1]])
         pooling = [
-            _shift(picture["image_token_pooling"], first * multicrop.num_patches)
+            shift_windows(picture["image_token_pooling"], first * multicrop.num_patches)
             for picture, first in zip(crops, firsts, strict=True)
         ]
         grids = np.stack([picture["image_grid"] for picture in crops])
@@ -462,7 +460,10 @@ class Processor:
         fields = {
             "pixel_values": patches,
             "image_token_pooling": np.concatenate(
-                [_shift(index, number * multicrop.num_patches) for number in range(num_frames)]
+                [
+                    shift_windows(index, number * multicrop.num_patches)
+                    for number in range(num_frames)
+                ]
             ),
             "video_grids": np.array([[num_frames, rows, cols]], dtype=np.int64),
             "frame_times": tuple(video.times),
@@ -654,8 +655,3 @@ def _gather_video(turns: Sequence[Turn], video: Any) -> Any:
             else "found a video in the messages and one beside them: give it once"
         )
     return video if in_messages[0] is None else in_messages[0]
-
-
-def _shift(index: NDArray[np.int64], patches: int) -> NDArray[np.int64]:
-    """The same windows further on; empty slots stay empty."""
-    return np.where(index < 0, index, index + patches)

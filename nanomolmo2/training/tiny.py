@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanomolmo2.batch import Batch
+from nanomolmo2.batch import IGNORED_LABEL, Batch
 from nanomolmo2.data.emoji.questions import BranchMix, make_branches
 from nanomolmo2.data.emoji.scenes import Scene, render_crop, render_scene, train_rng
 from nanomolmo2.data.emoji.sprites import Sprites
@@ -37,7 +37,6 @@ from nanomolmo2.data.emoji.vocabulary import (
 )
 from nanomolmo2.models import NanoMolmo2, preset
 from nanomolmo2.models.language_model import Attention
-from nanomolmo2.models.nanomolmo2 import IGNORED_LABEL
 from nanomolmo2.processor.collate import collate
 from nanomolmo2.processor.processor import Processor, ProcessorConfig
 from nanomolmo2.processor.tokenizer import Tokenizer

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanomolmo2.batch import PREFIX_SUBSEGMENT
 from nanomolmo2.models.attention import (
     PACK_SUBSEGMENT,
-    PREFIX_SUBSEGMENT,
     attend,
     block_mask,
     causal_mask,
