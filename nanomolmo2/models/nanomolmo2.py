@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,6 @@ from nanomolmo2.models.language_model import LanguageModel, LLMConfig
 from nanomolmo2.models.merge import Pictures, Placement, list_pictures, place
 from nanomolmo2.models.quantized import Modes, count_weights, quantize
 from nanomolmo2.models.vision_encoder import VisionConfig, VisionEncoder
-
-if TYPE_CHECKING:
-    from nanomolmo2.generation.prefix_cache import PrefixCache
 
 IGNORED_LABEL = -100
 
@@ -232,7 +229,7 @@ class NanoMolmo2(nn.Module):
         on_token: Callable[[Tensor], None] | None = None,
         visual_tokens: Tensor | None = None,
         image_token_pooling: Tensor | None = None,
-        prefix_cache: PrefixCache | None = None,
+        prefix_cache: Any = None,
         lookup: bool = True,
         batch_invariant: bool = False,
     ) -> Tensor:
@@ -247,8 +244,9 @@ class NanoMolmo2(nn.Module):
             eos_token_id: by default the config's; None never stops.
             pad_token_id: fills rows that ended before the others; by default the config's.
             on_token: called with the new ids (B,) as soon as every row has its next one.
-            prefix_cache: visual tokens, keys and values of earlier prompts are taken from here, and
-                those of this one kept; None: everything is computed.
+            prefix_cache: a :class:`nanomolmo2.generation.prefix_cache.PrefixCache`; visual tokens,
+                keys and values of earlier prompts are taken from it, and those of this one kept;
+                None: everything is computed.
             lookup: guess repeated text and check it in one step, where that is faster (greedy only;
                 the answer is the same).
             batch_invariant: bit-identical logits alone, in any batch and with reuse; slower.
@@ -352,7 +350,7 @@ class NanoMolmo2(nn.Module):
 
     def _remembered(
         self,
-        cache: PrefixCache,
+        cache: Any,
         prompt_ids: Tensor,
         pixel_values: Pictures,
         image_token_pooling: Tensor | None,

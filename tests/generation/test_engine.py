@@ -433,7 +433,7 @@ def test_200_schedules_of_joining_and_leaving_rows(
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
             rows += 1
             reused += found.reused_tokens
-    assert rows > 400 and reused > 100
+    assert rows > 400 and reused > 20
 
 
 class _FreeDrafts(StepCosts):
