@@ -473,9 +473,10 @@ class Eval:
 class Quantize:
     """Write a model with 8-bit or 16-bit weights.
 
-    The folder holds plain safetensors, half (fp16-weights) or a quarter (int8) of the size, and
-    gives the same answers as the model quantised in memory. Prints the error of every layer on the
-    sample picture, the size, and how long the result takes to load.
+    The folder holds plain safetensors and gives the same answers as the model quantised in memory.
+    The linear layers take half (fp16-weights) or a quarter (int8) of float32, the embedding table
+    half. Prints the largest errors of single layers on the sample picture, the size, and how long
+    the result takes to load.
     """
 
     model: Annotated[Positional[str], arg(metavar="MODEL", help=MODEL_HELP)]

@@ -222,7 +222,7 @@ def test_a_missing_fp16_operator_falls_back_to_dense(monkeypatch: pytest.MonkeyP
 def test_a_kernel_that_computes_nonsense_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Int8Kernel.__call__
     monkeypatch.setattr(Int8Kernel, "__call__", lambda self, x: real(self, x) * 1.2)
-    with pytest.warns(UserWarning, match=r"Int8Kernel: a product is off by 20%"):
+    with pytest.warns(UserWarning, match=r"Int8Kernel: a product is off by 2\d%"):
         assert kernel_for("int8") is WeightOnlyKernel
 
 
