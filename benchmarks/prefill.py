@@ -26,7 +26,7 @@ PEER = "transformers float32"
 
 def prefill(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
     cache = KVCache(model.config.num_hidden_layers, capacity=ids.shape[1])
-    return model.head(model.transform(ids, past_key_values=cache)[:, -1:])
+    return model.head(model.transform(ids, past_key_values=cache)[:, -1])[:, None]
 
 
 def measure(sizes: Sizes) -> list[Row]:

@@ -12,7 +12,7 @@ from benchmarks.harness import Row, read_rows
 from nanomolmo2.files import atomic_path
 
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
-ORDER = ("floor", "vision", "prefill", "decode", "batch", "lookup", "prefix", "load")
+ORDER = ("floor", "vision", "prefill", "decode", "batch", "prefix", "load")
 
 
 def table(reports: Sequence[dict[str, Any]]) -> str:

@@ -27,7 +27,7 @@ from benchmarks.harness import (
 from benchmarks.step_profile import PARTS, watched
 from nanomolmo2 import cli
 
-GROUPS = ("floor", "vision", "prefill", "decode", "batch", "load")
+GROUPS = ("floor", "vision", "prefill", "decode", "batch", "prefix", "load")
 
 
 @pytest.fixture(scope="module")
