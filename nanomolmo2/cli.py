@@ -608,7 +608,7 @@ class Bench:
         tuple[str, ...],
         arg(
             metavar="GROUP...",
-            help="what to measure: floor, vision, prefill, decode, batch, load; none = all",
+            help="what to measure: floor, vision, prefill, decode, batch, prefix, load; none = all",
         ),
     ] = ()
     threads: Annotated[
