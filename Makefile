@@ -1,5 +1,6 @@
 # make demo    environment, install, then the bundled model at work on a bundled picture
 # make test    the developer's tools too, then format, lint, types and all tests
+# make bench   speed and memory beside other programs, on 1 and 2 threads (half an hour): docs/performance.md
 #
 # PYTHON=python3.12 make test    another interpreter (3.11 or newer), in an environment of its own
 # TORCH=...                      another PyTorch, in pip's words (see "Install" in README.md)
@@ -25,7 +26,7 @@ WHICH := import platform, sys; print(sys.implementation.name + platform.python_v
 VERSION := $(shell $(PYTHON) -c '$(WHICH)' 2>/dev/null)
 STAMP := $(VENV)/.installed-$(VERSION)
 
-.PHONY: help demo test install dev lint format types clean
+.PHONY: help demo test bench install dev lint format types clean
 
 help:
 	@sed -n '/^#/!q; s/^# \?//; p' Makefile
@@ -35,6 +36,9 @@ demo: install
 
 test: lint types
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+
+bench: dev
+	$(RUN) -m benchmarks --threads 1 2 --page docs/performance.md
 
 lint: dev
 	$(RUN) -m ruff format --check .

@@ -1,4 +1,4 @@
-"""The command ``nanomolmo2``: ask, info, download, export, train, eval, demo.
+"""The command ``nanomolmo2``: ask, info, download, quantize, export, train, eval, bench, demo.
 
 A command is a frozen dataclass: its fields are the options, ``run`` does the work. Help is answered
 without loading torch: everything heavy is imported inside ``run``.
@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from nanomolmo2.evaluation.emoji import Scores
     from nanomolmo2.generation.pipeline import Answer, Pipeline
+    from nanomolmo2.models.quantized import LayerError
     from nanomolmo2.processor import Point
     from nanomolmo2.processor.video import Video
 
@@ -49,6 +51,21 @@ MODEL_HELP = (
 ModelName = Annotated[str, arg(metavar="MODEL", help=MODEL_HELP)]
 CacheDir = Annotated[
     Path, arg(metavar="DIR", help="folder of the converted SigLIP 2 and Qwen3 weights")
+]
+DType = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    arg(
+        help="of the arithmetic and of weights that are not quantised; none = float32 on a CPU, "
+        "where 16-bit arithmetic is slow"
+    ),
+]
+Precision = Annotated[
+    Literal["int8", "int8-weight-only", "fp16-weights", "auto"] | None,
+    arg(
+        help="hold the weights in 8 or 16 bit: int8 is the fastest on a CPU and a quarter of the "
+        "size, fp16-weights is nearly lossless at half, auto is what suits the machine; none = as "
+        "the model was saved"
+    ),
 ]
 Debug = Annotated[bool, arg(help="show the traceback of an error")]
 
@@ -141,6 +158,8 @@ class Ask:
             "picture or time, label), picture sizes, tokens, timings in seconds"
         ),
     ] = False
+    dtype: DType = None
+    quantize: Precision = None
     cache_dir: CacheDir = Path("checkpoints")
     debug: Debug = False
 
@@ -155,7 +174,7 @@ class Ask:
 
         pictures = [] if shows_video else [load_image(path) for path in paths]
         start = time.perf_counter()
-        pipeline = load_pipeline(self.model, self.cache_dir)
+        pipeline = load_pipeline(self.model, self.cache_dir, **precision(self))
         load_seconds = time.perf_counter() - start
         video = self._load_video(paths[0], pipeline) if shows_video else None
         if self.max_crops is not None:
@@ -266,15 +285,18 @@ class Info:
             "molmo2-8b, which loads nothing",
         ),
     ]
+    dtype: DType = None
+    quantize: Precision = None
     cache_dir: CacheDir = Path("checkpoints")
     debug: Debug = False
 
     def run(self) -> None:
         from nanomolmo2.models import NanoMolmo2
+        from nanomolmo2.models.quantized import count_weights
 
-        model: Any = load_module(self.model, self.cache_dir)
-        parameters = list(model.parameters())
-        count = sum(p.numel() for p in parameters)
+        model: Any = load_module(self.model, self.cache_dir, **precision(self))
+        tensors = list(model.state_dict().values())
+        count = count_weights(model)
         if isinstance(model, NanoMolmo2):
             model.parameter_summary()
             config = model.config
@@ -285,11 +307,13 @@ class Info:
             )
         else:
             print(f"{type(model).__name__}: {count:,} parameters\n")
-        stored = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
-        no_weights = any(p.is_meta for p in parameters)
+        stored = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
+        no_weights = any(t.is_meta for t in tensors)
         print(f"memory of the weights ({'sizes only' if no_weights else f'stored as {stored}'}):")
         for dtype, size in (("float32", 4), ("bfloat16, float16", 2), ("int8", 1)):
             print(f"  {dtype:<18} {count * size / 1e6:>10,.1f} MB")
+        if not no_weights:
+            print(f"  {'as loaded':<18} {sum(t.nbytes for t in tensors) / 1e6:>10,.1f} MB")
         print("configuration:")
         print(json.dumps(model.config.to_dict(), indent=2))
 
@@ -398,6 +422,8 @@ class Eval:
     json: Annotated[
         Path | None, arg(metavar="FILE", help="also write the scores to this file (.json)")
     ] = None
+    dtype: DType = None
+    quantize: Precision = None
     cache_dir: CacheDir = Path("checkpoints")
     debug: Debug = False
 
@@ -412,7 +438,7 @@ class Eval:
 
         from nanomolmo2.evaluation.emoji import evaluate
 
-        pipeline = load_pipeline(self.model, self.cache_dir)
+        pipeline = load_pipeline(self.model, self.cache_dir, **precision(self))
         groups = ("seen", "mild", "openmoji") if self.group == "all" else (self.group,)
         scores: list[Scores] = []
         with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -441,6 +467,93 @@ class Eval:
             }
             with atomic_path(self.json) as temporary:
                 temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Write a model with 8-bit or 16-bit weights.
+
+    The folder holds plain safetensors and gives the same answers as the model quantised in memory.
+    The linear layers take half (fp16-weights) or a quarter (int8) of float32, the embedding table
+    half. Prints the largest errors of single layers on the sample picture, the size, and how long
+    the result takes to load.
+    """
+
+    model: Annotated[Positional[str], arg(metavar="MODEL", help=MODEL_HELP)]
+    out: Annotated[Positional[Path], arg(metavar="OUT", help="folder to write")]
+    mode: Annotated[
+        Literal["int8", "int8-weight-only", "fp16-weights"],
+        arg(help="precision of the linear layers; embeddings, norms and the patches stay"),
+    ] = "int8"
+    max_error: Annotated[
+        float | None,
+        arg(
+            metavar="E",
+            help="with int8: layers with a larger relative error on the sample, such as 0.05, get "
+            "fp16-weights; none = all layers are int8",
+        ),
+    ] = None
+    calibrate: Annotated[
+        bool,
+        arg(
+            help="with int8: move the outliers of activation channels into the weights, as the "
+            "sample shows them"
+        ),
+    ] = False
+    picture: Annotated[
+        Path | None,
+        arg(metavar="FILE", help="the sample; none = the demo's picture"),
+    ] = None
+    question: Annotated[str, arg(metavar="TEXT", help="what is asked about the sample")] = (
+        "Describe this picture."
+    )
+    rows: Annotated[
+        int, arg(metavar="N", help="layers to list, the largest errors first; 0 = none")
+    ] = 10
+    cache_dir: CacheDir = Path("checkpoints")
+    debug: Debug = False
+
+    def run(self) -> None:
+        if self.max_error is not None and not self.max_error > 0:
+            raise UsageError(f"--max-error must be above 0, found {self.max_error}")
+        if self.mode != "int8" and (self.max_error is not None or self.calibrate):
+            raise UsageError(
+                f"--max-error and --calibrate are for --mode int8, found --mode {self.mode}"
+            )
+        if self.rows < 0:
+            raise UsageError(f"--rows must be 0 or more, found {self.rows}")
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"{self.out} is a file: name a folder to write")
+        from nanomolmo2.convert.pretrained import load, save_pretrained
+        from nanomolmo2.models.quantized import count_weights, is_quantized, quantization_report
+        from nanomolmo2.processor import collate
+
+        name = None if self.model == BASE else self.model
+        model, processor = load(name, cache_dir=self.cache_dir)
+        if is_quantized(model):
+            raise ValueError(f"{self.model} is quantised already: name a floating point model")
+        picture = self.picture or Path(__file__).parent / "assets" / "demo" / "scene.png"
+        sample = processor.encode([{"role": "user", "content": self.question}], [picture])
+        batch = collate([sample], processor.pad_token_id).tensors()
+        calibration = batch if self.calibrate else None
+        report = quantization_report(model, batch, self.mode, calibration=calibration)
+        report.sort(key=lambda row: -row.error)
+        keep = [
+            row.name for row in report if self.max_error is not None and row.error > self.max_error
+        ]
+        before = 4 * count_weights(model)
+        model.quantize(self.mode, keep=keep, calibration=calibration)
+        save_pretrained(model, self.out, processor)
+        size = sum(f.stat().st_size for f in self.out.glob("*.safetensors"))
+        start = time.perf_counter()
+        load(str(self.out))
+        seconds = time.perf_counter() - start
+        if self.rows:
+            print_layer_errors(report[: self.rows], len(report), set(keep))
+        print(
+            f"wrote {self.out}: {size / 1e6:,.1f} MB, {size / before:.0%} of float32; loads in "
+            f"{seconds:.1f} s"
+        )
 
 
 @dataclass(frozen=True)
@@ -484,6 +597,67 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Measure speed and memory beside other programs; needs a checkout and the extra dev.
+
+    Models of full size with random weights take turns with their peers. What was measured before is
+    in docs/performance.md.
+    """
+
+    rows: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="GROUP...",
+            help="what to measure: floor, vision, prefill, decode, batch, prefix, load; none = all",
+        ),
+    ] = ()
+    threads: Annotated[
+        tuple[int, ...], arg(metavar="N...", help="threads of torch, one run for each number")
+    ] = (1,)
+    short: Annotated[
+        bool, arg(help="small models, a minute: shows that the benchmarks work, not how fast it is")
+    ] = False
+    profile: Annotated[
+        bool,
+        arg(
+            help="instead show where the time of a decode step and of a prefill goes: linears, "
+            "attention, norms, head, the rest"
+        ),
+    ] = False
+    out: Annotated[
+        Path | None,
+        arg(metavar="DIR", help="folder of the results; none = runs/bench or runs/bench-short"),
+    ] = None
+    debug: Debug = False
+
+    def run(self) -> None:
+        for threads in self.threads:
+            if threads < 1:
+                raise UsageError(f"--threads must be 1 or more, found {threads}")
+        root = Path(__file__).parents[1]
+        known = sorted(path.stem for path in (root / "benchmarks").glob("*.py"))
+        if not known:
+            raise ValueError(
+                f"there is no folder benchmarks in {root}: it is in the repository, not in the "
+                f"installed package; run this in a checkout, with .[dev] installed"
+            )
+        for row in self.rows:
+            if row not in known:
+                raise UsageError(
+                    f"--rows: there is no benchmark {row}; see nanomolmo2 bench --help"
+                )
+        command = [sys.executable, "-m", "benchmarks", "--threads", *map(str, self.threads)]
+        command += ["--rows", *self.rows] if self.rows else []
+        command += ["--short"] * self.short + ["--profile"] * self.profile
+        command += [] if self.out is None else ["--out", str(self.out)]
+        # The folder stays the caller's, so that relative paths mean what they say.
+        path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path})
+        if done.returncode:
+            raise ValueError("a benchmark failed: its own message stands above")
+
+
+@dataclass(frozen=True)
 class Demo:
     """Let the bundled model caption, count and point on a bundled picture."""
 
@@ -499,7 +673,7 @@ class Demo:
         run_demo(self.draw)
 
 
-Command = Ask | Info | Download | Export | Train | Eval | Demo
+Command = Ask | Info | Download | Quantize | Export | Train | Eval | Bench | Demo
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -590,14 +764,21 @@ def describe(error: Exception) -> str:
 # ---- what the commands share ----
 
 
-def load_pipeline(name: str, cache_dir: Path) -> Pipeline:
+def precision(command: Ask | Info | Eval) -> dict[str, Any]:
+    """The options of a load that a command line gave."""
+    options = {"dtype": command.dtype, "quantize": command.quantize}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def load_pipeline(name: str, cache_dir: Path, **options: Any) -> Pipeline:
     """Model and processor by the name that the command line uses."""
     from nanomolmo2.generation.pipeline import Pipeline
 
-    return Pipeline.from_pretrained(None if name == BASE else name, cache_dir=cache_dir)
+    name_or_none = None if name == BASE else name
+    return Pipeline.from_pretrained(name_or_none, cache_dir=cache_dir, **options)
 
 
-def load_module(name: str, cache_dir: Path) -> nn.Module:
+def load_module(name: str, cache_dir: Path, **options: Any) -> nn.Module:
     """A whole model, or a part: a SigLIP or Qwen3 folder, or a converted file.
 
     A preset comes without weights, on the meta device.
@@ -610,14 +791,16 @@ def load_module(name: str, cache_dir: Path) -> nn.Module:
     if os.path.isfile(name):
         loader = {"vision_encoder": VisionEncoder, "llm": LanguageModel}[CacheFile(name).component]
     elif name in PRESETS and name != "tiny" and not os.path.isdir(name):
+        if options:
+            raise UsageError(f"{name} is sizes alone: --dtype and --quantize need weights")
         return build_on_meta(NanoMolmo2, PRESETS[name])
     elif os.path.isdir(name):
         model_type = str(read_config(name).get("model_type"))
-        if model_type.startswith("siglip"):
+        if model_type.startswith("siglip") or model_type == "nanomolmo2_vision_encoder":
             loader = VisionEncoder
-        elif model_type.startswith("qwen"):
+        elif model_type.startswith("qwen") or model_type == "nanomolmo2_llm":
             loader = LanguageModel
-    return loader.from_pretrained(None if name == BASE else name, cache_dir=cache_dir)
+    return loader.from_pretrained(None if name == BASE else name, cache_dir=cache_dir, **options)
 
 
 def print_piece(text: str) -> None:
@@ -661,6 +844,23 @@ def score_table(scores: Sequence[Scores]) -> str:
         cells = (f"{s.means[name]:.3f}" if name in s.means else "-" for s in scores)
         lines.append(f"| {title:<{width}} |" + "".join(f" {cell:>8} |" for cell in cells))
     return "\n".join(lines)
+
+
+def print_layer_errors(rows: Sequence[LayerError], total: int, kept: set[str]) -> None:
+    """The relative errors of some layers, as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"relative error of the output, {len(rows)} of {total} layers, largest first"
+    table = Table(title=title)
+    table.add_column("layer", overflow="fold")
+    for name in ("outputs x inputs", "precision", "error"):
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        shape = " x ".join(f"{side:,}" for side in row.shape)
+        precision = "fp16-weights" if row.name in kept else row.mode
+        table.add_row(row.name, shape, precision, f"{row.error:.2%}")
+    Console().print(table)
 
 
 def overlay_paths(path: Path, pictures: int) -> list[Path]:

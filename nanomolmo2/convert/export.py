@@ -14,6 +14,7 @@ from nanomolmo2.convert.molmo2_config import SPECIAL_IDS, molmo2_config_to_refer
 from nanomolmo2.convert.parts import CONFIG_NAME
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2, NanoMolmo2Config
 from nanomolmo2.models.presets import IMAGE_COL, IMAGE_END, IMAGE_START, LOW_RES_START
+from nanomolmo2.models.quantized import is_quantized
 
 if TYPE_CHECKING:
     from nanomolmo2.processor import Processor
@@ -38,9 +39,14 @@ def export_molmo2(
         processor: that belongs to the model; without it only the model itself is written.
         max_shard_size: weights above it are split, with an index; bytes, or text such as "5GB".
     Raises: ValueError for a model that the format can not express, naming the alternatives; for a
-        processor of another model; for a path that is a file.
+        quantised model; for a processor of another model; for a path that is a file.
     Source: Molmo2, olmo/hf_model/convert_molmo2_to_hf.py (which files, and what is in them).
     """
+    if is_quantized(model):
+        raise ValueError(
+            "the model is quantised, expected floating point weights: other programs do not read "
+            "our int8 and float16 layers, so export the model before it is quantised"
+        )
     tensors = molmo2_tensors(model.state_dict(), model.config)
     if processor is not None:
         from nanomolmo2.convert.pretrained import check_agreement

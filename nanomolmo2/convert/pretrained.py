@@ -7,7 +7,8 @@ A name or path is looked up in this order:
 3. no name, or the name of a part's own repository: the converted file in ``cache_dir``, if there;
 4. ``owner/name`` on the Hugging Face hub.
 
-Weights keep the dtype they are stored in unless another is asked for.
+Weights keep the dtype they are stored in unless another is asked for. Quantised weights are always
+read as they are stored.
 """
 
 from __future__ import annotations
@@ -35,21 +36,31 @@ from nanomolmo2.convert.parts import (
     open_reference,
     read_config,
 )
+from nanomolmo2.convert.quantization import (
+    MODEL_TYPE,
+    QUANTIZATION,
+    TABLE,
+    open_own_tensors,
+    own_type,
+    prepare_parts,
+    quantization_entry,
+    quantize_loaded,
+    tables_in_16_bit,
+)
 from nanomolmo2.convert.state_dict import Shaped, check_keys, to_reference
 from nanomolmo2.convert.tensor_files import (
     CacheFile,
     Readable,
-    open_safetensors,
 )
 from nanomolmo2.models.connector import MultimodalConnector
 from nanomolmo2.models.language_model import LanguageModel
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2, NanoMolmo2Config
+from nanomolmo2.models.quantized import Modes, fixed_dtypes
 from nanomolmo2.models.vision_encoder import VisionEncoder
 
 if TYPE_CHECKING:
     from nanomolmo2.processor import Processor
 
-MODEL_TYPE = "nanomolmo2"
 PROCESSOR_NAME = "processor_config.json"
 TOKENIZER_NAME = "tokenizer.json"
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
@@ -58,15 +69,17 @@ TINY = Path(__file__).parents[1] / "assets" / "tiny"
 _OWN_FILES = (*WEIGHT_FILES, "*.json", "README.md")
 
 Device = torch.device | str | None
+Dtype = torch.dtype | str | None
 
 
 def load_vision_encoder(
     name_or_path: str | Path | None = None,
     *,
     cache_dir: str | Path | None = "checkpoints",
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     device: Device = None,
     revision: str | None = None,
+    quantize: Modes = None,
 ) -> VisionEncoder:
     """Load a vision encoder; by default SigLIP 2 So400m/14 at 384 pixels.
 
@@ -74,12 +87,13 @@ def load_vision_encoder(
         name_or_path: a folder (SigLIP checkpoint, whole or vision tower, or one of our models),
             ``"tiny"`` or a hub repository.
         cache_dir: folder of the converted files; None = ask the hub and leave the cache alone.
-        dtype: of the weights; as stored by default.
+        dtype: of the weights, such as "bfloat16"; as stored by default.
         device: of the weights; the CPU by default.
         revision: branch, tag or commit on the hub.
+        quantize: a mode of :func:`nanomolmo2.models.quantized.quantize`; None = as stored.
     Raises: ValueError for anything that is not such a checkpoint; OSError without network.
     """
-    module = _load_part(VISION, name_or_path, cache_dir, dtype, device, revision)
+    module = _load_part(VISION, name_or_path, cache_dir, dtype, device, revision, quantize)
     return cast(VisionEncoder, module)
 
 
@@ -87,12 +101,13 @@ def load_language_model(
     name_or_path: str | Path | None = None,
     *,
     cache_dir: str | Path | None = "checkpoints",
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     device: Device = None,
     revision: str | None = None,
+    quantize: Modes = None,
 ) -> LanguageModel:
     """Load a decoder; by default Qwen3-0.6B-Base. Arguments as :func:`load_vision_encoder`."""
-    module = _load_part(LLM, name_or_path, cache_dir, dtype, device, revision)
+    module = _load_part(LLM, name_or_path, cache_dir, dtype, device, revision, quantize)
     return cast(LanguageModel, module)
 
 
@@ -100,9 +115,10 @@ def load_nanomolmo2(
     name_or_path: str | Path | None = None,
     *,
     cache_dir: str | Path | None = "checkpoints",
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     device: Device = None,
     revision: str | None = None,
+    quantize: Modes = None,
 ) -> NanoMolmo2:
     """Load a whole model: a folder that ``save_pretrained`` wrote, a Molmo2 checkpoint (released or
     transformers' own names), ``"tiny"``, or one of both kinds on the hub.
@@ -110,28 +126,36 @@ def load_nanomolmo2(
     Without a name: SigLIP 2 and Qwen3-0.6B-Base, joined by a fresh connector.
     Arguments as :func:`load_vision_encoder`.
     """
+    dtype = as_dtype(dtype)
     if name_or_path is None:
-        return _assemble(cache_dir, dtype, device, revision)
-    directory = _find_directory(name_or_path, revision)
-    model, tensors = _open_whole(directory)
-    _fill(model, tensors, dtype, device)
-    return model.eval()
+        model = _assemble(cache_dir, dtype, device, revision)
+    else:
+        directory = _find_directory(name_or_path, revision)
+        model, tensors = _open_whole(directory)
+        _fill(model, tensors, dtype, device)
+    return quantize_loaded(model, quantize).eval()
 
 
 def load(
     name_or_path: str | Path | None = None,
     *,
     cache_dir: str | Path | None = "checkpoints",
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     device: Device = None,
     revision: str | None = None,
+    quantize: Modes = None,
 ) -> tuple[NanoMolmo2, Processor]:
     """Load a model and the processor that belongs to it. Arguments as :func:`load_nanomolmo2`.
 
     Raises: ValueError also where the two do not fit each other.
     """
     model = load_nanomolmo2(
-        name_or_path, cache_dir=cache_dir, dtype=dtype, device=device, revision=revision
+        name_or_path,
+        cache_dir=cache_dir,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        quantize=quantize,
     )
     processor = load_processor(name_or_path, revision=revision)
     check_agreement(model.config, processor)
@@ -168,8 +192,10 @@ def save_pretrained(
     """Write a folder that ``from_pretrained`` reads back bit for bit.
 
     A whole model is written in our own format, with a generated model card; a part in the format of
-    its reference, which transformers also reads. Files are written aside and moved in when all are
-    complete; other files in the folder stay.
+    its reference, which transformers also reads, but a quantised part in ours. Quantised weights
+    are written plain: int8 and float32 scales, or float16, which the config's ``quantization``
+    explains; the embedding table beside them in 16 bit. Files are written aside and moved in when
+    all are complete; other files in the folder stay.
 
     Args:
         model: what to save, on any device.
@@ -180,31 +206,37 @@ def save_pretrained(
     """
     with written_aside(directory) as aside:
         state_dict = model.state_dict()
+        extra = quantization_entry(model)  # not empty: what the reference's format cannot say
         if isinstance(model, NanoMolmo2):
-            model.config.save(aside / CONFIG_NAME, model_type=MODEL_TYPE)
+            model.config.save(aside / CONFIG_NAME, model_type=MODEL_TYPE, **extra)
             write_card(aside, directory, model_card(model))
             if processor is not None:
                 processor.save(aside)
+        elif extra:
+            part = VISION if isinstance(model, VisionEncoder) else LLM
+            model.config.save(aside / CONFIG_NAME, model_type=own_type(part), **extra)
         else:
             part = VISION if isinstance(model, VisionEncoder) else LLM
             # An encoder built without its last blocks would not be the model of its own config.
             _check_fit(build_on_meta(part.build, model.config), state_dict, "the part to save")
             write_json(aside / CONFIG_NAME, part.config_to_reference(model.config))
             state_dict = to_reference(state_dict, part.table)
-        write_weights(state_dict, aside, max_shard_size)
+        write_weights(tables_in_16_bit(model, state_dict), aside, max_shard_size)
 
 
 def _load_part(
     part: Part,
     name_or_path: str | Path | None,
     cache_dir: str | Path | None,
-    dtype: torch.dtype | None,
+    dtype: Dtype,
     device: Device,
     revision: str | None,
+    quantize: Modes,
 ) -> nn.Module:
+    dtype = as_dtype(dtype)
     module, tensors = _open_part(part, name_or_path, cache_dir, revision)
     _fill(module, tensors, dtype, device)
-    return module.eval()
+    return quantize_loaded(module, quantize).eval()
 
 
 def _open_part(
@@ -225,7 +257,10 @@ def _open_part(
     if Path(name).is_file():
         return _open_cache(part, CacheFile(name))
     directory = _find_directory(name, revision)
-    if read_config(directory).get("model_type") not in (MODEL_TYPE, MOLMO2):
+    model_type = read_config(directory).get("model_type")
+    if model_type == own_type(part):
+        return _open_own_part(directory, part)
+    if model_type not in (MODEL_TYPE, MOLMO2):
         return open_reference(directory, part)
     model, tensors = _open_whole(directory)
     start = f"{part.component}."
@@ -244,13 +279,26 @@ def _open_whole(directory: Path) -> tuple[NanoMolmo2, Mapping[str, Readable]]:
             f"{MOLMO2!r}: a vision encoder or language model alone loads with "
             f"VisionEncoder.from_pretrained or LanguageModel.from_pretrained"
         )
-    config = NanoMolmo2Config.load(directory / CONFIG_NAME, ignore=("model_type",))
-    tensors = open_safetensors(directory)
+    config = NanoMolmo2Config.load(directory / CONFIG_NAME, ignore=("model_type", QUANTIZATION))
+    tensors, entry = open_own_tensors(directory)
     for part_config in (config.vision_config, config.llm_config):
         check_depth(part_config, len(tensors), str(directory))
     model = cast(NanoMolmo2, build_on_meta(NanoMolmo2, config))
+    prepare_parts(dict(model.named_children()), entry, directory)
     _check_fit(model, tensors, str(directory))
     return model, tensors
+
+
+def _open_own_part(directory: Path, part: Part) -> tuple[nn.Module, Mapping[str, Readable]]:
+    """A quantised part: on the meta device, and its tensors, not read."""
+    ignored = ("model_type", QUANTIZATION)
+    config = type(part.config).load(directory / CONFIG_NAME, ignore=ignored)
+    tensors, entry = open_own_tensors(directory)
+    check_depth(config, len(tensors), str(directory))
+    module = build_on_meta(part.build, config)
+    prepare_parts({part.component: module}, entry, directory)
+    _check_fit(module, tensors, str(directory))
+    return module, tensors
 
 
 def _open_cache(part: Part, cache: CacheFile) -> tuple[nn.Module, Mapping[str, Readable]]:
@@ -302,13 +350,13 @@ def _assemble(
         vision_config=cast(VisionEncoder, vision).config, llm_config=cast(LanguageModel, llm).config
     )
     model = cast(NanoMolmo2, build_on_meta(NanoMolmo2, config))
-    vision_state = _read(vision_tensors, dtype, device)
+    vision_state = {n: t.read(dtype=dtype, device=device) for n, t in vision_tensors.items()}
     # The connector takes the vision encoder's features as they come, so it has their dtype.
     like = vision_state["patch_embedding.weight"]
     model.connector = MultimodalConnector(config.connector).to(like.device, like.dtype)
     model.vision_encoder.load_state_dict(vision_state, strict=True, assign=True)
     _fill(model.llm, llm_tensors, dtype, device)
-    return model.eval()
+    return model
 
 
 def _find_directory(name_or_path: str | Path, revision: str | None) -> Path:
@@ -345,6 +393,12 @@ def _check_fit(module: nn.Module, tensors: Mapping[str, Shaped], source: str) ->
         },
         source=source,
     )
+    for name, fixed in fixed_dtypes(module).items():
+        if tensors[name].dtype != fixed:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{source}: {name} is stored as {tensors[name].dtype}, but {CONFIG_NAME} says that "  # type: ignore[attr-defined]
+                f"it is {fixed}: the two are of different checkpoints"
+            )
 
 
 def check_agreement(config: NanoMolmo2Config, processor: Processor) -> None:
@@ -393,12 +447,23 @@ def _fill(
     device: Device,
 ) -> None:
     """Give a module on the meta device its weights, without a second copy."""
-    module.load_state_dict(_read(tensors, dtype, device), strict=True, assign=True)
+    fixed = fixed_dtypes(module)
+    state = {}
+    for name, tensor in tensors.items():
+        wanted = fixed.get(name, dtype)
+        if wanted is None and fixed and name.endswith(TABLE):
+            # Stored in 16 bit to save space; read in the dtype of the weights around it.
+            wanted = tensors[name.removesuffix(TABLE) + "norm.weight"].dtype
+        state[name] = tensor.read(dtype=wanted, device=device)
+    module.load_state_dict(state, strict=True, assign=True)
 
 
-def _read(
-    tensors: Mapping[str, Readable], dtype: torch.dtype | None, device: Device
-) -> dict[str, torch.Tensor]:
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {dtype!r}, expected a floating point torch.dtype or None")
-    return {name: tensor.read(dtype=dtype, device=device) for name, tensor in tensors.items()}
+def as_dtype(dtype: Dtype) -> torch.dtype | None:
+    """A dtype, also by its name. Raises: ValueError for anything but floating point."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(
+            f"dtype is {dtype!r}, expected a floating point torch.dtype, its name (float32, "
+            f"bfloat16 or float16) or None"
+        )
+    return found

@@ -35,6 +35,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_QUANTIZED = {"I8": torch.int8}  # only where the config says so
 _PIECE = 1 << 20  # elements converted at a time
 _MAPPED_LIMIT = 1 << 23  # bytes of a mapped file that may stay in memory during a conversion
 
@@ -174,15 +175,17 @@ class PatchTensor:
         return vectors.view(D, P, P, C).permute(0, 3, 1, 2).contiguous()
 
 
-def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
+def open_safetensors(directory: str | Path, *, quantized: bool = False) -> dict[str, StoredTensor]:
     """List the tensors of a checkpoint folder: ``model.safetensors``, or an index and its shards.
 
+    Args:
+        quantized: int8 tensors are expected too.
     Raises: ValueError for a folder without weights, an index that names a missing file, one outside
-        the folder or a tensor that is not in it, and damaged or quantised files.
+        the folder or a tensor that is not in it, damaged files, tensors of other dtypes.
     """
     directory = Path(directory)
     if (directory / WEIGHTS_NAME).exists():
-        return _open_file(directory / WEIGHTS_NAME)
+        return _open_file(directory / WEIGHTS_NAME, quantized)
     if not (directory / INDEX_NAME).exists():
         others = sorted(p.name for p in directory.glob("*.bin"))
         remedy = (
@@ -193,10 +196,10 @@ def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
         raise ValueError(
             f"{directory} holds no weights: expected {WEIGHTS_NAME} or {INDEX_NAME}; {remedy}"
         )
-    return _open_shards(directory)
+    return _open_shards(directory, quantized)
 
 
-def _open_shards(directory: Path) -> dict[str, StoredTensor]:
+def _open_shards(directory: Path, quantized: bool) -> dict[str, StoredTensor]:
     index = directory / INDEX_NAME
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
@@ -216,7 +219,7 @@ def _open_shards(directory: Path) -> dict[str, StoredTensor]:
         )
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        for name, tensor in _open_file(directory / file).items():
+        for name, tensor in _open_file(directory / file, quantized).items():
             if weight_map.get(name) != file:
                 raise ValueError(
                     f"{directory / file} holds {name}, which {INDEX_NAME} places in "
@@ -232,7 +235,8 @@ def _open_shards(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _open_file(path: Path) -> dict[str, StoredTensor]:
+def _open_file(path: Path, quantized: bool) -> dict[str, StoredTensor]:
+    dtypes = _DTYPES | _QUANTIZED if quantized else _DTYPES
     try:
         # The library checks the header, that tensors do not overlap, and that they fill the file.
         with safe_open(path, framework="pt"):
@@ -252,15 +256,15 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in dtypes:
             raise ValueError(
                 f"{path}: {name} is stored as {entry['dtype']}, expected one of "
-                f"{', '.join(_DTYPES)}: use the release that is not quantised"
+                f"{', '.join(dtypes)}: use the release that is not quantised"
             )
         tensors[name] = StoredTensor(
             path=path,
             offset=8 + length + entry["data_offsets"][0],
-            dtype=_DTYPES[entry["dtype"]],
+            dtype=dtypes[entry["dtype"]],
             shape=tuple(entry["shape"]),
         )
     return tensors

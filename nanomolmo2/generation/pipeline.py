@@ -11,7 +11,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from nanomolmo2.generation.prefix_cache import DEFAULT_BYTES, PrefixCache
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2
+from nanomolmo2.models.quantized import Modes
 from nanomolmo2.processor import Message, Point, Processor, collate, parse_count, parse_points
 from nanomolmo2.processor.image import ImageSource
 from nanomolmo2.processor.video import VideoSource
@@ -33,6 +35,8 @@ class Answer:
         output_tokens: length of the answer with its end token.
         timings: seconds: ``prepare`` (pictures and text to tensors), then ``first_token`` (to the
             first token of the answer) and ``generate`` (to the last).
+        reused_tokens: positions of the prompt that were known from an earlier question; a picture
+            that the model expands counts with all its visual tokens.
     """
 
     text: str
@@ -45,14 +49,26 @@ class Answer:
     input_tokens: int
     output_tokens: int
     timings: dict[str, float]
+    reused_tokens: int = 0
 
 
 class Pipeline:
-    """A model together with its processor."""
+    """A model together with its processor.
 
-    def __init__(self, model: NanoMolmo2, processor: Processor) -> None:
+    What an earlier question had computed for the beginning of a prompt is not computed again: the
+    visual tokens, keys and values of a picture, the turns of a conversation.
+    """
+
+    def __init__(
+        self, model: NanoMolmo2, processor: Processor, *, reuse_bytes: int = DEFAULT_BYTES
+    ) -> None:
+        """
+        Args:
+            reuse_bytes: most memory to hold for later questions; 0 = computes everything anew.
+        """
         self.model = model.eval()
         self.processor = processor
+        self.prefix_cache = PrefixCache(reuse_bytes)
 
     @classmethod
     def from_pretrained(
@@ -60,22 +76,32 @@ class Pipeline:
         name_or_path: str | Path | None = "tiny",
         *,
         cache_dir: str | Path | None = "checkpoints",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
+        quantize: Modes = None,
     ) -> Self:
         """Load a model and its processor, see :func:`nanomolmo2.convert.pretrained.load`.
 
         Args:
             dtype: of the weights; by default float32 on the CPU, where 16-bit arithmetic is slow,
                 and as stored elsewhere.
+            quantize: a mode of :func:`nanomolmo2.models.quantized.quantize`, or one for each part;
+                None = as stored.
         """
         from nanomolmo2.convert.pretrained import load
 
         if dtype is None and torch.device(device or "cpu").type == "cpu":
             dtype = torch.float32
         return cls(
-            *load(name_or_path, cache_dir=cache_dir, dtype=dtype, device=device, revision=revision)
+            *load(
+                name_or_path,
+                cache_dir=cache_dir,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                quantize=quantize,
+            )
         )
 
     def ask(
@@ -90,6 +116,7 @@ class Pipeline:
         top_k: int = 0,
         seed: int | None = None,
         on_text: Callable[[str], None] | None = None,
+        reuse: bool = True,
     ) -> Answer:
         """Answer a question about pictures or a video.
 
@@ -104,6 +131,7 @@ class Pipeline:
             seed: makes a drawn answer repeatable; None = another one each time.
             on_text: called with each piece of the answer as it is written; the pieces together are
                 ``Answer.text``.
+            reuse: take what earlier questions computed, and keep this for later ones.
         Raises: ValueError for pictures and videos that do not open, a video where the model takes
             none, messages out of order, a prompt longer
             than the model's context, sampling values out of range.
@@ -131,6 +159,8 @@ class Pipeline:
             first_token = first_token or time.perf_counter()
             stream.put(int(new[0]))
 
+        cache = self.prefix_cache if reuse and self.prefix_cache.max_bytes else None
+        reused_before = self.prefix_cache.reused_tokens
         stop_token_ids = {*self.processor.stop_token_ids, *self.model.config.eos_token_ids}
         self.model.generate(
             batch.input_ids,
@@ -143,6 +173,7 @@ class Pipeline:
             seed=seed,
             eos_token_id=sorted(stop_token_ids),
             on_token=on_token,
+            prefix_cache=cache,
         )
         text = stream.end()
         done = time.perf_counter()
@@ -165,6 +196,7 @@ class Pipeline:
                 "first_token": (first_token or done) - prepared,
                 "generate": done - prepared,
             },
+            reused_tokens=self.prefix_cache.reused_tokens - reused_before,
         )
 
 

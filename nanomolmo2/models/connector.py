@@ -191,9 +191,11 @@ class PoolingConnector(nn.Module):
     def _pool(self, features: Tensor, index: Tensor, has_empty: bool) -> Tensor:
         """(B, N, F), (n, W) -> (n, D); ``has_empty``: there are -1 in the index."""
         valid = index >= 0
-        # Empty slots leave the mean and the keys: a zero vector would still be attended to through
-        # the key bias.
-        windows = features.flatten(0, 1)[index.clamp(min=0)] * valid[:, :, None]  # (n, W, F)
+        windows = features.flatten(0, 1)[index.clamp(min=0)]  # (n, W, F)
+        if has_empty:
+            # Empty slots leave the mean and the keys: a zero vector would still be attended to
+            # through the key bias.
+            windows = windows * valid[:, :, None]
         query = windows.sum(dim=1) / valid.sum(dim=1).clamp(min=1)[:, None]  # (n, F)
         mask = valid[:, None, None, :] if has_empty else None
         pooled = self.image_pooling_2d(query[:, None], windows, mask)  # (n, 1, Dv)

@@ -8,8 +8,9 @@ Source: Qwen/Qwen3-0.6B-Base (and the other dense Qwen3 sizes).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nanomolmo2.config import Config
 from nanomolmo2.models.attention import Mask, attend, causal_mask
-from nanomolmo2.models.kv_cache import KVCache
+from nanomolmo2.models.kv_cache import KVCache, RaggedStep
+from nanomolmo2.models.quantized import Modes, quantize
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Context:
     sin: Tensor
     mask: Mask  # (B or 1, 1, T, S), None = causal or everything
     causal: bool
-    cache: KVCache | None
+    cache: KVCache | RaggedStep | None
     key_mask: Tensor | None  # (B, S) for the cache to remember
     next_positions: Tensor  # (B, 1)
 
@@ -132,9 +134,12 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(q).transpose(1, 2), context.cos, context.sin)
         k = rotate(self.k_norm(k).transpose(1, 2), context.cos, context.sin)
         v = v.transpose(1, 2)
-        if context.cache is not None:
-            k, v = context.cache.update(layer, k, v)
-        y = attend(q, k, v, context.mask, context.causal)
+        if isinstance(context.cache, RaggedStep):
+            y = context.cache.attend(layer, q, k, v)
+        else:
+            if context.cache is not None:
+                k, v = context.cache.update(layer, k, v)
+            y = attend(q, k, v, context.mask, context.causal)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -237,13 +242,14 @@ class LanguageModel(nn.Module):
         inputs_embeds: Tensor | None = None,
         attention_mask: Mask = None,
         position_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
+        past_key_values: KVCache | RaggedStep | None = None,
         states: list[Tensor] | None = None,
     ) -> Tensor:
         """The decoder without its head: (B, T, D), normed. Arguments as in :meth:`forward`.
 
         The output width is the only difference, so callers that need few logits pass only the rows
-        they need to :meth:`head`.
+        they need to :meth:`head`. ``past_key_values`` may be a RaggedStep: then the batch is one
+        row, (1, N), and ``position_ids`` are needed.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -257,7 +263,9 @@ class LanguageModel(nn.Module):
                 x = checkpoint(layer, x, context, i, use_reentrant=False)
             else:
                 x = layer(x, context, i)
-        if context.cache is not None:
+        if isinstance(context.cache, RaggedStep):
+            context.cache.advance()
+        elif context.cache is not None:
             context.cache.advance(x.shape[1], context.key_mask, context.next_positions)
         if states is not None:
             states.append(x)
@@ -290,6 +298,68 @@ class LanguageModel(nn.Module):
             return self.lm_head(hidden)
         return F.linear(hidden, self.embed_tokens.weight[: self.config.vocab_size])
 
+    def quantize(self, mode: Modes, **options: Any) -> Self:
+        """8-bit or 16-bit weights, in place; see :func:`nanomolmo2.models.quantized.quantize`.
+
+        The head gets a quantised copy where it is tied; the table stays for reading.
+        """
+        return quantize(self, mode, **options)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | Sequence[int] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        on_token: Callable[[Tensor], None] | None = None,
+        lookup: bool = True,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """Continue every row until an end token or ``max_new_tokens``.
+
+        Args:
+            input_ids: (B, L); attention_mask: (B, L), 0 = padding on either side.
+            temperature: 0 = greedy. top_p: 1 = off. top_k: 0 = off.
+            seed: of every row's own generator, or one a row; None = a fresh one.
+            eos_token_id: ends a row, any of several; None never stops.
+            pad_token_id: fills rows that ended before the others; by default the (first) end token.
+            on_token, lookup, batch_invariant: see :func:`nanomolmo2.generation.engine.generate`.
+        Returns: (B, L + new) prompt and new ids.
+        Raises: ValueError for an empty prompt, shapes or ids that do not fit, too long a text.
+        """
+        from nanomolmo2.generation.engine import generate
+        from nanomolmo2.generation.sampling import SamplingParams
+
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
+                f"{tuple(input_ids.shape)}: one value for every token"
+            )
+        eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
+        if pad_token_id is None:
+            pad_token_id = eos[0] if eos else 0  # without an end no row ends before another
+        new = generate(
+            self,
+            self.embed(input_ids),
+            input_ids=input_ids,
+            key_mask=None if attention_mask is None else attention_mask.bool(),
+            sampling=SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos,
+            pad_token_id=pad_token_id,
+            on_token=on_token,
+            lookup=lookup,
+            batch_invariant=batch_invariant,
+        )
+        return torch.cat([input_ids, new], dim=1)
+
     @classmethod
     def from_pretrained(cls, name_or_path: str | None = None, **options: Any) -> LanguageModel:
         """Load weights; see :func:`nanomolmo2.convert.pretrained.load_language_model`."""
@@ -302,17 +372,21 @@ class LanguageModel(nn.Module):
         x: Tensor,
         attention_mask: Mask,
         position_ids: Tensor | None,
-        cache: KVCache | None,
+        cache: KVCache | RaggedStep | None,
     ) -> Context:
         """Masks and rotary tables for T new positions behind the cache's past."""
         B, T = x.shape[:2]
-        past = cache.length if cache is not None else 0
-        S = past + T
+        past = cache.length if isinstance(cache, KVCache) else 0
+        S = cache.longest if isinstance(cache, RaggedStep) else past + T
         if self.config.max_position_embeddings < S:
             raise ValueError(
                 f"the sequence has {S} positions, the model's context holds "
                 f"{self.config.max_position_embeddings}: shorten the text or send fewer pictures"
             )
+        if isinstance(cache, RaggedStep):
+            assert position_ids is not None and attention_mask is None
+            cos, sin = rope_table(position_ids, self.config.head_dim, self.config.rope_theta)
+            return Context(cos, sin, None, False, cache, None, position_ids)
         mask: Mask = None
         key_mask: Tensor | None = None
         if attention_mask is not None and not isinstance(attention_mask, Tensor):

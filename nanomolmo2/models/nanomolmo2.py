@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from nanomolmo2.models.attention import sequence_mask, tree_positions
 from nanomolmo2.models.connector import ConnectorConfig, MultimodalConnector
 from nanomolmo2.models.language_model import LanguageModel, LLMConfig
 from nanomolmo2.models.merge import Pictures, Placement, list_pictures, place
+from nanomolmo2.models.quantized import Modes, count_weights, quantize
 from nanomolmo2.models.vision_encoder import VisionConfig, VisionEncoder
 
 
@@ -110,6 +111,17 @@ class Merged:
     key_mask: Tensor | None  # (B, T) bool, False = padding
     position_ids: Tensor | None
     placement: Placement
+
+
+def _prefix_keys(merged: Merged, ids: Tensor) -> list[Any]:
+    """Numbers of every row's real positions by content, for the prefix cache. ids: (B, T)."""
+    from nanomolmo2.generation.prefix_cache import position_keys
+
+    keys = []
+    for b, visual in enumerate(merged.placement.visual):
+        real = slice(None) if merged.key_mask is None else merged.key_mask[b]
+        keys.append(position_keys(ids[b][real], merged.inputs_embeds[b][real], visual[real]))
+    return keys
 
 
 class NanoMolmo2(nn.Module):
@@ -216,6 +228,9 @@ class NanoMolmo2(nn.Module):
         on_token: Callable[[Tensor], None] | None = None,
         visual_tokens: Tensor | None = None,
         image_token_pooling: Tensor | None = None,
+        prefix_cache: Any = None,
+        lookup: bool = True,
+        batch_invariant: bool = False,
     ) -> Tensor:
         """Continue every row until its end token or ``max_new_tokens``.
 
@@ -227,7 +242,13 @@ class NanoMolmo2(nn.Module):
                 batch. None = a fresh one.
             eos_token_id: by default the config's; None never stops.
             pad_token_id: fills rows that ended before the others; by default the config's.
-            on_token: called after every step with the new ids (B,).
+            on_token: called with the new ids (B,) as soon as every row has its next one.
+            prefix_cache: a :class:`nanomolmo2.generation.prefix_cache.PrefixCache`; visual tokens,
+                keys and values of earlier prompts are taken from it, and those of this one kept;
+                None: everything is computed.
+            lookup: guess repeated text and check it in one step, where that is faster (greedy only;
+                the answer is the same).
+            batch_invariant: bit-identical logits alone, in any batch and with reuse; slower.
         Returns: (B, L + new) prompt and new ids.
         Source: behaves like transformers' ``generate``.
         """
@@ -235,6 +256,12 @@ class NanoMolmo2(nn.Module):
         from nanomolmo2.generation.sampling import SamplingParams
 
         self._check_text(prompt_ids, attention_mask=attention_mask)
+        if prefix_cache is not None and visual_tokens is None:
+            visual_tokens = self._remembered(
+                prefix_cache, prompt_ids, pixel_values, image_token_pooling
+            )
+            if visual_tokens is not None:
+                pixel_values = image_token_pooling = None
         merged = self._merge(
             prompt_ids,
             pixel_values,
@@ -242,10 +269,12 @@ class NanoMolmo2(nn.Module):
             visual_tokens=visual_tokens,
             image_token_pooling=image_token_pooling,
         )
+        ids = merged.placement.spread(prompt_ids)
         eos = self.config.eos_token_id if eos_token_id == "config" else eos_token_id
         new = generate(
             self.llm,
             merged.inputs_embeds,
+            input_ids=ids,
             key_mask=merged.key_mask,
             attention_mask=merged.attention_mask,
             sampling=SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
@@ -253,6 +282,10 @@ class NanoMolmo2(nn.Module):
             eos_token_ids=as_ids(eos),
             pad_token_id=self.config.pad_token_id if pad_token_id is None else pad_token_id,
             on_token=on_token,
+            prefix_cache=prefix_cache,
+            prefix_keys=None if prefix_cache is None else _prefix_keys(merged, ids),
+            lookup=lookup,
+            batch_invariant=batch_invariant,
         )
         return torch.cat([prompt_ids, new], dim=1)
 
@@ -263,11 +296,7 @@ class NanoMolmo2(nn.Module):
 
         With an index (n, W) over the patches of all pictures or crops (M, N, 3*P*P) -> (n, D).
         """
-        layers = self.config.connector.vit_layers
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_encoder.frozen):
-            features = self.vision_encoder(pixel_values, layers=layers)
-        if layers is not None:
-            features = torch.cat(features, dim=-1)
+        features = self.vision_encoder.features(pixel_values, self.config.connector.vit_layers)
         return self.connector(features, image_token_pooling)
 
     def parameter_summary(self) -> str:
@@ -278,7 +307,7 @@ class NanoMolmo2(nn.Module):
             ("Connector", self.connector),
             ("Language Model", self.llm),
         ):
-            total = sum(p.numel() for p in part.parameters())
+            total = count_weights(part)
             trainable = [p for p in part.parameters() if p.requires_grad]
             gradient = sum(p.numel() * p.element_size() for p in trainable)
             rows.append((name, "yes" if trainable else "no", total, gradient))
@@ -293,6 +322,14 @@ class NanoMolmo2(nn.Module):
         text = "\n".join(lines)
         print(text)
         return text
+
+    def quantize(self, mode: Modes, **options: Any) -> Self:
+        """8-bit or 16-bit weights, in place; see :func:`nanomolmo2.models.quantized.quantize`.
+
+        ``mode``: for all parts, or by part: ``{"vision_encoder": "int8", "connector": None,
+        "llm": "fp16-weights"}``.
+        """
+        return quantize(self, mode, **options)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | None = None, **options: Any) -> NanoMolmo2:
@@ -309,6 +346,37 @@ class NanoMolmo2(nn.Module):
         from nanomolmo2.convert.pretrained import save_pretrained
 
         save_pretrained(self, directory, **options)
+
+    def _remembered(
+        self,
+        cache: Any,
+        prompt_ids: Tensor,
+        pixel_values: Pictures,
+        image_token_pooling: Tensor | None,
+    ) -> Tensor | None:
+        """Visual tokens (I, n, D), or (1, n, D) of all crops; only what is new is encoded.
+
+        None for forms whose pictures are not known before they are placed: those are encoded.
+        """
+        if not isinstance(pixel_values, Tensor) or not len(pixel_values):
+            return None
+        cache.check("vision", self.vision_encoder)
+        cache.check("connector", self.connector)
+        if image_token_pooling is not None:
+            if int((prompt_ids == self.config.image_token_id).sum()) != len(image_token_pooling):
+                return None  # the error belongs to the merge
+            features = cache.visual_tokens(
+                [(pixel_values, image_token_pooling)],
+                lambda new: [self.encode_images(*crops) for crops in new],
+            )
+        elif pixel_values.ndim == 4:
+            features = cache.visual_tokens(
+                [(picture,) for picture in pixel_values],
+                lambda new: self.encode_images(torch.stack([picture for (picture,) in new])),
+            )
+        else:
+            return None
+        return torch.stack(features)
 
     def _merge(
         self,

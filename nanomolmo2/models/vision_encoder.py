@@ -19,6 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from nanomolmo2.config import Config
 from nanomolmo2.models.attention import attend
+from nanomolmo2.models.quantized import Modes, quantize
+
+# Activations of the pictures that go through together where no graph is kept. Measured: a picture
+# takes the same time alone and in groups of 2 to 8, so two of full size are enough for a CPU.
+GROUP_BYTES = {"cpu": 128 * 2**20}
+GROUP_BYTES_ELSEWHERE = 2**30  # a GPU is not busy with two
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,36 @@ class VisionEncoder(nn.Module):
             features = x if self.post_layernorm is None else self.post_layernorm(x)
         return (features, tuple(states)) if output_hidden_states else features
 
+    def features(
+        self,
+        images: Tensor,
+        layers: Sequence[int] | None = None,
+        *,
+        max_bytes: int | None = None,
+    ) -> Tensor:
+        """Features as the connector reads them: (B, N, D), or those of ``layers`` joined.
+
+        Where no graph is kept, pictures go through in groups, so that beside the result the memory
+        does not grow with their number; a frozen encoder keeps none.
+
+        Args:
+            images, layers: as in :meth:`forward`.
+            max_bytes: activations of a group, about; never less than one picture.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            B = len(images)
+            group = B if torch.is_grad_enabled() else self._group(images, max_bytes)
+            if group >= B:
+                return self._joined(images, layers)
+            features: Tensor | None = None
+            for start in range(0, B, group):
+                part = self._joined(images[start : start + group], layers)
+                if features is None:
+                    features = part.new_empty(B, *part.shape[1:])
+                features[start : start + group] = part
+            assert features is not None
+            return features
+
     def freeze(self) -> Self:
         """No gradients for any weight, and evaluation mode even under ``train()``."""
         self.frozen = True
@@ -207,12 +243,36 @@ class VisionEncoder(nn.Module):
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
 
+    def quantize(self, mode: Modes, **options: Any) -> Self:
+        """8-bit or 16-bit weights, in place; see :func:`nanomolmo2.models.quantized.quantize`."""
+        return quantize(self, mode, **options)
+
     @classmethod
     def from_pretrained(cls, name_or_path: str | None = None, **options: Any) -> VisionEncoder:
         """Load weights; see :func:`nanomolmo2.convert.pretrained.load_vision_encoder`."""
         from nanomolmo2.convert.pretrained import load_vision_encoder
 
         return load_vision_encoder(name_or_path, **options)
+
+    def _joined(self, images: Tensor, layers: Sequence[int] | None) -> Tensor:
+        """(B, N, D), or (B, N, D * layers)."""
+        features = self(images, layers=layers)
+        return features if layers is None else torch.cat(features, dim=-1)
+
+    def _group(self, images: Tensor, max_bytes: int | None) -> int:
+        """Pictures that may go through together; wrong shapes are for :meth:`forward` to refuse."""
+        if images.ndim not in (3, 4):
+            return len(images)
+        if max_bytes is None:
+            max_bytes = GROUP_BYTES.get(images.device.type, GROUP_BYTES_ELSEWHERE)
+        P = self.config.patch_size
+        rows, columns = (side // P for side in images.shape[-2:])
+        N = rows * columns if images.ndim == 4 else images.shape[1]
+        # The peak is in the MLP: its inner width before and after the GELU, beside the residual,
+        # the norm in float32 and the result.
+        widths = 2 * self.config.intermediate_size + 4 * self.config.hidden_size
+        size = max(1, N) * widths * self.position_embedding.weight.element_size()
+        return max(1, max_bytes // size)
 
     def _embed(self, images: Tensor) -> Tensor:
         """Pictures or patches -> (B, N, D): patches projected, positions added."""

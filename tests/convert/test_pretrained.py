@@ -114,8 +114,11 @@ def test_dtype_as_stored_or_as_asked(tmp_path: Path) -> None:
     wide = LanguageModel.from_pretrained(tmp_path, dtype=torch.float32)
     for name, tensor in stored.state_dict().items():
         assert torch.equal(wide.state_dict()[name], tensor.float())
-    with pytest.raises(ValueError, match="dtype is 'bfloat16'"):
-        LanguageModel.from_pretrained(tmp_path, dtype="bfloat16")
+    named = LanguageModel.from_pretrained(tmp_path, dtype="float32")
+    assert {p.dtype for p in named.parameters()} == {torch.float32}
+    for wrong in ("int8", "bf16", torch.int64):
+        with pytest.raises(ValueError, match=r"dtype is .*, expected a floating point"):
+            LanguageModel.from_pretrained(tmp_path, dtype=wrong)
 
 
 def test_each_class_says_what_the_folder_holds(siglip_folder: Path, qwen3_folder: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from nanomolmo2.generation.engine import Engine, Event, Request, Result
+from nanomolmo2.generation.lookup import StepCosts
+from nanomolmo2.generation.prefix_cache import PrefixCache
 from nanomolmo2.generation.sampling import SamplingParams, sample
-from nanomolmo2.models import NanoMolmo2
-from tests.nets import LLM, PAD, pictures, small_model, text_ids
+from nanomolmo2.models import LanguageModel, NanoMolmo2
+from tests.nets import LLM, PAD, pictures, randomize, small_model, text_ids
 
 NEW = 10
 IMAGE = LLM.vocab_size  # read and never written: an answer can not ask for one more picture
@@ -304,3 +309,334 @@ def test_what_does_not_fit_stops(
     }
     with pytest.raises(ValueError, match=message):
         plain.generate(**{**fitting, **arguments})
+
+
+# ---- the engine: rows join and leave ----
+
+
+@pytest.fixture(scope="module")
+def llm() -> LanguageModel:
+    return randomize(LanguageModel(replace(LLM, tie_word_embeddings=False)), 4).eval()
+
+
+@dataclass
+class Heads:
+    """Logits of every position that the engine looked at, by row."""
+
+    engine: Engine
+    logits: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        take = self.engine._take
+
+        def recorded(row: Any, logits: Tensor, draft: list[int], events: list[Event]) -> None:
+            before = len(row.tokens)
+            take(row, logits, draft, events)
+            kept = logits[: len(row.tokens) - before]
+            self.logits.setdefault(row.id, []).extend(kept)
+
+        self.engine._take = recorded  # type: ignore[method-assign]
+
+
+def random_request(generator: random.Random) -> Request:
+    """Greedy or drawn; texts of few different tokens, so that lookup finds something."""
+    length = generator.randint(1, 40)
+    ids = [generator.randrange(generator.choice([3, 80])) for _ in range(length)]
+    drawn = generator.random() < 0.4
+    return Request(
+        ids,
+        max_new_tokens=generator.randint(1, 25),
+        sampling=SamplingParams(
+            temperature=0.9 if drawn else 0.0, top_p=0.9, seed=generator.randrange(1000)
+        ),
+        eos_token_ids=tuple(generator.sample(range(80), 2)),
+    )
+
+
+def any_schedule(
+    engine: Engine, requests: list[Request], generator: random.Random
+) -> list[tuple[int, Result]]:
+    """Submit one after the other, with any number of steps in between; cancel a few more.
+
+    Returns: number and result of each.
+    """
+    results: dict[int, Result] = {}
+
+    def step() -> None:
+        for event in engine.step():
+            if event.result is not None:
+                results[event.request_id] = event.result
+
+    numbers = []
+    for request in requests:
+        numbers.append(engine.submit(request))
+        if generator.random() < 0.2:
+            unwanted = engine.submit(random_request(generator))
+            for _ in range(generator.randrange(3)):
+                step()
+            engine.cancel(unwanted)
+            results.pop(unwanted, None)
+        for _ in range(generator.randrange(6)):
+            step()
+    while engine.busy:
+        step()
+    return [(number, results[number]) for number in numbers]
+
+
+@pytest.fixture(scope="module")
+def alone(llm: LanguageModel) -> Callable[..., tuple[Result, list[Tensor]]]:
+    """A request by itself, without drafts, reuse or company; remembered."""
+    known: dict[tuple[str, bool], tuple[Result, list[Tensor]]] = {}
+
+    def result(request: Request, invariant: bool) -> tuple[Result, list[Tensor]]:
+        key = repr(request), invariant
+        if key not in known:
+            engine = Engine(llm, max_rows=1, batch_invariant=invariant, lookup=False)
+            heads = Heads(engine)
+            known[key] = engine.run([request])[0], heads.logits[0]
+        return known[key]
+
+    return result
+
+
+POOL = [random_request(random.Random(number)) for number in range(60)]
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["plain", "batch_invariant"])
+def test_200_schedules_of_joining_and_leaving_rows(
+    llm: LanguageModel, alone: Callable[..., tuple[Result, list[Tensor]]], invariant: bool
+) -> None:
+    """Every row says what it says alone; in the batch-invariant mode the logits have its bits."""
+    rows = reused = 0
+    for number in range(200):
+        generator = random.Random(1000 + number)
+        requests = generator.sample(POOL, generator.randint(1, 5))
+        cache = PrefixCache() if generator.random() < 0.5 else None
+        engine = Engine(
+            llm,
+            max_rows=generator.randint(1, 4),
+            batch_invariant=invariant,
+            prefix_cache=cache,
+            lookup=generator.random() < 0.7,
+        )
+        engine._costs = FREE_DRAFTS
+        heads = Heads(engine)
+        for request, (row, found) in zip(
+            requests, any_schedule(engine, requests, generator), strict=True
+        ):
+            expected, expected_logits = alone(request, invariant)
+            assert found.token_ids == expected.token_ids, (number, row)
+            assert found.finish_reason == expected.finish_reason
+            for a, b in zip(heads.logits[row], expected_logits, strict=True):
+                if invariant:
+                    assert torch.equal(a, b), (number, row)
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+            rows += 1
+            reused += found.reused_tokens
+    assert rows > 400 and reused > 20
+
+
+class _FreeDrafts(StepCosts):
+    """Every step costs the same, whatever a slow machine says: drafts are as long as can be."""
+
+    def seconds(self, positions: int) -> float:
+        return 1.0
+
+
+FREE_DRAFTS = _FreeDrafts()
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["plain", "batch_invariant"])
+def test_lookup_gives_the_same_in_fewer_steps(
+    plain: NanoMolmo2, invariant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A net with a tied head says its last token again and again: easy to guess."""
+    model = small_model(seed=4)
+    requests = [
+        Request(text_ids(1, n, seed=n)[0], max_new_tokens=m) for n, m in ((5, 30), (9, 21), (7, 1))
+    ]
+    wanted = Engine(model.llm, lookup=False, batch_invariant=invariant).run(requests)
+    engine = Engine(model.llm, batch_invariant=invariant)
+    engine._costs = FREE_DRAFTS
+    heads = Heads(engine)
+    numbers = [engine.submit(request) for request in requests]
+    results, steps = {}, 0
+    while engine.busy:
+        steps += 1
+        results |= {e.request_id: e.result for e in engine.step() if e.result is not None}
+    assert [results[number] for number in numbers] == wanted
+    assert steps <= 15
+    assert len(heads.logits[numbers[0]]) == 30
+
+
+@pytest.mark.parametrize("mode", ["int8", "fp16-weights"])
+def test_quantised_rows_are_the_same_in_any_batch(mode: str) -> None:
+    """Rows of int8 have the same bits by themselves: each has its own activation scale."""
+    config = replace(LLM, hidden_size=64, intermediate_size=96, head_dim=16)
+    llm = randomize(LanguageModel(config), 4).eval()
+    llm.quantize(mode)
+    requests = [Request(text_ids(n, seed=n), max_new_tokens=12) for n in (3, 17, 9, 30)]
+
+    def logits(engine: Engine, batches: list[list[Request]]) -> list[Tensor]:
+        heads = Heads(engine)
+        for batch in batches:
+            engine.run(batch)
+        return [torch.stack(heads.logits[number]) for number in sorted(heads.logits)]
+
+    for invariant in (False, True) if mode == "int8" else (True,):
+        together = logits(Engine(llm, batch_invariant=invariant, lookup=False), [requests])
+        alone = logits(
+            Engine(llm, batch_invariant=invariant, lookup=False), [[r] for r in requests]
+        )
+        assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_lookup_where_steps_cost_their_positions_drafts_nothing(llm: LanguageModel) -> None:
+    costs = StepCosts({n: float(n) for n in range(1, 9)})
+    engine = Engine(llm)
+    engine._costs = costs
+    widths: list[int] = []
+    hook = llm.layers[0].register_forward_pre_hook(
+        lambda module, inputs: widths.append(inputs[0].shape[1])
+    )
+    costs.record = lambda positions, seconds: None  # type: ignore[method-assign]
+    try:
+        engine.run([Request([1, 2] * 10, max_new_tokens=8)])
+    finally:
+        hook.remove()
+    assert widths == [20] + [1] * 7
+
+
+def test_a_step_computes_no_padding(llm: LanguageModel) -> None:
+    """Prompts one by one, then all rows in one step, however different their lengths."""
+    widths: list[int] = []
+    hook = llm.layers[0].register_forward_pre_hook(
+        lambda module, inputs: widths.append(inputs[0].shape[1])
+    )
+    engine = Engine(llm, max_rows=2, lookup=False)
+    try:
+        for length in (3, 40, 5):
+            engine.submit(Request(text_ids(length), max_new_tokens=3))
+        assert [e.request_id for e in engine.step()] == [0, 1]
+        assert [e.request_id for e in engine.step()] == [0, 1]
+        last = engine.step()
+        assert [e.finished for e in last] == [True, True]
+        assert [e.request_id for e in engine.step()] == [2]
+    finally:
+        hook.remove()
+    assert widths == [3, 40, 2, 2, 5]
+
+
+def test_streamed_events_are_the_results(llm: LanguageModel) -> None:
+    requests = POOL[:4]
+    events = list(Engine(llm, max_rows=2).stream(requests))
+    for number, expected in enumerate(Engine(llm).run(requests)):
+        own = [event for event in events if event.request_id == number]
+        assert [event.token for event in own] == expected.token_ids
+        assert [event.finished for event in own] == [False] * (len(own) - 1) + [True]
+        assert own[-1].result == expected
+
+
+def test_cancelled_rows_say_no_more(llm: LanguageModel) -> None:
+    engine = Engine(llm, max_rows=1)
+    first, second, third = (engine.submit(Request([1, 2], max_new_tokens=5)) for _ in range(3))
+    engine.step()
+    assert engine.cancel(first) and engine.cancel(second)
+    assert not engine.cancel(first)
+    events = [event for _ in range(5) for event in engine.step()]
+    assert {event.request_id for event in events} == {third}
+    assert not engine.busy
+
+
+def test_no_new_tokens(llm: LanguageModel) -> None:
+    (event,) = Engine(llm).stream([Request([1, 2], max_new_tokens=0)])
+    assert event.token is None and event.result is not None
+    assert event.result.token_ids == [] and event.result.finish_reason == "length"
+
+
+def test_stop_ids_stop_callables_and_log_probabilities(llm: LanguageModel) -> None:
+    ids = [1, 2, 3, 4]
+    (whole,) = Engine(llm).run([Request(ids, max_new_tokens=8)])
+    end = whole.token_ids[3]
+    cut = whole.token_ids[: whole.token_ids.index(end) + 1]
+    params = SamplingParams(stop_token_ids=(end,), logprobs=2)
+    stopped, called = Engine(llm).run(
+        [
+            Request(ids, max_new_tokens=8, sampling=params),
+            Request(ids, max_new_tokens=8, stops=lambda id: id == end),
+        ]
+    )
+    assert stopped.token_ids == called.token_ids == cut
+    assert stopped.finish_reason == called.finish_reason == "stop"
+    assert called.sampled == ()
+    with torch.no_grad():
+        logprobs = llm(torch.tensor([ids]))[0, -1].log_softmax(-1)
+    first = stopped.sampled[0]
+    assert first.token == cut[0] == first.top[0][0]
+    assert first.logprob == pytest.approx(float(logprobs.max()), abs=1e-4)
+    assert len(stopped.sampled) == len(cut)
+
+
+def test_a_penalty_and_a_bias_hold_with_drafts(llm: LanguageModel) -> None:
+    params = SamplingParams(repetition_penalty=1.3, logit_bias={7: 2.0})
+    requests = [Request([1, 2] * 8, max_new_tokens=20, sampling=params)]
+    engine = Engine(llm)
+    engine._costs = FREE_DRAFTS
+    assert engine.run(requests) == Engine(llm, lookup=False).run(requests)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(), "needs input_ids or inputs_embeds"),
+        (Request([]), "the prompt is empty"),
+        (Request([1, 89]), "token ids run from 1 to 89"),
+        (Request([1] * 100, max_new_tokens=29), "max_new_tokens may be 0 to 28"),
+        (
+            Request([1, 2], max_new_tokens=1, attention_mask=torch.ones(1, 2)),
+            r"must be \(2, 2\) bool",
+        ),
+    ],
+)
+def test_requests_that_do_not_fit(llm: LanguageModel, request_: Request, message: str) -> None:
+    engine = Engine(llm)
+    with pytest.raises(ValueError, match=message):
+        engine.submit(request_)
+    assert not engine.busy
+    with pytest.raises(ValueError, match="max_rows must be at least 1"):
+        Engine(llm, max_rows=0)
+
+
+# ---- text only ----
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_language_model_generates(llm: LanguageModel, side: str) -> None:
+    rows = [text_ids(n, seed=n) for n in (3, 6)]
+    ids = torch.full((2, 6), PAD)
+    for b, row in enumerate(rows):
+        ids[b, slice(6 - len(row), 6) if side == "left" else slice(len(row))] = row
+    found = llm.generate(ids, ids != PAD, max_new_tokens=7, temperature=0.8, top_k=30, seed=[1, 2])
+    assert torch.equal(found[:, :6], ids)
+    for b, row in enumerate(rows):
+        generator = torch.Generator().manual_seed(b + 1)
+        params = SamplingParams(temperature=0.8, top_k=30)
+        own = row
+        for _ in range(7):
+            with torch.no_grad():
+                token = sample(llm(own[None])[:, -1], params, [generator])
+            own = torch.cat([own, token])
+        assert found[b, 6:].tolist() == own[len(row) :].tolist()
+
+
+def test_a_language_model_stops(llm: LanguageModel) -> None:
+    ids = text_ids(2, 4)
+    whole = llm.generate(ids, max_new_tokens=8)
+    end = int(whole[0, 6])
+    found = llm.generate(ids[:1], max_new_tokens=8, eos_token_id=end)
+    at = whole[0, 4:].tolist().index(end)
+    assert torch.equal(found[0], whole[0, : 5 + at])
+    both = llm.generate(ids, max_new_tokens=8, eos_token_id=[end, 88])
+    assert (both[0, 5 + at :] == end).all(), "filled with the end token"
+    with pytest.raises(ValueError, match="must have the shape of input_ids"):
+        llm.generate(ids, torch.ones(2, 3))

@@ -268,3 +268,57 @@ def test_a_real_model_takes_crops_and_frames(what: str) -> None:
         max_new_tokens=6,
     )
     assert answer.text == pipeline.processor.decode(ids[0, batch.input_ids.shape[1] :])
+
+
+# ---- what earlier questions computed ----
+
+
+@pytest.mark.parametrize("crops", [False, True])
+def test_a_second_question_reuses_the_picture(crops: bool) -> None:
+    pipeline = Pipeline(small_model(), in_crops(small_processor()) if crops else small_processor())
+    encoded: list[int] = []
+    hook = pipeline.model.vision_encoder.register_forward_pre_hook(
+        lambda module, inputs: encoded.append(len(inputs[0]))
+    )
+    try:
+        first = pipeline.ask(PICTURE, "Point to the dog.", max_new_tokens=6)
+        second = pipeline.ask(PICTURE, "How many cats?", max_new_tokens=6)
+        assert len(encoded) == 1
+        anew = pipeline.ask(PICTURE, "How many cats?", max_new_tokens=6, reuse=False)
+        assert len(encoded) == 2
+    finally:
+        hook.remove()
+    assert (first.reused_tokens, anew.reused_tokens) == (0, 0)
+    image = pipeline.processor.image_token_id
+    messages = [{"role": "user", "content": "How many cats?"}]
+    ids = pipeline.processor.encode(messages, [PICTURE]).input_ids
+    assert second.reused_tokens > int(np.flatnonzero(ids == image)[-1])
+    assert second.reused_tokens < second.input_tokens
+    assert second.text == anew.text
+
+
+def test_the_next_turn_reuses_the_ones_before(pipeline: Pipeline) -> None:
+    first = pipeline.ask(PICTURE, "Dogs?", max_new_tokens=6)
+    turns = [
+        {"role": "user", "content": "Dogs?"},
+        {"role": "assistant", "content": "One."},
+        {"role": "user", "content": "Sure?"},
+    ]
+    second = pipeline.ask(PICTURE, turns, max_new_tokens=6)
+    assert second.reused_tokens >= first.input_tokens - 1
+    assert second.text == pipeline.ask(PICTURE, turns, max_new_tokens=6, reuse=False).text
+
+
+def test_another_picture_is_seen(pipeline: Pipeline) -> None:
+    pipeline.ask(PICTURE, "Dogs?", max_new_tokens=6)
+    other = Image.new("RGB", (40, 80), (200, 10, 10))
+    answer = pipeline.ask(other, "Dogs?", max_new_tokens=6)
+    assert answer.text == pipeline.ask(other, "Dogs?", max_new_tokens=6, reuse=False).text
+    assert answer.reused_tokens == 0  # tokens of a picture see each other
+
+
+def test_no_bytes_no_reuse() -> None:
+    pipeline = Pipeline(small_model(), small_processor(), reuse_bytes=0)
+    for _ in range(2):
+        assert pipeline.ask(PICTURE, "Dogs?", max_new_tokens=3).reused_tokens == 0
+    assert pipeline.prefix_cache.nbytes == 0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanomolmo2.batch import PREFIX_SUBSEGMENT
 from nanomolmo2.models.attention import (
+    FOLDED_QUERIES,
     PACK_SUBSEGMENT,
     attend,
     block_mask,
@@ -60,6 +61,45 @@ def test_causal_is_the_causal_mask(H: int, K: int) -> None:
     q, k, v = random_qkv(H, K, 7, 7)
     mask = causal_mask(7, 7, CPU)[None, None]
     assert greatest_difference(attend(q, k, v, None, causal=True), attend(q, k, v, mask)) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("H", "K"), [(4, 2), (6, 2), (8, 1)])
+@pytest.mark.parametrize("T", [1, 2, 8, FOLDED_QUERIES, FOLDED_QUERIES + 1])
+@pytest.mark.parametrize("kind", ["none", "bool", "additive", "by row"])
+def test_folded_heads_equal_repeated_keys(
+    dtype: torch.dtype, H: int, K: int, T: int, kind: str
+) -> None:
+    """Queries as a projection makes them, keys as a cache holds them: views, not contiguous."""
+    S = T + 5
+    generator = torch.Generator().manual_seed(T)
+    q = torch.randn(2, T, H, 16, generator=generator).to(dtype).transpose(1, 2)
+    k, v = torch.randn(2, 2, K, 40, 16, generator=generator).to(dtype)[:, :, :, :S]
+    mask = None if kind == "none" else causal_mask(T, S, CPU)[None, None]
+    if kind == "by row":
+        mask = mask & (torch.rand(2, 1, 1, S, generator=generator) < 0.7)
+        mask[..., 0] = True
+    if kind == "additive":
+        mask = torch.randn(1, 1, T, S, generator=generator).to(dtype).masked_fill(~mask, -torch.inf)
+    wide = [x.float() for x in (q, k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1))]
+    by = mask.float() if kind == "additive" else mask
+    expected = torch.nn.functional.scaled_dot_product_attention(*wide, attn_mask=by)
+    found = attend(q, k, v, mask)
+    assert found.dtype == dtype
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
+    assert greatest_difference(found, expected) < tolerance
+
+
+def test_folding_is_differentiable() -> None:
+    leaves = [x.requires_grad_() for x in random_qkv(6, 2, 3, 9)]
+    mask = causal_mask(3, 9, CPU)[None, None]
+    attend(*leaves, mask).square().sum().backward()
+    found = [x.grad.clone() for x in leaves]
+    for x in leaves:
+        x.grad = None
+    attend_by_hand(*leaves, mask).square().sum().backward()
+    for x, gradient in zip(leaves, found, strict=True):
+        assert greatest_difference(gradient, x.grad) < 1e-5
 
 
 @pytest.mark.parametrize("T", [1, 2])

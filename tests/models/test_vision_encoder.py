@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -152,3 +154,72 @@ def test_pictures_of_another_shape(shape: tuple[int, ...], found: str) -> None:
 def test_pictures_must_be_normalised() -> None:
     with pytest.raises(ValueError, match=r"floating point pictures, found torch\.uint8: scale"):
         encode(VISION)(torch.zeros(1, 3, 22, 22, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("layers", [None, (-1, 0)])
+@pytest.mark.parametrize("form", ["pictures", "patches"])
+def test_groups_of_pictures_equal_the_whole(form: str, layers: tuple[int, ...] | None) -> None:
+    encoder = encode(VISION).freeze()
+    images = pictures(5)
+    if form == "patches":
+        P = VISION.patch_size
+        windows = images.unfold(2, P, P).unfold(3, P, P)  # (B, 3, h, w, P, P)
+        images = windows.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    one = VISION.num_patches * (2 * VISION.intermediate_size + 4 * VISION.hidden_size) * 4  # bytes
+    sizes: list[int] = []
+    encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    whole = encoder.features(images, layers)
+    for max_bytes, expected in (
+        (0, [1] * 5),
+        (one, [1] * 5),
+        (3 * one - 1, [2, 2, 1]),
+        (9 * one, [5]),
+    ):
+        sizes.clear()
+        found = encoder.features(images, layers, max_bytes=max_bytes)
+        assert sizes == expected
+        assert greatest_difference(found, whole) < 1e-5
+
+
+def test_a_graph_is_kept_whole_and_only_where_it_is_used() -> None:
+    encoder = encode(VISION)
+    sizes: list[int] = []
+    encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    assert encoder.features(pictures(3), max_bytes=0).requires_grad
+    with torch.no_grad():
+        assert not encoder.features(pictures(3), max_bytes=0).requires_grad
+    assert not encoder.freeze().features(pictures(3), max_bytes=0).requires_grad
+    assert sizes == [3, 1, 1, 1, 1, 1, 1]
+
+
+PEAK = """
+import resource, sys
+import torch
+from nanomolmo2.models import ConnectorConfig, NanoMolmo2, NanoMolmo2Config, LLMConfig, VisionConfig
+
+torch.set_num_threads(1)
+depth, crops = int(sys.argv[1]), int(sys.argv[2])
+small = LLMConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                  num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+model = NanoMolmo2(NanoMolmo2Config(
+    vision_config=VisionConfig(image_size=378, num_hidden_layers=depth),
+    connector_config=ConnectorConfig(llm_dim=64, connector_type="pooling", vit_layers=(-1, -2)),
+    llm_config=small, image_token_id=1))
+pixels = torch.randn(crops, 729, 588)
+index = torch.arange(crops * 728).view(-1, 4)
+with torch.no_grad():
+    model.encode_images(pixels[:1], index[:182])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert model.encode_images(pixels, index).shape == (crops * 182, 64)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_many_crops_need_little_memory() -> None:
+    """24 crops at full width: the MLP alone would hold 1.2 GB at once, the depth adds nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, "2", "24"], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 1.2e9

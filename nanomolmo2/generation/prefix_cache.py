@@ -1,0 +1,192 @@
+"""PrefixCache: what was computed for the beginning of a prompt is not computed again.
+
+Keys and values of a position depend on the positions before it alone, so they are found by content:
+every position has a number, the token's id or, where a picture is, a digest of its features. Which
+prompts share a beginning, the second question about a picture or the next turn of a chat, then
+shows by comparing numbers.
+
+Where image tokens see each other in both directions, a position also depends on those it sees ahead
+of it. ``reach`` is how far that goes; a beginning can be reused only if it reaches that far.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nanomolmo2.models.kv_cache import RowCache
+
+Keys = NDArray[np.int64]
+
+DEFAULT_BYTES = 1 << 30
+# Free slots that an entry may keep, as a share of its size; more are cut off by a copy.
+_SLACK = 0.25
+
+
+@dataclass
+class Prefix:
+    """Keys and values of a sequence that begins a row's life, or did."""
+
+    keys: Keys  # (T,), a number of every position
+    reach: int  # positions from here on see nothing ahead of them, and nothing before sees further
+    row: RowCache
+
+    def shared(self, keys: Keys, reach: int) -> int:
+        """Positions that a prompt can take from here."""
+        n = min(len(self.keys), len(keys), self.row.length)
+        unequal = np.flatnonzero(self.keys[:n] != keys[:n])
+        n = int(unequal[0]) if len(unequal) else n
+        return n if n >= max(self.reach, reach) else 0
+
+
+class PrefixCache:
+    """Keys and values, and visual tokens, of recent prompts: the least recently used go first.
+
+    For one model and one thread. When the model's weights change (an optimiser's step, another
+    precision, other tensors), everything is forgotten by itself; a change that PyTorch does not
+    count, such as through ``.data``, needs :meth:`clear`.
+
+    Attributes:
+        max_bytes: most bytes of everything held.
+        nbytes: bytes held now.
+        reused_tokens: positions that were not computed again, since it was made.
+        reused_pictures: pictures that were not encoded again, likewise.
+    """
+
+    def __init__(self, max_bytes: int = DEFAULT_BYTES) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes must be 0 (keeps nothing) or more, found {max_bytes}")
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self.reused_tokens = 0
+        self.reused_pictures = 0
+        self._entries: OrderedDict[Any, tuple[Any, int]] = OrderedDict()  # key -> value, bytes
+        self._stamps: dict[str, int] = {}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+        self.nbytes = 0
+
+    def check(self, part: str, module: nn.Module) -> None:
+        """Forget everything if the weights of ``part`` are not those of the last call."""
+        weights = (*module.parameters(), *module.buffers())
+        stamp = hash(
+            (id(module), *((w.data_ptr(), w._version, w.dtype, w.device) for w in weights))
+        )
+        if self._stamps.setdefault(part, stamp) != stamp:
+            self.clear()
+            self._stamps[part] = stamp
+
+    def find(self, keys: Keys, reach: int, others: Iterable[Prefix] = ()) -> tuple[Prefix, int]:
+        """The longest reusable beginning of a prompt, and its length; 0 if there is none.
+
+        Args:
+            keys: (T,) of the prompt; at least its last position is always left to compute.
+            others: prefixes that are held elsewhere, of rows that still run.
+        """
+        best, most = Prefix(keys[:0], 0, RowCache(0)), 0
+        found: Any = None
+        own = ((k, v) for k, (v, _) in self._entries.items() if isinstance(v, Prefix))
+        for key, prefix in (*own, *((None, p) for p in others)):
+            shared = min(prefix.shared(keys, reach), len(keys) - 1)
+            if shared > most and shared >= max(reach, prefix.reach):
+                best, most, found = prefix, shared, key
+        if found is not None:
+            self._entries.move_to_end(found)
+        self.reused_tokens += most
+        return best, most
+
+    def keep(self, prefix: Prefix) -> None:
+        """Hold a sequence that ended; it must not be written to any more."""
+        length = prefix.row.length
+        if not length or length < prefix.reach:
+            return
+        keys = prefix.keys[:length]
+        for key, (held, _) in list(self._entries.items()):
+            if not isinstance(held, Prefix):
+                continue
+            n = min(len(held.keys), length)
+            if np.array_equal(held.keys[:n], keys[:n]) and held.reach == prefix.reach:
+                if len(held.keys) >= length:
+                    self._entries.move_to_end(key)
+                    return  # it is the beginning of one that is held
+                self._drop(key)  # the other way round
+        row = prefix.row
+        if row.capacity > (1 + _SLACK) * length:
+            row = row.fork(length)
+        self._put(object(), Prefix(keys, prefix.reach, row), row.nbytes)
+
+    def visual_tokens(
+        self,
+        pictures: Sequence[tuple[Tensor, ...]],
+        encode: Callable[[list[Any]], Iterable[Tensor]],
+    ) -> list[Tensor]:
+        """Features of pictures, encoded together where they are new.
+
+        Args:
+            pictures: of each, the tensors that it is made of.
+            encode: gives the features of a list of pictures.
+        """
+        digests = [digest(*picture) for picture in pictures]
+        features: dict[str, Tensor] = {}
+        for name in digests:
+            if name in self._entries:
+                self._entries.move_to_end(name)
+                features[name] = self._entries[name][0]
+        self.reused_pictures += sum(name in features for name in digests)
+        new = {n: p for n, p in zip(digests, pictures, strict=True) if n not in features}
+        if new:
+            for name, encoded in zip(new, encode(list(new.values())), strict=True):
+                features[name] = encoded.detach().clone()
+                self._put(name, features[name], features[name].nbytes)
+        return [features[name] for name in digests]
+
+    def _put(self, key: Any, value: Any, nbytes: int) -> None:
+        if nbytes > self.max_bytes:
+            return
+        self._entries[key] = value, nbytes
+        self.nbytes += nbytes
+        while self.nbytes > self.max_bytes:
+            self._drop(next(iter(self._entries)))
+
+    def _drop(self, key: Any) -> None:
+        self.nbytes -= self._entries.pop(key)[1]
+
+
+def digest(*tensors: Tensor) -> str:
+    """Of contents, shapes and types."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        hashed.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
+        hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def position_keys(ids: Tensor, embeds: Tensor, visual: Tensor) -> Keys:
+    """A number of every position of a prompt.
+
+    Args:
+        ids: (T,). embeds: (T, D). visual: (T,) bool, the positions that hold a picture's features.
+    Returns: (T,): the id; where a picture is, a negative digest of what it puts there.
+    """
+    keys: Keys = ids.cpu().numpy().astype(np.int64)
+    for at in visual.nonzero()[:, 0].tolist():
+        keys[at] = -1 - (int(digest(embeds[at])[:15], 16))
+    return keys
+
+
+def reach_of(mask: Tensor | None) -> int:
+    """How far positions of a (T, T) mask see ahead: the last that an earlier one sees, plus 1."""
+    if mask is None:
+        return 0
+    ahead = mask.triu(1).any(dim=0).nonzero()
+    return int(ahead[-1]) + 1 if len(ahead) else 0

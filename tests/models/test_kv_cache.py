@@ -1,0 +1,141 @@
+"""Rows of their own lengths against the padded cache and against whole sequences."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanomolmo2.generation.invariant import FixedBlocks
+from nanomolmo2.models import LanguageModel
+from nanomolmo2.models.attention import sequence_mask
+from nanomolmo2.models.kv_cache import GROWTH, KEY_BLOCK, RaggedStep, RowCache
+from tests.nets import LLM, randomize, text_ids
+
+LAYERS = LLM.num_hidden_layers
+
+
+@pytest.fixture(scope="module", params=[2, 6], ids=["grouped", "every head its own"])
+def llm(request: pytest.FixtureRequest) -> LanguageModel:
+    return randomize(LanguageModel(replace(LLM, num_key_value_heads=request.param))).eval()
+
+
+@torch.no_grad()
+def step(
+    llm: LanguageModel,
+    rows: list[RowCache],
+    ids: list[Tensor],
+    *,
+    mask: Tensor | None = None,
+    fixed_blocks: bool = False,
+) -> list[Tensor]:
+    """States of every row's new ids."""
+    counts = [len(own) for own in ids]
+    positions = [torch.arange(n) + r.length for r, n in zip(rows, counts, strict=True)]
+    hidden = llm.transform(
+        torch.cat(ids)[None],
+        position_ids=torch.cat(positions)[None],
+        past_key_values=RaggedStep(rows, counts, mask=mask, fixed_blocks=fixed_blocks),
+    )
+    return list(hidden[0].split(counts))
+
+
+@pytest.mark.parametrize("fixed_blocks", [False, True])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(12, 5), (1, 1), (1, 1), (3, 1)],  # prompts, decoding, a draft of two
+        [(1, 40), (30, 1), (17, 16), (1, 2)],
+    ],
+)
+def test_ragged_steps_equal_whole_sequences(
+    llm: LanguageModel, parts: list[tuple[int, int]], fixed_blocks: bool
+) -> None:
+    lengths = [sum(part) for part in zip(*parts, strict=True)]
+    whole = [text_ids(length, seed=length) for length in lengths]
+    rows, found, at = [RowCache(LAYERS), RowCache(LAYERS, 100)], [[], []], [0, 0]
+    for part in parts:
+        ids = [w[a : a + n] for w, a, n in zip(whole, at, part, strict=True)]
+        for b, states in enumerate(step(llm, rows, ids, fixed_blocks=fixed_blocks)):
+            found[b].append(states)
+            at[b] += part[b]
+    for b, ids in enumerate(whole):
+        with torch.no_grad():
+            expected = llm.transform(ids[None])[0]
+        torch.testing.assert_close(torch.cat(found[b]), expected, rtol=1e-4, atol=1e-5)
+    assert [row.length for row in rows] == lengths
+
+
+@pytest.mark.parametrize("fixed_blocks", [False, True])
+def test_a_mask_that_sees_ahead(llm: LanguageModel, fixed_blocks: bool) -> None:
+    """Positions 3 .. 69 see each other, across many blocks of keys."""
+    ids = text_ids(90)
+    seen = torch.zeros(1, 90, dtype=torch.bool)
+    seen[:, 3:70] = True
+    mask = sequence_mask(90, image_tokens=seen, device=ids.device)
+    (found,) = step(llm, [RowCache(LAYERS)], [ids], mask=mask[0, 0], fixed_blocks=fixed_blocks)
+    with torch.no_grad():
+        expected = llm.transform(ids[None], attention_mask=mask)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [1, 15, 16, 17, 50, 69])
+def test_fixed_blocks_give_the_same_bits_wherever_a_sequence_is_cut(
+    llm: LanguageModel, cut: int
+) -> None:
+    ids = text_ids(70)
+    with FixedBlocks():
+        (whole,) = step(llm, [RowCache(LAYERS)], [ids], fixed_blocks=True)
+        row = RowCache(LAYERS)
+        (begin,) = step(llm, [row], [ids[:cut]], fixed_blocks=True)
+        other = RowCache(LAYERS)
+        step(llm, [other], [text_ids(33, seed=1)], fixed_blocks=True)
+        _, end = step(llm, [other, row], [text_ids(3), ids[cut:]], fixed_blocks=True)
+    assert torch.equal(torch.cat([begin, end]), whole)
+
+
+def test_truncated_slots_are_forgotten(llm: LanguageModel) -> None:
+    ids, row = text_ids(12), RowCache(LAYERS)
+    step(llm, [row], [ids[:8]])
+    step(llm, [row], [text_ids(3, seed=9)])
+    row.truncate(8)
+    (found,) = step(llm, [row], [ids[8:]])
+    with torch.no_grad():
+        torch.testing.assert_close(found, llm.transform(ids[None])[0, 8:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="13 slots are to be kept, but 12 are written"):
+        row.truncate(13)
+
+
+def test_a_fork_is_a_row_of_its_own(llm: LanguageModel) -> None:
+    ids, row = text_ids(12), RowCache(LAYERS)
+    step(llm, [row], [ids])
+    fork = row.fork(7, capacity=200)
+    assert (fork.length, fork.capacity) == (7, 256)
+    step(llm, [fork], [text_ids(3, seed=9)])
+    (found,) = step(llm, [row], [ids[:1]])
+    again = RowCache(LAYERS)
+    step(llm, [again], [ids])
+    (expected,) = step(llm, [again], [ids[:1]])
+    assert torch.equal(found, expected)
+
+
+def test_a_row_grows_and_counts_its_bytes() -> None:
+    row = RowCache(1, capacity=5)
+    assert (row.nbytes, row.capacity) == (0, 0)
+    written = torch.randn(1, 2, 150, 4)
+    for at in range(150):
+        row.write(0, written[:, :, at : at + 1], -written[:, :, at : at + 1])
+        row.length += 1
+    keys, values = row.layers[0]
+    assert torch.equal(keys[:, :, :150], written) and torch.equal(values, -keys)
+    assert row.capacity == KEY_BLOCK + GROWTH
+    assert row.nbytes == 2 * 2 * row.capacity * 4 * 4
+
+
+def test_a_row_keeps_to_the_context(llm: LanguageModel) -> None:
+    row = RowCache(LAYERS)
+    step(llm, [row], [text_ids(127)])
+    with pytest.raises(ValueError, match="has 129 positions"):
+        step(llm, [row], [text_ids(2)])
