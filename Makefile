@@ -1,6 +1,8 @@
 # make demo    environment, install, then the bundled model at work on a bundled picture
 # make test    the developer's tools too, then format, lint, types and all tests
 # make bench   speed and memory beside other programs, on 1 and 2 threads (half an hour): docs/performance.md
+# make bench-llama    build llama.cpp for this machine in .venv-llama (some minutes, needs a C++
+#                     compiler), then the rows beside it; later `make bench` has them too
 #
 # PYTHON=python3.12 make test    another interpreter (3.11 or newer), in an environment of its own
 # TORCH=...                      another PyTorch, in pip's words (see "Install" in README.md)
@@ -20,13 +22,17 @@ RUN := $(VENV)/bin/python
 # -qq keeps pip's notes out of the way; errors still show.
 PIP := $(RUN) -m pip --disable-pip-version-check install -qq
 
+# The peer of benchmarks/llama.py, away from everything else.
+LLAMA := .venv-llama
+LLAMA_VERSION := 0.3.36
+
 # What is installed is told by files in the environment. Their names hold the interpreter's version:
 # after an upgrade of $(PYTHON) they are missing, and the environment is made again.
 WHICH := import platform, sys; print(sys.implementation.name + platform.python_version())
 VERSION := $(shell $(PYTHON) -c '$(WHICH)' 2>/dev/null)
 STAMP := $(VENV)/.installed-$(VERSION)
 
-.PHONY: help demo test bench install dev lint format types clean
+.PHONY: help demo test bench bench-llama install dev lint format types clean
 
 help:
 	@sed -n '/^#/!q; s/^# \?//; p' Makefile
@@ -39,6 +45,9 @@ test: lint types
 
 bench: dev
 	$(RUN) -m benchmarks --threads 1 2 --page docs/performance.md
+
+bench-llama: dev $(LLAMA)/.built
+	$(RUN) -m benchmarks --rows floor llama --threads 1 2
 
 lint: dev
 	$(RUN) -m ruff format --check .
@@ -71,6 +80,15 @@ $(STAMP): pyproject.toml $(STAMP)-python
 	@echo "installing $(TORCH) and nanomolmo2 into $(VENV) (once)"
 	@$(PIP) $(TORCH)
 	@$(PIP) -e .
+	@touch $@
+
+# For this processor, and from source: a wheel would do without much of what it has.
+$(LLAMA)/.built:
+	@echo "building llama-cpp-python $(LLAMA_VERSION) in $(LLAMA) (once)"
+	@$(PYTHON) -m venv --clear $(LLAMA)
+	@CMAKE_ARGS="-DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=2 nice $(LLAMA)/bin/python -m pip \
+	  --disable-pip-version-check install -qq --no-binary llama-cpp-python \
+	  llama-cpp-python==$(LLAMA_VERSION) gguf
 	@touch $@
 
 $(STAMP)-dev: pyproject.toml $(STAMP)

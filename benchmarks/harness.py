@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +25,8 @@ from torch import nn
 from nanomolmo2.convert.parts import build_on_meta
 from nanomolmo2.files import atomic_path
 from nanomolmo2.models import LanguageModel, LLMConfig, VisionConfig, VisionEncoder
+
+LLAMA = Path(__file__).parents[1] / ".venv-llama"  # made by `make bench-llama`
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,17 @@ Times = dict[str, list[float]]
 
 
 def take_turns(sides: Mapping[str, Callable[[], Any]], rounds: int) -> Times:
-    """Seconds of every side in every round; the first round warms up and is thrown away."""
+    """Seconds of every side in every round; the first round warms up and is thrown away.
+
+    A side that counts its own seconds returns them as a float: of another process, or of a part.
+    """
     seconds: Times = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, work in sides.items():
             start = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - start)
+            done = work()
+            passed = time.perf_counter() - start
+            seconds[name].append(done if isinstance(done, float) else passed)
     return {name: values[1:] for name, values in seconds.items()}
 
 
@@ -135,6 +142,10 @@ def compare(
         gflop=gflop,
         gbyte=gbyte,
     )
+
+
+class Missing(Exception):
+    """A peer is not installed: the message says how to get it. The other benchmarks go on."""
 
 
 def random_weights(module: nn.Module) -> nn.Module:
@@ -206,11 +217,14 @@ def machine() -> dict[str, Any]:
         name, flags = values.get("model name", name), values.get("flags", "")
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
     versions: dict[str, str | None] = {}
-    for package in ("torch", "transformers", "llama-cpp-python"):
+    for package in ("torch", "transformers"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    peers = [str(path) for path in LLAMA.glob("lib/python*/site-packages")]
+    found = importlib.metadata.distributions(name="llama-cpp-python", path=peers)
+    versions["llama-cpp-python"] = next((peer.version for peer in found), None)
     return {
         "cpu": name,
         "cores": os.cpu_count(),
@@ -243,7 +257,13 @@ def main(group: str, measure: Callable[[Sizes], Sequence[Row]]) -> None:
     sizes = SHORT if arguments.short else Sizes()
     if arguments.rounds:
         sizes = replace(sizes, rounds=arguments.rounds)
-    rows = list(measure(sizes))
+    rows: list[Row] = []
+    missing = None
+    try:
+        rows += measure(sizes)
+    except Missing as error:
+        missing = f"{group}: not measured, {error}"
+        print(missing, file=sys.stderr)
     if sizes.short:
         rows = [replace(row, target=None) for row in rows]  # they are for the full size
     for row in rows:
@@ -255,5 +275,6 @@ def main(group: str, measure: Callable[[Sizes], Sequence[Row]]) -> None:
             "short": arguments.short,
             "machine": machine(),
             "rows": [asdict(row) for row in rows],
+            "missing": missing,
         }
         write_json(arguments.out, report)

@@ -12,7 +12,7 @@ from benchmarks.harness import Row, read_rows
 from nanomolmo2.files import atomic_path
 
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
-ORDER = ("floor", "vision", "prefill", "decode", "batch", "prefix", "load")
+ORDER = ("floor", "vision", "prefill", "decode", "batch", "prefix", "lookup", "llama", "load")
 
 
 def table(reports: Sequence[dict[str, Any]]) -> str:
@@ -34,6 +34,8 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
         for report in chosen:
             lines += [line(row, floor) for row in read_rows(report)]
         parts.append("\n".join(lines))
+    missing = {report.get("missing") for report in reports} - {None}
+    parts += sorted(str(reason) for reason in missing)
     parts.append(where(reports))
     return "\n\n".join(parts)
 

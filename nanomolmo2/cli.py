@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from nanomolmo2 import __version__
 from nanomolmo2.files import atomic_path
@@ -116,10 +116,41 @@ class Ask:
         int,
         arg(metavar="K", help="with a temperature: draw only from the K likeliest; 0 = from all"),
     ] = 0
+    min_p: Annotated[
+        float,
+        arg(
+            metavar="P",
+            help="with a temperature: draw only tokens with at least this share of the likeliest "
+            "one's probability, 0 to 1; 0 = from all",
+        ),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        arg(
+            metavar="R",
+            help="above 1 makes what the question and the answer already said less likely (1 to "
+            "1.3); it also counts for numbers in lists of points; 1 = off",
+        ),
+    ] = 1.0
     seed: Annotated[
         int | None,
         arg(metavar="SEED", help="makes a drawn answer repeatable; none = another one each time"),
     ] = None
+    stop: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(
+            metavar="TEXT",
+            help="end the answer where it would say this, which is not printed; several: --stop "
+            "TEXT --stop TEXT",
+        ),
+    ] = ()
+    well_formed_points: Annotated[
+        bool,
+        arg(
+            help="let the model write only points that can be read, of pictures that there are; "
+            "costs about a second with a large vocabulary"
+        ),
+    ] = False
     max_crops: Annotated[
         int | None,
         arg(
@@ -158,6 +189,13 @@ class Ask:
             "picture or time, label), picture sizes, tokens, timings in seconds"
         ),
     ] = False
+    no_lookup: Annotated[
+        bool,
+        arg(
+            help="write each token in a step of its own; without it, tokens that can be guessed "
+            "are checked several in a step, where that is faster; the answer is the same"
+        ),
+    ] = False
     dtype: DType = None
     quantize: Precision = None
     cache_dir: CacheDir = Path("checkpoints")
@@ -187,7 +225,12 @@ class Ask:
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
             seed=self.seed,
+            stop=self.stop,
+            well_formed_points=self.well_formed_points,
+            lookup=not self.no_lookup,
             on_text=None if self.json else print_piece,
         )
         if self.json:
@@ -222,6 +265,13 @@ class Ask:
             ("--temperature must be 0 or more", self.temperature, self.temperature >= 0),
             ("--top-p must be above 0 and at most 1", self.top_p, 0 < self.top_p <= 1),
             ("--top-k must be 0 or more", self.top_k, self.top_k >= 0),
+            ("--min-p must be 0 to 1", self.min_p, 0 <= self.min_p <= 1),
+            (
+                "--repetition-penalty must be above 0",
+                self.repetition_penalty,
+                self.repetition_penalty > 0,
+            ),
+            ("--stop must not be empty", self.stop, all(self.stop)),
             (
                 "--max-crops must be 1 or more",
                 self.max_crops,
@@ -608,7 +658,8 @@ class Bench:
         tuple[str, ...],
         arg(
             metavar="GROUP...",
-            help="what to measure: floor, vision, prefill, decode, batch, prefix, load; none = all",
+            help="what to measure: floor, vision, prefill, decode, batch, prefix, lookup, llama, "
+            "load; none = all",
         ),
     ] = ()
     threads: Annotated[
@@ -827,6 +878,7 @@ def answer_report(answer: Answer, paths: Sequence[str]) -> dict[str, Any]:
             for path, (width, height) in zip(paths, answer.image_sizes, strict=video is None)
         ],
         "video": video,
+        "finish_reason": answer.finish_reason,
         "input_tokens": answer.input_tokens,
         "output_tokens": answer.output_tokens,
         "timings": {name: round(seconds, 4) for name, seconds in answer.timings.items()},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nanomolmo2.data.emoji.vocabulary import ADDITIONAL_VOCAB_SIZE, build_tokenizer, vocab_size
+from nanomolmo2.generation.engine import Result
 from nanomolmo2.models import ConnectorConfig, LLMConfig, NanoMolmo2, NanoMolmo2Config, VisionConfig
 from nanomolmo2.processor import Processor, ProcessorConfig, Tokenizer
 
@@ -81,11 +82,20 @@ class ScriptedModel(NanoMolmo2):
         pixel_values: Tensor | None = None,
         *,
         on_token: Callable[[Tensor], None],
+        on_result: Callable[[int, Result], None],
+        stops: Callable[[int, int], bool],
         **options: Any,
     ) -> Tensor:
         self.calls.append({"prompt_ids": prompt_ids, "pixel_values": pixel_values, **options})
         ids = [*self.processor.tokenizer.encode_text(self.texts.pop(0))]
         ids.append(self.processor.tokenizer.special_id("<|im_end|>"))
+        reason, end, said = "length", ids[-1], []
         for id in ids[: options["max_new_tokens"]]:
+            said.append(id)
+            stopped = stops(0, id)
             on_token(torch.tensor([id]))
+            if stopped or id == end:
+                reason = "stop"
+                break
+        on_result(0, Result(said, reason, prompt_ids.shape[1], 0))
         return torch.cat([prompt_ids, torch.tensor([ids])], dim=1)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import report
+from benchmarks import harness, int4, llama, lookup, report
 from benchmarks.harness import (
     SHORT,
     Row,
@@ -26,8 +28,11 @@ from benchmarks.harness import (
 )
 from benchmarks.step_profile import PARTS, watched
 from nanomolmo2 import cli
+from nanomolmo2.generation.engine import Engine, Event
+from nanomolmo2.generation.lookup import StepCosts
+from nanomolmo2.processor.points import parse_points
 
-GROUPS = ("floor", "vision", "prefill", "decode", "batch", "prefix", "load")
+GROUPS = ("floor", "vision", "prefill", "decode", "batch", "prefix", "lookup", "llama", "load")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +50,9 @@ def test_short_mode_writes_every_group(results: Path, group: str) -> None:
     assert (found["group"], found["threads"], found["short"]) == (group, 1, True)
     assert found["machine"]["versions"]["torch"] == importlib.metadata.version("torch")
     rows = read_rows(found)
+    if found["missing"] is not None:
+        assert not rows and "make bench-llama" in found["missing"]
+        pytest.skip(found["missing"])
     assert rows
     for row in rows:
         assert row.ours > 0 or row.unit == "x weights"  # a small load hides below the imports
@@ -75,6 +83,29 @@ def test_sides_take_turns_and_the_first_round_is_not_counted() -> None:
     times = take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, 2)
     assert calls == ["a", "b"] * 3
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
+
+
+def test_a_side_in_another_process_counts_its_own_seconds() -> None:
+    times = take_turns({"here": lambda: torch.zeros(1), "there": lambda: 5.0}, 1)
+    assert times["there"] == [5.0] and times["here"][0] < 1
+
+
+def test_a_peer_that_is_not_installed_is_told_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(llama, "PYTHON", tmp_path / "python")
+    for name in ("set_num_threads", "set_grad_enabled"):  # of this process, all tests share it
+        monkeypatch.setattr(harness.torch, name, lambda value: None)
+    out = tmp_path / "llama-1.json"
+    monkeypatch.setattr(sys, "argv", ["llama", "--short", "--out", str(out)])
+    harness.main("llama", llama.measure)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not measured" in line and "`make bench-llama` builds it" in line
+    found = json.loads(out.read_text())
+    assert (found["rows"], found["missing"]) == ([], line)
+    other = make_report("floor", 1, Row("GEMM, float32", 100.0, "GFLOP/s"))
+    lines = report.table([other, found]).splitlines()
+    assert line in lines and sum("| GEMM" in text for text in lines) == 1
 
 
 def test_a_ratio_is_taken_within_a_round() -> None:
@@ -141,6 +172,68 @@ def test_the_amount_of_work_of_the_full_design() -> None:
     assert llm_gflop(sizes.llm, 793) == pytest.approx(735, abs=40)
     assert decode_gbyte(sizes.llm, 0, 4, 4) == pytest.approx(4 * 0.596, rel=0.01)
     assert decode_gbyte(sizes.llm, 793, 0, 2) == pytest.approx(793 * 28 * 2 * 1024 * 2 / 1e9)
+
+
+def test_pointing_answers_are_split_as_by_qwen3() -> None:
+    """The ids of Qwen/Qwen3-0.6B-Base for this text, as pieces."""
+    tokenizer = lookup.qwen3_like()
+    ids = tokenizer.encode_text('<points coords="1 1 210 455 10 012 999">dogs</points>')
+    pieces = ["<", "points", " coords", '="', *"1 1 210 455 10 012 999", '">']
+    assert [tokenizer.decode([id]) for id in ids] == [*pieces, "dogs", "</", "points", ">"]
+    question = tokenizer.encode_text("Point to the dogs.")
+    assert [tokenizer.decode([id]) for id in question] == ["Point", " to", " the", " dogs", "."]
+
+
+def test_scripted_answers_are_points_and_nothing_else_is_allowed() -> None:
+    tokenizer = lookup.qwen3_like()
+    points = np.random.default_rng(0).integers(0, 1000, (20, 2))
+    prompt, answer = lookup.conversation(Sizes(), tokenizer, "dogs", points)
+    assert len(prompt) == Sizes().prompt
+    found = parse_points(tokenizer.decode(answer[:-1]), [(1000, 1000)])
+    assert [[p.x, p.y] for p in found] == sorted(points.tolist())
+    assert {p.label for p in found} == {"dogs"}
+    state = lookup.Script(answer).start()
+    for id in answer:
+        assert state.allowed().nonzero().flatten().tolist() == [id]
+        state.advance(id)
+
+
+@torch.no_grad()
+def test_drafts_of_a_scripted_answer_are_checked_by_the_engine() -> None:
+    """Same answer, fewer steps, where a step costs the same for any number of positions."""
+    tokenizer = lookup.qwen3_like()
+    points = np.random.default_rng(0).integers(0, 1000, (8, 2))
+    prompt, answer = lookup.conversation(SHORT, tokenizer, "dogs", points)
+    steps = {}
+    for name, (on, guided) in lookup.SIDES.items():
+        engine = Engine(language_model(SHORT), lookup=on)  # knows no earlier answer
+        engine._costs = StepCosts({1: 1.0, 8: 1.0})
+        engine._costs.record = lambda positions, seconds: None  # type: ignore[method-assign]
+        count = 0
+
+        def step(engine: Engine = engine) -> list[Event]:
+            nonlocal count
+            count += 1
+            return Engine.step(engine)
+
+        engine.step = step  # type: ignore[method-assign]
+        lookup.seconds_behind_the_prompt(engine, prompt, answer, tokenizer, guided)
+        steps[name] = count
+    assert steps["plain"] == len(answer)
+    # Six digits of about ten tokens a point are anybody's guess.
+    assert 0.4 * len(answer) < steps["lookup and grammar"] < 0.7 * len(answer)
+    assert steps["lookup"] <= steps["plain"]
+
+
+def test_int4_layers() -> None:
+    """16 levels in a group of normal numbers: about 6 % off."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 256), torch.randn(4, 256)
+    wanted = x @ weight.T
+    error = (int4.Int4Linear(weight)(x) - wanted).norm() / wanted.norm()
+    assert 0.03 < error < 0.1
+    with torch.no_grad():
+        assert len(int4.measure(SHORT)) == len(int4.POSITIONS)
 
 
 @pytest.mark.parametrize("mode", ["float32", "int8"])

@@ -153,7 +153,22 @@ def test_options_reach_the_model(says, picture: Path) -> None:
     assert cli.main(["ask", str(picture), "?", *options]) == 0
     (call,) = scripted.calls
     assert call["max_new_tokens"] == 9
-    assert (call["temperature"], call["top_p"], call["top_k"], call["seed"]) == (0.5, 0.9, 7, 3)
+    sampling = call["sampling"]
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.5, 0.9, 7, 3)
+    assert (sampling.stop, sampling.constraint, call["lookup"]) == ((), None, True)
+
+
+def test_more_options_reach_the_model(says, picture: Path, capsys) -> None:
+    scripted = says("One, two, three")
+    options = "--min-p=0.1 --repetition-penalty=1.2 --stop=five --no-lookup --well-formed-points"
+    arguments = ["ask", str(picture), "?", *options.split(), "--stop", " two"]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == "One,\n"
+    (call,) = scripted.calls
+    sampling = call["sampling"]
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.2)
+    assert (sampling.stop, call["lookup"]) == (("five", " two"), False)
+    assert sampling.constraint is not None
 
 
 def test_draw(says, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,6 +334,9 @@ def test_where_nothing_can_be_drawn_is_found_before_any_work(
         (["ask", "a.png", "?", "--temperature", "-1"], "--temperature must be 0 or more"),
         (["ask", "a.png", "?", "--temperature", "nan"], "--temperature must be 0 or more"),
         (["ask", "a.png", "?", "--top-k", "-1"], "--top-k must be 0 or more"),
+        (["ask", "a.png", "?", "--min-p", "2"], "--min-p must be 0 to 1, found 2.0"),
+        (["ask", "a.png", "?", "--repetition-penalty", "0"], "--repetition-penalty must be above"),
+        (["ask", "a.png", "?", "--stop", ""], "--stop must not be empty"),
         (["ask", "a.png", "?", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
         (["ask", "a.png", "?", "--max-crops", "0"], "--max-crops must be 1 or more"),
         (["ask", "a.mp4", "?", "--max-frames", "0"], "--max-frames must be 1 or more"),

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nanomolmo2.generation.invariant import FixedBlocks
-from nanomolmo2.generation.lookup import AdaptiveWidth, Drafter, StepCosts
+from nanomolmo2.generation.lookup import MAX_NGRAM, AdaptiveWidth, Drafter, Guide, Shares, StepCosts
 from nanomolmo2.generation.prefix_cache import Keys, Prefix, PrefixCache, reach_of
 from nanomolmo2.generation.sampling import Sampled, Sampler, SamplingParams, sample_rows
 from nanomolmo2.models.attention import causal_mask
@@ -32,8 +33,20 @@ from nanomolmo2.models.language_model import LanguageModel
 # Slots allocated behind a prompt at once, if the answer may be that long; more are added as needed.
 _ANSWER_SLOTS = 512
 
-# What steps cost, learned by all engines of a model: most answers are too short to learn it anew.
-_COSTS: WeakKeyDictionary[LanguageModel, StepCosts] = WeakKeyDictionary()
+# Ids of earlier answers that are looked at for guesses: how a model begins and ends an answer.
+_EARLIER_IDS = 512
+
+
+class _Learned:
+    """What all engines of a model learn together: most answers are too short to learn it anew."""
+
+    def __init__(self) -> None:
+        self.costs = StepCosts()
+        self.shares = Shares()
+        self.answers: deque[int] = deque(maxlen=_EARLIER_IDS)  # each behind the end of its prompt
+
+
+_LEARNED: WeakKeyDictionary[LanguageModel, _Learned] = WeakKeyDictionary()
 
 
 @dataclass
@@ -49,11 +62,12 @@ class Request:
             by default the ids. With embeddings: see `prefix_cache.position_keys`; without any,
             nothing is reused. A mask must follow from them.
         max_new_tokens: longest answer.
-        sampling: how to choose; one seed.
+        sampling: how to choose; one seed. ``sampling.stop`` is for a layer that knows text: here it
+            needs ``stops``.
         eos_token_ids: any of them, or of ``sampling.stop_token_ids``, ends the answer and is its
             last token.
-        stops: called with every new id; True ends the answer there. For stop texts, which need
-            somebody who knows text.
+        stops: called with every new id, in order; True ends the answer there.
+        guide: knows likely continuations, for lookup; it belongs to this request alone.
     """
 
     input_ids: Sequence[int] | Tensor | None = None
@@ -65,6 +79,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     eos_token_ids: tuple[int, ...] = ()
     stops: Callable[[int], bool] | None = None
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,12 @@ class _Row:
     def __init__(self, id: int, request: Request, llm: LanguageModel) -> None:
         self.id = id
         self.request = request
+        if request.sampling.stop and request.stops is None:
+            raise ValueError(
+                f"sampling has the stop texts {list(request.sampling.stop)}, but the engine knows "
+                f"only token ids: use Pipeline.ask(stop=...), or pass `stops`, which is called "
+                f"with every new id"
+            )
         ids = request.input_ids
         self.ids = None if ids is None else torch.as_tensor(ids, dtype=torch.long).flatten()
         embeds = request.inputs_embeds
@@ -156,7 +177,8 @@ class _Row:
     def finish_reason(self) -> str | None:
         """Why the answer ends with the newest token; None if it goes on."""
         newest, stops = self.tokens[-1], self.request.stops
-        if newest in self.stop_ids or (stops is not None and stops(newest)):
+        stopped = stops is not None and stops(newest)
+        if stopped or newest in self.stop_ids:
             return "stop"
         return "length" if len(self.tokens) >= self.request.max_new_tokens else None
 
@@ -189,8 +211,8 @@ class Engine:
             batch_invariant: bit-identical logits for a row, alone and in any batch, with and
                 without reuse and lookup, at every precision. Slower: see docs/generation.md.
             prefix_cache: where to look for, and leave, keys and values of prompts; None: nowhere.
-            lookup: let greedy rows guess several tokens from what was read and written before, and
-                check them in one step, where that is faster. The answer is the same.
+            lookup: let rows guess several tokens from what was read and written before, and check
+                them in one step, where that is faster. The answer is the same, also a drawn one.
         """
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, found {max_rows}")
@@ -199,7 +221,8 @@ class Engine:
         self.batch_invariant = batch_invariant
         self.prefix_cache = prefix_cache
         self.lookup = lookup
-        self._costs = _COSTS.setdefault(llm, StepCosts())
+        learned = _LEARNED.setdefault(llm, _Learned())
+        self._costs, self._shares, self._answers = learned.costs, learned.shares, learned.answers
         self._numbers = itertools.count()
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
@@ -282,14 +305,21 @@ class Engine:
         row.embeds = row.embeds[:0]  # not needed any more
         self._rows.append(row)
         logits = self._head(hidden[-1:])
-        if self.lookup and row.ids is not None and row.request.sampling.temperature == 0:
-            row.drafter = Drafter(row.ids.tolist(), AdaptiveWidth(self._costs))
+        if self.lookup and row.ids is not None:
+            width = AdaptiveWidth(self._costs, shares=self._shares)
+            row.drafter = Drafter(
+                [*self._answers, *row.ids.tolist()], width, guide=row.request.guide
+            )
         self._take(row, logits, [], events)
 
     def _continue(self, rows: list[_Row], events: list[Event]) -> None:
         """Decode: the last token of every row, and behind it what it guesses."""
         start = time.perf_counter()
-        drafts = [self._draft(row, len(rows) - 1) for row in rows]
+        drafts: list[list[int]] = []
+        others = len(rows) - 1  # positions of the other rows, as far as they are known
+        for row in rows:
+            drafts.append(self._draft(row, others))
+            others += len(drafts[-1])
         counts = [1 + len(draft) for draft in drafts]
         ids = [id for row, d in zip(rows, drafts, strict=True) for id in (row.tokens[-1], *d)]
         positions = [
@@ -313,7 +343,11 @@ class Engine:
         return row.drafter.draft(room, other_positions=others)
 
     def _take(self, row: _Row, logits: Tensor, draft: list[int], events: list[Event]) -> None:
-        """Choose from logits (n, V) as long as the draft holds; forget what was read behind."""
+        """Choose from logits (n, V) as long as the draft holds; forget what was read behind.
+
+        Penalty, constraint and generator of the row see only tokens that stay: nothing is chosen
+        behind the first one that differs from the draft.
+        """
         new: list[int] = []
         reason: str | None = None
         for i in range(len(logits)):
@@ -332,6 +366,9 @@ class Engine:
 
     def _leave(self, row: _Row) -> None:
         self._rows.remove(row)
+        if row.drafter is not None:
+            assert row.ids is not None
+            self._answers.extend([*row.ids[-MAX_NGRAM:].tolist(), *row.tokens])
         if self.prefix_cache is not None and row.keys is not None:
             self.prefix_cache.keep(row.prefix())
 
@@ -375,9 +412,12 @@ def generate(
     eos_token_ids: tuple[int, ...],
     pad_token_id: int,
     on_token: Callable[[Tensor], None] | None = None,
+    on_result: Callable[[int, Result], None] | None = None,
+    stops: Callable[[int, int], bool] | None = None,
     prefix_cache: PrefixCache | None = None,
     prefix_keys: Sequence[Keys] | None = None,
     lookup: bool = True,
+    guide: Callable[[], Guide] | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
     """Continue a batch of prompts, all rows at once.
@@ -388,6 +428,9 @@ def generate(
         key_mask: (B, T) bool, False = padding; None = no padding.
         attention_mask: (B, 1, T, T) bool of the prompt, where it is more than causal.
         on_token: called with the new ids (B,) as soon as every row has its next one.
+        on_result: called with (row, its result) as soon as a row ends.
+        stops: called with (row, new id); True ends the row there.
+        guide: makes the guide of a row, see :class:`Request`.
         prefix_keys: of every row's real positions, see :class:`Request`.
         prefix_cache, lookup, batch_invariant: see :class:`Engine`.
     Returns: (B, new) ids, new <= max_new_tokens; a row that ended is filled with ``pad_token_id``.
@@ -414,16 +457,21 @@ def generate(
             max_new_tokens=max_new_tokens,
             sampling=sampling.with_seed(seed),
             eos_token_ids=eos_token_ids,
+            stops=None if stops is None else partial(stops, b),
+            guide=None if guide is None else guide(),
         )
         engine.submit(request)
     rows: list[list[int]] = [[] for _ in range(B)]
     ended = [False] * B
     columns: list[Tensor] = []
-    while max_new_tokens and engine.busy:
+    while engine.busy:
         for event in engine.step():
-            assert event.token is not None
-            rows[event.request_id].append(event.token)
-            ended[event.request_id] = event.finished
+            if event.token is not None:
+                rows[event.request_id].append(event.token)
+            if event.result is not None:
+                ended[event.request_id] = True
+                if on_result is not None:
+                    on_result(event.request_id, event.result)
         # A column is whole once every row has its token, or has ended before.
         while any(len(row) > len(columns) for row in rows) and all(
             end or len(row) > len(columns) for row, end in zip(rows, ended, strict=True)

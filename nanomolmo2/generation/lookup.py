@@ -162,37 +162,72 @@ class StepCosts:
         return max(self._median[a] + slope * (positions - a), 0.5 * self._median[known[0]])
 
 
-class AdaptiveWidth:
-    """How many drafted tokens pay, from how many were right and from what steps cost.
+class Shares:
+    """How often drafted tokens were right, as an exponential average.
 
-    One of these objects a row; ``costs`` is shared by the rows of an engine.
+    Attributes:
+        before: gives what is expected before anything is known; None: 0.6.
     """
 
-    _FIRST_SHARE = 0.6  # of drafted tokens that are right, before anything is known
-    _FIRST_WEIGHT = 2.0  # tokens that this counts as
-    _KEEP = 0.9  # weight of the steps before in the exponential average
+    _FIRST_SHARE = 0.6
+    _FIRST_WEIGHT = 2.0  # tokens that the expectation counts as
 
-    def __init__(self, costs: StepCosts | None = None, max_width: int = 7) -> None:
+    def __init__(self, keep: float = 0.99, before: Shares | None = None) -> None:
         """
         Args:
-            max_width: most drafted tokens a step.
+            keep: weight of the steps before.
         """
-        if max_width < 0:
-            raise ValueError(f"max_width must be 0 (no drafts) or more tokens, found {max_width}")
-        self.costs = costs or StepCosts()
-        self.max_width = max_width
+        self.before = before
+        self._keep = keep
         self._counts: dict[int, tuple[float, float]] = {}  # matched -> tokens (right, judged)
 
     def share(self, matched: int) -> float:
         """How often a drafted token was right, if those before it in the draft were.
 
         Args:
-            matched: length of the n-gram that the draft followed: a longer one is more to be
-                trusted, and how much more each row learns by itself.
+            matched: length of the n-gram that the draft followed (0 = the guide's): a longer one
+                is more to be trusted, and how much more is learned.
         """
         right, judged = self._counts.get(matched, (0.0, 0.0))
-        weight = self._FIRST_WEIGHT
-        return (right + weight * self._FIRST_SHARE) / (judged + weight)
+        first = self.before.share(matched) if self.before else self._FIRST_SHARE
+        return (right + self._FIRST_WEIGHT * first) / (judged + self._FIRST_WEIGHT)
+
+    def record(self, matched: int, proposed: int, accepted: int) -> None:
+        """Take how many of the proposed tokens were right: those before the first wrong one."""
+        if not 0 <= accepted <= proposed:
+            raise ValueError(f"{accepted} of {proposed} drafted tokens cannot have been right")
+        right, judged = self._counts.get(matched, (0.0, 0.0))
+        self._counts[matched] = (
+            self._keep * right + accepted,
+            self._keep * judged + min(accepted + 1, proposed),
+        )
+        if self.before:
+            self.before.record(matched, proposed, accepted)
+
+
+class AdaptiveWidth:
+    """How many drafted tokens pay, from how many were right and from what steps cost.
+
+    One of these objects a row; ``costs`` and ``shares`` are common to the rows of an engine.
+    """
+
+    def __init__(
+        self, costs: StepCosts | None = None, max_width: int = 7, shares: Shares | None = None
+    ) -> None:
+        """
+        Args:
+            max_width: most drafted tokens a step.
+            shares: of all rows so far. Most answers are too short to learn from them alone.
+        """
+        if max_width < 0:
+            raise ValueError(f"max_width must be 0 (no drafts) or more tokens, found {max_width}")
+        self.costs = costs or StepCosts()
+        self.max_width = max_width
+        self._shares = Shares(0.9, shares)
+
+    def share(self, matched: int) -> float:
+        """See :meth:`Shares.share`."""
+        return self._shares.share(matched)
 
     def choose(self, matched: int, *, other_positions: int = 0, room: int | None = None) -> int:
         """Number of tokens to draft: the most tokens a second; 0 where a plain step is faster.
@@ -202,6 +237,12 @@ class AdaptiveWidth:
             other_positions: positions that other rows have in the same step.
             room: most tokens that may be drafted, where that is less than max_width.
         """
+        return self.best(matched, other_positions=other_positions, room=room)[1]
+
+    def best(
+        self, matched: int, *, other_positions: int = 0, room: int | None = None
+    ) -> tuple[float, int]:
+        """(tokens a second, number of tokens to draft for it), see :meth:`choose`."""
         limit = self.max_width if room is None else min(room, self.max_width)
         share = self.share(matched)
         best, best_rate = 0, 0.0
@@ -212,17 +253,11 @@ class AdaptiveWidth:
                 best, best_rate = width, rate
             likely *= share
             tokens += likely
-        return best
+        return best_rate, best
 
     def record(self, matched: int, proposed: int, accepted: int) -> None:
-        """Take how many of the proposed tokens were right: those before the first wrong one."""
-        if not 0 <= accepted <= proposed:
-            raise ValueError(f"{accepted} of {proposed} drafted tokens cannot have been right")
-        right, judged = self._counts.get(matched, (0.0, 0.0))
-        self._counts[matched] = (
-            self._KEEP * right + accepted,
-            self._KEEP * judged + min(accepted + 1, proposed),
-        )
+        """See :meth:`Shares.record`."""
+        self._shares.record(matched, proposed, accepted)
 
 
 class Guide(Protocol):
@@ -251,13 +286,14 @@ class Drafter:
         Args:
             prompt_ids: of the row, also those whose embeddings are a picture.
             width: of this row; give those of one engine the same ``costs``.
-            guide: is asked first. It takes the ids of the answer only.
+            guide: is asked too; the guess that promises more tokens a second is taken, the guide's
+                where they promise the same. It takes the ids of the answer only.
         """
         self.lookup = NgramLookup(prompt_ids, max_ngram=max_ngram, min_ngram=min_ngram)
         self.width = width or AdaptiveWidth()
         self.guide = guide
-        self._guess: list[int] = []
-        self._source = 0  # of the guess: length of the n-gram; 0 = the guide
+        # What the last guesses were, and from where: length of the n-gram; 0 = the guide.
+        self._guesses: list[tuple[int, list[int]]] = []
 
     def draft(self, room: int | None = None, *, other_positions: int = 0) -> list[int]:
         """Ids to read behind the last one; empty for a plain step.
@@ -269,26 +305,28 @@ class Drafter:
         most = self.width.max_width if room is None else max(0, min(room, self.width.max_width))
         # One token is looked up even if none is drafted: whether it was right costs nothing to see,
         # so a row whose drafts did not pay notices when they would.
-        guess = self.guide.propose(max(most, 1)) if self.guide else []
-        self._source = 0
-        if not guess:
-            guess = self.lookup.propose(max(most, 1))
-            self._source = self.lookup.matched
-        width = 0
-        if guess:
-            most = min(most, len(guess))
-            width = self.width.choose(self._source, other_positions=other_positions, room=most)
-        self._guess = guess[: max(width, 1)]
-        return guess[:width]
+        guided = self.guide.propose(max(most, 1)) if self.guide else []
+        found = self.lookup.propose(max(most, 1))
+        self._guesses = []
+        draft: list[int] = []
+        best_rate = 0.0
+        for source, guess in ((0, guided), (self.lookup.matched, found)):
+            if guess:
+                room = min(most, len(guess))
+                rate, width = self.width.best(source, other_positions=other_positions, room=room)
+                self._guesses.append((source, guess[: max(width, 1)]))
+                if rate > best_rate:
+                    best_rate, draft = rate, guess[:width]
+        return draft
 
     def accept(self, new_ids: Sequence[int]) -> None:
         """Take what the step gave: the drafted ids that were right and one more."""
-        shared = min(len(self._guess), len(new_ids))
-        if shared:
-            pairs = zip(self._guess, new_ids, strict=False)
+        for source, guess in self._guesses:
+            shared = min(len(guess), len(new_ids))
+            pairs = zip(guess, new_ids, strict=False)
             right = next((i for i, (a, b) in enumerate(pairs) if a != b), shared)
-            self.width.record(self._source, shared, right)
-        self._guess = []
+            self.width.record(source, shared, right)
+        self._guesses = []
         self.lookup.extend(new_ids)
         if self.guide:
             self.guide.extend(new_ids)

@@ -55,7 +55,8 @@ class SamplingParams:
         logprobs: how many of the likeliest tokens are reported with their log-probabilities; 0 =
             only the chosen one's; None = nothing. They are the model's own, in front of all of the
             above, so they do not depend on the settings.
-        stop: texts that end the answer; they are no part of it. For a layer that knows text.
+        stop: texts that end the answer; they are no part of it. For a layer that knows text, such
+            as `Pipeline`.
         stop_token_ids: tokens that end the answer, besides the model's own.
         constraint: a grammar of the answer, such as `PointsConstraint`; None = off.
     """
@@ -134,6 +135,38 @@ class SamplingParams:
     def generators(self, rows: int) -> list[torch.Generator]:
         """One generator a row: what a row draws does not depend on the others."""
         return [torch.Generator().manual_seed(seed) for seed in self.seeds(rows)]
+
+
+def settings(
+    sampling: SamplingParams | None,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | Sequence[int] | None = None,
+) -> SamplingParams:
+    """The settings of a call that takes them as one object, or the usual four by name.
+
+    Raises: ValueError if both are given.
+    """
+    if sampling is None:
+        return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    named = {
+        name: value
+        for name, value, off in (
+            ("temperature", temperature, 0),
+            ("top_p", top_p, 1),
+            ("top_k", top_k, 0),
+            ("seed", seed, None),
+        )
+        if value != off
+    }
+    if named:
+        found = ", ".join(f"{name}={value}" for name, value in named.items())
+        raise ValueError(
+            f"found sampling and beside it {found}: sampling holds all settings, put them there"
+        )
+    return sampling
 
 
 class Sampled(NamedTuple):

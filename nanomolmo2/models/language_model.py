@@ -316,10 +316,14 @@ class LanguageModel(nn.Module):
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int | Sequence[int] | None = None,
+        sampling: Any = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         on_token: Callable[[Tensor], None] | None = None,
+        on_result: Callable[[int, Any], None] | None = None,
+        stops: Callable[[int, int], bool] | None = None,
         lookup: bool = True,
+        guide: Callable[[], Any] | None = None,
         batch_invariant: bool = False,
     ) -> Tensor:
         """Continue every row until an end token or ``max_new_tokens``.
@@ -328,15 +332,19 @@ class LanguageModel(nn.Module):
             input_ids: (B, L); attention_mask: (B, L), 0 = padding on either side.
             temperature: 0 = greedy. top_p: 1 = off. top_k: 0 = off.
             seed: of every row's own generator, or one a row; None = a fresh one.
+            sampling: a :class:`nanomolmo2.generation.sampling.SamplingParams` with these and all
+                other settings, in place of the four above.
             eos_token_id: ends a row, any of several; None never stops.
             pad_token_id: fills rows that ended before the others; by default the (first) end token.
-            on_token, lookup, batch_invariant: see :func:`nanomolmo2.generation.engine.generate`.
+            on_token, on_result, stops, lookup, guide, batch_invariant: see
+                :func:`nanomolmo2.generation.engine.generate`.
         Returns: (B, L + new) prompt and new ids.
         Raises: ValueError for an empty prompt, shapes or ids that do not fit, too long a text.
         """
         from nanomolmo2.generation.engine import generate
-        from nanomolmo2.generation.sampling import SamplingParams
+        from nanomolmo2.generation.sampling import settings
 
+        sampling = settings(sampling, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
@@ -344,18 +352,22 @@ class LanguageModel(nn.Module):
             )
         eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
         if pad_token_id is None:
-            pad_token_id = eos[0] if eos else 0  # without an end no row ends before another
+            ends = (*eos, *sampling.stop_token_ids)
+            pad_token_id = ends[0] if ends else 0
         new = generate(
             self,
             self.embed(input_ids),
             input_ids=input_ids,
             key_mask=None if attention_mask is None else attention_mask.bool(),
-            sampling=SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+            sampling=sampling,
             max_new_tokens=max_new_tokens,
             eos_token_ids=eos,
             pad_token_id=pad_token_id,
             on_token=on_token,
+            on_result=on_result,
+            stops=stops,
             lookup=lookup,
+            guide=guide,
             batch_invariant=batch_invariant,
         )
         return torch.cat([input_ids, new], dim=1)

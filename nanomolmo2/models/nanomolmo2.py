@@ -223,13 +223,17 @@ class NanoMolmo2(nn.Module):
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int | Sequence[int] | None = None,
+        sampling: Any = None,
         eos_token_id: int | Sequence[int] | Literal["config"] | None = "config",
         pad_token_id: int | None = None,
         on_token: Callable[[Tensor], None] | None = None,
+        on_result: Callable[[int, Any], None] | None = None,
+        stops: Callable[[int, int], bool] | None = None,
         visual_tokens: Tensor | None = None,
         image_token_pooling: Tensor | None = None,
         prefix_cache: Any = None,
         lookup: bool = True,
+        guide: Callable[[], Any] | None = None,
         batch_invariant: bool = False,
     ) -> Tensor:
         """Continue every row until its end token or ``max_new_tokens``.
@@ -240,21 +244,29 @@ class NanoMolmo2(nn.Module):
             temperature: 0 = greedy. top_p: 1 = off. top_k: 0 = off.
             seed: of every row's own generator, or one a row: a row draws the same alone and in any
                 batch. None = a fresh one.
+            sampling: a :class:`nanomolmo2.generation.sampling.SamplingParams` with these and all
+                other settings, in place of the four above.
             eos_token_id: by default the config's; None never stops.
             pad_token_id: fills rows that ended before the others; by default the config's.
             on_token: called with the new ids (B,) as soon as every row has its next one.
+            on_result: called with (row, :class:`nanomolmo2.generation.engine.Result`) as soon as a
+                row ends: why it did, log-probabilities.
+            stops: called with (row, new id); True ends the row there.
             prefix_cache: a :class:`nanomolmo2.generation.prefix_cache.PrefixCache`; visual tokens,
                 keys and values of earlier prompts are taken from it, and those of this one kept;
                 None: everything is computed.
-            lookup: guess repeated text and check it in one step, where that is faster (greedy only;
-                the answer is the same).
+            lookup: guess repeated text and check it in one step, where that is faster; the answer
+                is the same.
+            guide: makes for each row what knows likely continuations, such as
+                :class:`nanomolmo2.generation.constraint.PointsGuide`, for lookup.
             batch_invariant: bit-identical logits alone, in any batch and with reuse; slower.
         Returns: (B, L + new) prompt and new ids.
         Source: behaves like transformers' ``generate``.
         """
         from nanomolmo2.generation.engine import generate
-        from nanomolmo2.generation.sampling import SamplingParams
+        from nanomolmo2.generation.sampling import settings
 
+        sampling = settings(sampling, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         self._check_text(prompt_ids, attention_mask=attention_mask)
         if prefix_cache is not None and visual_tokens is None:
             visual_tokens = self._remembered(
@@ -277,14 +289,17 @@ class NanoMolmo2(nn.Module):
             input_ids=ids,
             key_mask=merged.key_mask,
             attention_mask=merged.attention_mask,
-            sampling=SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+            sampling=sampling,
             max_new_tokens=max_new_tokens,
             eos_token_ids=as_ids(eos),
             pad_token_id=self.config.pad_token_id if pad_token_id is None else pad_token_id,
             on_token=on_token,
+            on_result=on_result,
+            stops=stops,
             prefix_cache=prefix_cache,
             prefix_keys=None if prefix_cache is None else _prefix_keys(merged, ids),
             lookup=lookup,
+            guide=guide,
             batch_invariant=batch_invariant,
         )
         return torch.cat([prompt_ids, new], dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -240,7 +240,9 @@ def test_after_the_prompt_only_new_tokens_are_computed(plain: NanoMolmo2) -> Non
     head = plain.llm.head
     plain.llm.head = lambda hidden: heads.append(hidden.numel()) or head(hidden)  # type: ignore
     try:
-        plain.generate(prompts("i.."), pictures(1), max_new_tokens=4, eos_token_id=None)
+        plain.generate(
+            prompts("i.."), pictures(1), max_new_tokens=4, eos_token_id=None, lookup=False
+        )
     finally:
         hook.remove()
         del plain.llm.head
@@ -491,6 +493,153 @@ def test_quantised_rows_are_the_same_in_any_batch(mode: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
+class Alternating:
+    """A grammar: ids below 40, even and odd ones by turns."""
+
+    def __init__(self) -> None:
+        self.last = 1
+
+    def start(self) -> Alternating:
+        return Alternating()
+
+    def allowed(self) -> Tensor:
+        return torch.arange(40) % 2 != self.last
+
+    def advance(self, id: int) -> None:
+        assert id < 40
+        assert id % 2 != self.last
+        self.last = id % 2
+
+
+class HalfTruth:
+    """Guesses the answer, but every third id of it wrong."""
+
+    def __init__(self, answer: list[int]) -> None:
+        self.answer = answer
+        self.ids: list[int] = []
+
+    def extend(self, ids: Iterable[int]) -> None:
+        self.ids += ids
+
+    def propose(self, width: int) -> list[int]:
+        guess = self.answer[len(self.ids) :][:width]
+        guess[2::3] = [(id + 2) % 40 for id in guess[2::3]]
+        return guess
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_guide_changes_steps_and_not_answers(llm: LanguageModel, temperature: float) -> None:
+    """Penalty, constraint and generator see only the tokens that stay."""
+    requests = [
+        Request(
+            text_ids(n, seed=n),
+            max_new_tokens=25,
+            sampling=SamplingParams(
+                temperature, seed=n, repetition_penalty=1.2, constraint=Alternating(), logprobs=1
+            ),
+        )
+        for n in (3, 8, 5)
+    ]
+    wanted = Engine(llm, lookup=False, batch_invariant=True).run(requests)
+    guides = [HalfTruth(result.token_ids) for result in wanted]
+    engine = Engine(llm, batch_invariant=True)
+    engine._costs = FREE_DRAFTS
+    numbers = [
+        engine.submit(replace(request, guide=guide))
+        for request, guide in zip(requests, guides, strict=True)
+    ]
+    results, steps = {}, 0
+    while engine.busy:
+        steps += 1
+        results |= {e.request_id: e.result for e in engine.step() if e.result is not None}
+    assert [results[number] for number in numbers] == wanted
+    assert steps == 9  # the prompts with a token each, then three tokens a step
+    assert [guide.ids for guide in guides] == [result.token_ids for result in wanted]
+    assert len({tuple(result.token_ids) for result in wanted}) == 3
+
+
+def test_earlier_answers_are_guesses_of_later_ones() -> None:
+    """By another engine of the model, too; a row without lookup leaves nothing."""
+    llm = randomize(LanguageModel(replace(LLM, tie_word_embeddings=False)), 4).eval()
+    params = SamplingParams(temperature=1.5, seed=3)
+    request = Request(text_ids(6, seed=2), max_new_tokens=24, sampling=params)
+
+    def steps(lookup: bool) -> tuple[list[int], int]:
+        engine = Engine(llm, lookup=lookup, batch_invariant=True)
+        engine._costs = FREE_DRAFTS
+        events = []
+        engine.submit(request)
+        while engine.busy:
+            events.append(engine.step())
+        assert events[-1][-1].result is not None
+        return events[-1][-1].result.token_ids, len(events)
+
+    wanted, plain = steps(False)
+    found, first = steps(True)
+    again, second = steps(True)
+    assert found == again == wanted
+    assert len(set(wanted)) > 12, "a net that repeats itself proves little"
+    assert plain == 24
+    assert first > 12
+    assert second == 4  # the prompt with a token, then eight tokens a step
+
+
+def test_all_settings_or_the_usual_ones(llm: LanguageModel) -> None:
+    ids = text_ids(2, 6)
+    named = llm.generate(ids, max_new_tokens=9, temperature=0.9, top_k=9, top_p=0.8, seed=[4, 5])
+    params = SamplingParams(0.9, top_k=9, top_p=0.8, seed=[4, 5])
+    assert torch.equal(llm.generate(ids, max_new_tokens=9, sampling=params), named)
+    end = int(named[0, 8])
+    params = replace(params, stop_token_ids=(end,))
+    stopped = llm.generate(ids[:1], max_new_tokens=9, sampling=replace(params, seed=4))
+    assert stopped[0].tolist() == named[0, : named[0].tolist().index(end, 6) + 1].tolist()
+    with pytest.raises(ValueError, match=r"found sampling and beside it top_k=3, seed=0"):
+        llm.generate(ids, sampling=params, top_k=3, seed=0)
+
+
+def test_results_and_stops_of_a_batch(llm: LanguageModel) -> None:
+    ids = text_ids(3, 6)
+    plain = llm.generate(ids, max_new_tokens=9)[:, 6:].tolist()
+    results: dict[int, Result] = {}
+    seen: list[list[int]] = [[], [], []]
+
+    def stops(row: int, id: int) -> bool:
+        seen[row].append(id)
+        return row == 1 and len(seen[row]) == 4
+
+    def keep(row: int, result: Result) -> None:
+        results[row] = result
+
+    params = SamplingParams(logprobs=0, stop="known to the caller")
+    found = llm.generate(ids, max_new_tokens=9, sampling=params, stops=stops, on_result=keep)
+    assert seen == [plain[0], plain[1][:4], plain[2]]
+    assert found[:, 6:].tolist() == [plain[0], plain[1][:4] + [0] * 5, plain[2]]
+    assert [results[row].finish_reason for row in range(3)] == ["length", "stop", "length"]
+    assert [results[row].token_ids for row in range(3)] == seen
+    assert [len(results[row].sampled) for row in range(3)] == [9, 4, 9]
+
+
+def test_rows_count_the_drafts_of_the_rows_before() -> None:
+    """Six positions are free and a seventh is dear: two rows together stay below it."""
+    model = small_model(seed=4)
+
+    class Cliff(StepCosts):
+        def seconds(self, positions: int) -> float:
+            return 1.0 if positions <= 6 else 100.0
+
+    engine = Engine(model.llm)
+    engine._costs = Cliff()
+    widths: list[int] = []
+    hook = model.llm.layers[0].register_forward_pre_hook(
+        lambda module, inputs: widths.append(inputs[0].shape[1])
+    )
+    try:
+        engine.run([Request(text_ids(5, seed=n), max_new_tokens=30) for n in (1, 2)])
+    finally:
+        hook.remove()
+    assert max(widths[2:]) == 6
+
+
 def test_lookup_where_steps_cost_their_positions_drafts_nothing(llm: LanguageModel) -> None:
     costs = StepCosts({n: float(n) for n in range(1, 9)})
     engine = Engine(llm)
@@ -591,6 +740,7 @@ def test_a_penalty_and_a_bias_hold_with_drafts(llm: LanguageModel) -> None:
         (Request(), "needs input_ids or inputs_embeds"),
         (Request([]), "the prompt is empty"),
         (Request([1, 89]), "token ids run from 1 to 89"),
+        (Request([1], sampling=SamplingParams(stop="x")), r"stop texts \['x'\], but the engine"),
         (Request([1] * 100, max_new_tokens=29), "max_new_tokens may be 0 to 28"),
         (
             Request([1, 2], max_new_tokens=1, attention_mask=torch.ones(1, 2)),

@@ -10,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanomolmo2.generation.lookup import AdaptiveWidth, Drafter, NgramLookup, StepCosts, propose
+from nanomolmo2.generation.lookup import (
+    AdaptiveWidth,
+    Drafter,
+    NgramLookup,
+    Shares,
+    StepCosts,
+    propose,
+)
 
 IDS = st.lists(st.integers(0, 3), max_size=60)  # few ids, so that much repeats
 NGRAMS = st.tuples(st.integers(1, 3), st.integers(0, 3)).map(lambda t: (t[0], t[0] + t[1]))
@@ -183,6 +190,20 @@ def test_shares_follow_what_came() -> None:
         AdaptiveWidth(max_width=-1)
 
 
+def test_a_new_row_begins_with_what_others_learned_and_learns_for_itself() -> None:
+    shares = Shares()
+    for _ in range(20):  # rows of one draft each
+        AdaptiveWidth(shares=shares).record(0, 1, 0)
+    width = AdaptiveWidth(shares=shares)
+    assert width.share(0) == pytest.approx(shares.share(0))
+    assert width.share(0) < 0.1
+    assert width.share(1) == AdaptiveWidth().share(1)
+    for _ in range(5):
+        width.record(0, 1, 1)
+    assert width.share(0) > 0.6
+    assert shares.share(0) < 0.4
+
+
 # ---- the drafter in a loop of steps ----
 
 
@@ -257,6 +278,27 @@ def test_costs_that_do_not_favour_it_turn_it_off() -> None:
     answer = list(range(20)) * 20
     assert steps.write(Drafter([], AdaptiveWidth(costs)), answer) == answer
     assert steps.drafted < 60  # a few steps to learn what they cost
+
+
+def test_the_guess_that_promises_more_is_taken() -> None:
+    """The guide's at first, as they promise the same; then the one that is right."""
+
+    class Wrong:
+        def extend(self, ids: list[int]) -> None:
+            pass
+
+        def propose(self, width: int) -> list[int]:
+            return [99] * width
+
+    costs = StepCosts(CHEAP)
+    drafter = Drafter([1, 2, 3, 4], AdaptiveWidth(costs), guide=Wrong())
+    drafter.accept([1])
+    assert drafter.draft(3) == [99, 99, 99]
+    for id in [2, 3, 4, 1] * 4:
+        drafter.accept([id])
+        draft = drafter.draft(3)
+    assert draft == [2, 3, 4]
+    assert drafter.width.share(0) < 0.2
 
 
 def test_a_guide_is_asked_first() -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from nanomolmo2.generation.pipeline import Pipeline, TextStream
+from nanomolmo2.batch import Batch
+from nanomolmo2.generation.constraint import PointsGuide
+from nanomolmo2.generation.lookup import Drafter, StepCosts
+from nanomolmo2.generation.pipeline import Answer, Pipeline, TextStream
+from nanomolmo2.generation.sampling import SamplingParams
 from nanomolmo2.processor import Point, Processor, ProcessorConfig, collate
 from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.processor.processor import VideoConfig
@@ -115,7 +121,8 @@ def test_options_reach_the_model_and_the_answer_stops_where_chat_and_model_say()
     pipeline.ask(PICTURE, "Is it?", max_new_tokens=1, temperature=0.5, top_p=0.9, top_k=7, seed=3)
     (call,) = model.calls
     assert call["max_new_tokens"] == 1
-    assert (call["temperature"], call["top_p"], call["top_k"], call["seed"]) == (0.5, 0.9, 7, 3)
+    sampling = call["sampling"]
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.5, 0.9, 7, 3)
     stops = {model.processor.tokenizer.special_id(name) for name in ("<|im_end|>", "<|endoftext|>")}
     assert stops <= set(call["eos_token_id"])
     assert set(model.config.eos_token_ids) <= set(call["eos_token_id"])
@@ -165,6 +172,181 @@ def test_weights_are_float32_on_the_cpu_unless_asked(tmp_path) -> None:
     assert next(Pipeline.from_pretrained(tmp_path / "m").model.parameters()).dtype == torch.float32
     half = Pipeline.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
     assert next(half.model.parameters()).dtype == torch.bfloat16
+
+
+# ---- settings ----
+
+
+def test_settings_reach_the_model() -> None:
+    pipeline, model = scripted("Yes.", "Yes.")
+    pipeline.ask(
+        PICTURE,
+        "Is it?",
+        min_p=0.1,
+        repetition_penalty=1.2,
+        logit_bias={3: 1.0},
+        stop="no",
+        logprobs=2,
+        lookup=False,
+        batch_invariant=True,
+    )
+    pipeline.ask(PICTURE, "Is it?")
+    first, second = model.calls
+    assert first["sampling"] == SamplingParams(
+        min_p=0.1, repetition_penalty=1.2, logit_bias={3: 1.0}, stop="no", logprobs=2
+    )
+    assert (first["lookup"], first["batch_invariant"], first["guide"]) == (False, True, None)
+    assert second["sampling"] == SamplingParams()
+    assert (second["lookup"], second["batch_invariant"]) == (True, False)
+    assert isinstance(second["guide"](), PointsGuide)
+
+
+@pytest.mark.parametrize(
+    ("stop", "shown"),
+    [
+        ("two", "One, "),
+        (["three", ", t"], "One"),
+        ("One", ""),
+        ("three!", "One, two, three"),  # begins and does not come: nothing is lost
+        ("four", "One, two, three"),
+    ],
+)
+def test_a_stop_text_is_never_shown(stop: str | list[str], shown: str) -> None:
+    pipeline, _ = scripted("One, two, three")
+    pieces: list[str] = []
+    answer = pipeline.ask(PICTURE, "Count.", stop=stop, on_text=pieces.append)
+    assert answer.text == "".join(pieces) == shown
+    assert answer.finish_reason == "stop"
+    whole = len(pipeline.processor.tokenizer.encode_text("One, two, three")) + 1
+    assert (answer.output_tokens < whole) == (shown != "One, two, three")
+
+
+def test_a_stop_text_ends_generation_at_once(pipeline: Pipeline) -> None:
+    """With drafts too: not a token is written behind it."""
+    settings = {"max_new_tokens": 24, "temperature": 1.0, "seed": 2}
+    whole = pipeline.ask(PICTURE, "Dogs?", **settings)
+    assert len(whole.text) > 12
+    stop = whole.text[7:10]
+    at = whole.text.index(stop)
+    answer = pipeline.ask(PICTURE, "Dogs?", stop=stop, **settings)
+    assert (answer.text, answer.finish_reason) == (whole.text[:at], "stop")
+    ids = pipeline_ids(pipeline, "Dogs?", **settings)
+    enough = next(n for n in range(len(ids) + 1) if stop in pipeline.processor.decode(ids[:n]))
+    assert answer.output_tokens == enough
+
+
+def pipeline_ids(pipeline: Pipeline, question: str, **settings: Any) -> list[int]:
+    """Ids of the answer, by hand."""
+    batch = prompt(pipeline, question)
+    ids = pipeline.model.generate(batch.input_ids, batch.pixel_values, **settings)
+    return ids[0, batch.input_ids.shape[1] :].tolist()
+
+
+def prompt(pipeline: Pipeline, question: str) -> Batch:
+    encoded = pipeline.processor.encode([{"role": "user", "content": question}], [PICTURE])
+    return collate([encoded], pipeline.processor.pad_token_id)
+
+
+def test_an_answer_that_was_cut_off_says_so(pipeline: Pipeline) -> None:
+    answer = pipeline.ask(PICTURE, "Dogs?", max_new_tokens=2)
+    assert (answer.finish_reason, answer.output_tokens, answer.logprobs) == ("length", 2, ())
+    none = pipeline.ask(PICTURE, "Dogs?", max_new_tokens=0)
+    assert (none.finish_reason, none.output_tokens, none.text) == ("length", 0, "")
+
+
+def test_log_probabilities_are_those_of_a_plain_forward_pass(pipeline: Pipeline) -> None:
+    """Whatever the settings: they are the model's own."""
+    settings = {"temperature": 0.8, "seed": 1, "repetition_penalty": 1.3}
+    answer = pipeline.ask(PICTURE, "Dogs?", max_new_tokens=8, logprobs=3, top_k=5, **settings)
+    assert len(answer.logprobs) == answer.output_tokens
+    batch = prompt(pipeline, "Dogs?")
+    ids = torch.tensor([[one.token for one in answer.logprobs]])
+    with torch.no_grad():
+        logits = pipeline.model(torch.cat([batch.input_ids, ids], dim=1), batch.pixel_values)
+    wanted = logits[0, -ids.shape[1] - 1 : -1].log_softmax(-1)
+    found = torch.tensor([one.logprob for one in answer.logprobs])
+    torch.testing.assert_close(found, wanted.gather(1, ids[0][:, None])[:, 0])
+    for one, row in zip(answer.logprobs, wanted, strict=True):
+        assert [id for id, _ in one.top] == row.topk(3).indices.tolist()
+        torch.testing.assert_close(torch.tensor([p for _, p in one.top]), row.topk(3).values)
+
+
+def test_a_model_that_knows_nothing_writes_only_points_that_can_be_read() -> None:
+    """Random weights with a liking for tags; the grammar decides where what they like may come."""
+    pipeline = Pipeline(small_model(), small_processor())
+    tokenizer = pipeline.processor.tokenizer
+    likings = {'<points coords="1': 5.0, '">': 5.0, "</points>": 6.0, "<|im_end|>": 4.0}
+    bias = {
+        (tokenizer.special_id(text) if "|" in text else tokenizer.encode_text(text)[0]): value
+        for text, value in likings.items()
+    }
+
+    def ask(seed: int, constrained: bool) -> Answer:
+        return pipeline.ask(
+            [PICTURE, PICTURE],
+            "Dogs?",
+            temperature=1.0,
+            seed=seed,
+            logit_bias=bias,
+            well_formed_points=constrained,
+            max_new_tokens=200,
+        )
+
+    answers = [ask(seed, True) for seed in range(12)]
+    ended = [answer for answer in answers if answer.finish_reason == "stop"]
+    assert len(ended) >= 6
+    assert not any(answer.problems for answer in ended)
+    assert sum(len(answer.points) for answer in ended) >= 6
+    assert any(ask(seed, False).problems for seed in range(12))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("constrained", [False, True])
+def test_lookup_changes_no_answer(
+    temperature: float, constrained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Pipeline(small_model(), small_processor())
+    opening = pipeline.processor.tokenizer.encode_text('<points coords="1')[0]
+    drafted: list[int] = []
+    draft = Drafter.draft
+
+    def always(self: Drafter, room: int | None = None, **beside: int) -> list[int]:
+        self.width.costs = FREE
+        guess = draft(self, room, **beside)
+        drafted.append(len(guess))
+        return guess
+
+    monkeypatch.setattr(Drafter, "draft", always)
+    for seed in range(6):
+        plain, guessed = (
+            pipeline.ask(
+                PICTURE,
+                "Point to the dogs.",
+                max_new_tokens=40,
+                temperature=temperature,
+                seed=seed,
+                logit_bias={opening: 4.0},
+                well_formed_points=constrained,
+                lookup=lookup,
+                reuse=False,
+                batch_invariant=True,
+                logprobs=1,
+            )
+            for lookup in (False, True)
+        )
+        assert guessed.logprobs == plain.logprobs
+        assert guessed.text == plain.text
+    assert sum(drafted) > 20
+
+
+class FreeDrafts(StepCosts):
+    """Every step costs the same: all guesses are tried."""
+
+    def seconds(self, positions: int) -> float:
+        return 1.0
+
+
+FREE = FreeDrafts()
 
 
 # ---- crops and videos ----
