@@ -27,8 +27,8 @@ PEER = "transformers float32"
 
 def our_steps(model: LanguageModel, ids: torch.Tensor, room: int) -> Callable[[], torch.Tensor]:
     """Read the prompt; every call then writes one token a row: (B, 1)."""
-    cache = KVCache(model.config.num_hidden_layers, capacity=ids.shape[1] + room)
-    token = model.head(model.transform(ids, past_key_values=cache)[:, -1:]).argmax(-1)
+    cache = KVCache(model.config.num_hidden_layers, ids.shape[1] + room, model.cache_dtype)
+    token = model.head(model.transform(ids, past_key_values=cache, last_only=True)).argmax(-1)
 
     def step() -> torch.Tensor:
         nonlocal token

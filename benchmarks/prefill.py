@@ -25,8 +25,8 @@ PEER = "transformers float32"
 
 
 def prefill(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
-    cache = KVCache(model.config.num_hidden_layers, capacity=ids.shape[1])
-    return model.head(model.transform(ids, past_key_values=cache)[:, -1])[:, None]
+    cache = KVCache(model.config.num_hidden_layers, ids.shape[1], model.cache_dtype)
+    return model.head(model.transform(ids, past_key_values=cache, last_only=True)[:, -1])[:, None]
 
 
 def measure(sizes: Sizes) -> list[Row]:

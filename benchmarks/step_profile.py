@@ -27,12 +27,17 @@ PARTS = ("linears", "attention", "norms", "head", "rest")
 def watched(model: LanguageModel) -> Iterator[dict[str, float]]:
     """Seconds of every part while the block runs; "rest" is filled in at its end."""
     seconds = dict.fromkeys(PARTS, 0.0)
+    inside = False  # of a timed call: layers that are called together may call each other's forward
 
     def timed(part: str, function: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
-            start = time.perf_counter()
+            nonlocal inside
+            if inside:
+                return function(*arguments, **options)
+            inside, start = True, time.perf_counter()
             result = function(*arguments, **options)
             seconds[part] += time.perf_counter() - start
+            inside = False
             return result
 
         return call
@@ -48,8 +53,9 @@ def watched(model: LanguageModel) -> Iterator[dict[str, float]]:
                 continue
             module.forward = timed(part, module.forward)
             changed.append(module)
-    attend = decoder.attend
+    attend, project = decoder.attend, decoder.project
     decoder.attend = timed("attention", attend)
+    decoder.project = timed("linears", project)
     model.head = timed("head", model.head)  # type: ignore[method-assign]
     start = time.perf_counter()
     try:
@@ -57,7 +63,7 @@ def watched(model: LanguageModel) -> Iterator[dict[str, float]]:
         total = time.perf_counter() - start
         seconds["rest"] = total - sum(seconds.values())
     finally:
-        decoder.attend = attend
+        decoder.attend, decoder.project = attend, project
         del model.head
         for module in changed:
             del module.forward

@@ -300,11 +300,16 @@ class Engine:
             row.cache = self._new(capacity)
         mask = row.mask if row.mask is not None and row.reused < row.reach else None
         hidden = self._transform(
-            [row], [row.T - row.reused], row.positions[row.reused :], row.embeds[row.reused :], mask
+            [row],
+            [row.T - row.reused],
+            row.positions[row.reused :],
+            row.embeds[row.reused :],
+            mask,
+            last_only=True,
         )
         row.embeds = row.embeds[:0]  # not needed any more
         self._rows.append(row)
-        logits = self._head(hidden[-1:])
+        logits = self._head(hidden)
         if self.lookup and row.ids is not None:
             width = AdaptiveWidth(self._costs, shares=self._shares)
             row.drafter = Drafter(
@@ -373,7 +378,7 @@ class Engine:
             self.prefix_cache.keep(row.prefix())
 
     def _new(self, capacity: int) -> RowCache:
-        return RowCache(self.llm.config.num_hidden_layers, capacity)
+        return RowCache(self.llm.config.num_hidden_layers, capacity, self.llm.cache_dtype)
 
     def _transform(
         self,
@@ -382,8 +387,9 @@ class Engine:
         positions: Tensor,
         embeds: Tensor,
         mask: Tensor | None = None,
+        last_only: bool = False,
     ) -> Tensor:
-        """(N, D) embeddings of the rows' new positions -> (N, D) states."""
+        """(N, D) embeddings of the rows' new positions -> (N, D) states, or (1, D) of the last."""
         step = RaggedStep(
             [row.cache for row in rows], counts, mask=mask, fixed_blocks=self.batch_invariant
         )
@@ -392,6 +398,7 @@ class Engine:
                 inputs_embeds=embeds[None],
                 position_ids=positions[None].to(embeds.device),
                 past_key_values=step,
+                last_only=last_only,
             )[0]
 
     def _head(self, hidden: Tensor) -> Tensor:

@@ -38,8 +38,11 @@ class FixedBlocks(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", None) in _LINEAR:
+        name = getattr(func, "__name__", None)
+        if name in _LINEAR:
             return _in_blocks(func, args[0], args[1:], kwargs)
+        if name == "_linear_pointwise":  # oneDNN's linear layer: input, weight, bias, ...
+            return _in_blocks(F.linear, args[0], args[1:3], {})
         if func in _POSITIONWISE and args[0].ndim > 1:
             rows = args[0].reshape(-1, args[0].shape[-1])
             done = [func(row, *args[1:], **kwargs) for row in rows]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanomolmo2.batch import PREFIX_SUBSEGMENT
+from nanomolmo2.batch import PACK_SUBSEGMENT, PREFIX_SUBSEGMENT
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -30,13 +30,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, causal: bool = False) ->
 
     Args:
         q: (B, H, T, Dh).
-        k, v: (B, K, S, Dh), H a multiple of K.
+        k, v: (B, K, S, Dh), H a multiple of K; of another dtype where a cache keeps them in 16 bit.
         mask: (B or 1, 1, T, S) bool or additive, a FlexAttention block mask, or None.
         causal: query t sees keys 0..t; only where T == S and mask is None.
     Returns: (B, H, T, Dh).
     """
     B, H, T, Dh = q.shape
     K = k.shape[1]
+    if q.dtype != k.dtype:
+        return attend(q.to(k.dtype), k, v, mask, causal).to(q.dtype)
     if mask is not None and not isinstance(mask, Tensor):
         from torch.nn.attention.flex_attention import flex_attention
 
@@ -62,9 +64,6 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     """(T, S): the T queries are the last of S positions and see everything up to themselves."""
     queries = torch.arange(S - T, S, device=device)[:, None]
     return torch.arange(S, device=device)[None, :] <= queries
-
-
-PACK_SUBSEGMENT = 100_000  # times the number of an example in a pack, added to its subsegments
 
 
 def sees(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nanomolmo2.config import Config
 from nanomolmo2.models.attention import attend
+from nanomolmo2.models.kernels import Linear
 from nanomolmo2.models.language_model import MLP
 from nanomolmo2.models.vision_encoder import LayerNorm
 
@@ -93,10 +94,10 @@ class CrossAttention(nn.Module):
     def __init__(self, query_dim: int, key_dim: int, width: int, num_heads: int) -> None:
         super().__init__()
         self.head_dim = width // num_heads
-        self.q_proj = nn.Linear(query_dim, width)
-        self.k_proj = nn.Linear(key_dim, width)
-        self.v_proj = nn.Linear(key_dim, width)
-        self.o_proj = nn.Linear(width, width)
+        self.q_proj = Linear(query_dim, width)
+        self.k_proj = Linear(key_dim, width)
+        self.v_proj = Linear(key_dim, width)
+        self.o_proj = Linear(width, width)
 
     def forward(self, query: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, query_dim), (B, S, key_dim), (B, 1, 1, S) True = see -> (B, T, width)."""
@@ -112,7 +113,7 @@ class LinearConnector(nn.Module):
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
-        self.proj = nn.Linear(config.feature_dim, config.llm_dim)
+        self.proj = Linear(config.feature_dim, config.llm_dim)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.proj(features)
@@ -123,8 +124,8 @@ class MLPConnector(nn.Module):
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.feature_dim, config.hidden_dim)
-        self.fc2 = nn.Linear(config.hidden_dim, config.llm_dim)
+        self.fc1 = Linear(config.feature_dim, config.hidden_dim)
+        self.fc2 = Linear(config.hidden_dim, config.llm_dim)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(features)))
@@ -141,8 +142,8 @@ class ResamplerConnector(nn.Module):
         self.norm_queries = LayerNorm(D, eps=1e-6)
         self.attention = CrossAttention(D, config.feature_dim, D, config.num_attention_heads)
         self.norm_mlp = LayerNorm(D, eps=1e-6)
-        self.fc1 = nn.Linear(D, config.hidden_dim)
-        self.fc2 = nn.Linear(config.hidden_dim, D)
+        self.fc1 = Linear(D, config.hidden_dim)
+        self.fc2 = Linear(config.hidden_dim, D)
 
     def forward(self, features: Tensor) -> Tensor:
         x = self.queries.expand(features.shape[0], -1, -1)

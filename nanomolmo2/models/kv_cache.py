@@ -27,10 +27,14 @@ class KVCache:
     Args:
         num_layers: decoder layers.
         capacity: slots to allocate at the first write; it grows when more are needed.
+        dtype: of what is kept; None = of what is written.
     """
 
-    def __init__(self, num_layers: int, capacity: int = 0) -> None:
+    def __init__(
+        self, num_layers: int, capacity: int = 0, dtype: torch.dtype | None = None
+    ) -> None:
         self.capacity = capacity
+        self.dtype = dtype
         self.length = 0  # slots written, padding included
         self.key_mask: Tensor | None = None  # (B, length) bool; None = every slot is real
         self.positions: Tensor | None = None  # (B, 1) next position of each row
@@ -56,7 +60,7 @@ class KVCache:
         if buffer is None or buffer.shape[2] < end:
             B, K, _, Dh = new.shape
             slots = self.capacity if end <= self.capacity else -(-end // GROWTH) * GROWTH
-            grown = new.new_empty(B, K, slots, Dh)
+            grown = new.new_empty(B, K, slots, Dh, dtype=self.dtype or new.dtype)
             if buffer is not None:
                 grown[:, :, : self.length] = buffer[:, :, : self.length]
             store[layer] = buffer = grown
@@ -84,12 +88,16 @@ class RowCache:
             write.
     """
 
-    def __init__(self, num_layers: int, capacity: int = 0) -> None:
+    def __init__(
+        self, num_layers: int, capacity: int = 0, dtype: torch.dtype | None = None
+    ) -> None:
         """
         Args:
             capacity: slots to allocate at the first write; it grows when more are needed.
+            dtype: of what is kept; None = of what is written.
         """
         self.length = 0
+        self.dtype = dtype
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self._capacity = capacity
 
@@ -114,7 +122,7 @@ class RowCache:
 
     def fork(self, length: int, capacity: int = 0) -> RowCache:
         """A row of its own that begins with a copy of the first ``length`` slots."""
-        row = RowCache(len(self.layers), max(length, capacity))
+        row = RowCache(len(self.layers), max(length, capacity), self.dtype)
         for i, held in enumerate(self.layers):
             if held is not None and length:
                 row.write(i, held[0][:, :, :length], held[1][:, :, :length])
@@ -139,11 +147,12 @@ class RowCache:
             slots = max(slots, held[0].shape[2] + GROWTH)
         slots = -(-slots // KEY_BLOCK) * KEY_BLOCK
         _, K, _, Dh = like.shape
-        grown = (like.new_zeros(1, K, slots, Dh), like.new_zeros(1, K, slots, Dh))
+        dtype = self.dtype or like.dtype
+        grown = tuple(like.new_zeros(1, K, slots, Dh, dtype=dtype) for _ in range(2))
         if held is not None:
             for new, old in zip(grown, held, strict=True):
                 new[:, :, : self.length] = old[:, :, : self.length]
-        return grown
+        return grown[0], grown[1]
 
 
 class RaggedStep:
@@ -176,13 +185,18 @@ class RaggedStep:
         self.longest = max(r.length + n for r, n in zip(rows, counts, strict=True))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k, v (1, K, N, Dh) and attend: q (1, H, N, Dh) -> (1, H, N, Dh)."""
+        """Write k, v (1, K, N, Dh) and attend: q (1, H, N, Dh) -> (1, H, N, Dh).
+
+        A step of one row may have fewer queries than keys: those of its last positions.
+        """
+        if len(self.rows) == 1:
+            return self._attend_row(self.rows[0], layer, q, k, v)
         pieces = (x.split(self.counts, dim=2) for x in (q, k, v))
         mixed = [
             self._attend_row(row, layer, *piece)
             for row, *piece in zip(self.rows, *pieces, strict=True)
         ]
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=2)
+        return torch.cat(mixed, dim=2)
 
     def advance(self) -> None:
         """Count the new positions, after the last layer."""
@@ -190,12 +204,12 @@ class RaggedStep:
             row.length += count
 
     def _attend_row(self, row: RowCache, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        T, past = q.shape[2], row.length
-        S = past + T
+        T, S = q.shape[2], row.length + k.shape[2]
+        past = S - T
         keys, values = row.write(layer, k, v)
+        mask = None if self.mask is None else self.mask[-T:]
         if self.fixed_blocks:
-            return _attend_in_blocks(q, keys, values, past, self.mask)
-        mask = self.mask
+            return _attend_in_blocks(q, keys, values, past, mask)
         if mask is None and past and T > 1:
             mask = causal_mask(T, S, q.device)
         return attend(

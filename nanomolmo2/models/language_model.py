@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nanomolmo2.config import Config
 from nanomolmo2.models.attention import Mask, attend, causal_mask
+from nanomolmo2.models.kernels import Linear, linear
 from nanomolmo2.models.kv_cache import KVCache, RaggedStep
-from nanomolmo2.models.quantized import Modes, quantize
+from nanomolmo2.models.quantized import Modes, QuantizedLinear, project, quantize
 
 
 @dataclass(frozen=True)
@@ -119,19 +120,24 @@ class Attention(nn.Module):
             config.head_dim,
         )
         self.head_dim = Dh
-        self.q_proj = nn.Linear(D, H * Dh, bias=False)
-        self.k_proj = nn.Linear(D, K * Dh, bias=False)
-        self.v_proj = nn.Linear(D, K * Dh, bias=False)
-        self.o_proj = nn.Linear(H * Dh, D, bias=False)
+        self.q_proj = Linear(D, H * Dh, bias=False)
+        self.k_proj = Linear(D, K * Dh, bias=False)
+        self.v_proj = Linear(D, K * Dh, bias=False)
+        self.o_proj = Linear(H * Dh, D, bias=False)
         self.q_norm = RMSNorm(Dh, config.rms_norm_eps)
         self.k_norm = RMSNorm(Dh, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
+    def forward(self, x: Tensor, context: Context, layer: int, last_only: bool = False) -> Tensor:
+        """(B, T, D) -> (B, T, D), or (B, 1, D) of the last position."""
         q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H or K, Dh)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            y.unflatten(-1, (-1, self.head_dim))  # (B, T, H or K, Dh)
+            for y in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
-        q = rotate(self.q_norm(q).transpose(1, 2), context.cos, context.sin)
+        cos, sin, mask, causal = context.cos, context.sin, context.mask, context.causal
+        if last_only:  # sees everything: that is causal without a flag
+            q, cos, sin, causal = q[:, -1:], cos[:, :, -1:], sin[:, :, -1:], False
+            mask = mask[:, :, -1:] if isinstance(mask, Tensor) else None
+        q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)
         k = rotate(self.k_norm(k).transpose(1, 2), context.cos, context.sin)
         v = v.transpose(1, 2)
         if isinstance(context.cache, RaggedStep):
@@ -139,7 +145,7 @@ class Attention(nn.Module):
         else:
             if context.cache is not None:
                 k, v = context.cache.update(layer, k, v)
-            y = attend(q, k, v, context.mask, context.causal)
+            y = attend(q, k, v, mask, causal)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -148,12 +154,13 @@ class MLP(nn.Module):
 
     def __init__(self, in_size: int, intermediate_size: int, out_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(in_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(in_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, out_size, bias=False)
+        self.gate_proj = Linear(in_size, intermediate_size, bias=False)
+        self.up_proj = Linear(in_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, out_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -167,8 +174,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
         self.mlp = MLP(D, config.intermediate_size, D)
 
-    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context, layer)
+    def forward(self, x: Tensor, context: Context, layer: int, last_only: bool = False) -> Tensor:
+        """(B, T, D) -> (B, T, D), or (B, 1, D) of the last position."""
+        mixed = self.self_attn(self.input_layernorm(x), context, layer, last_only)
+        x = (x[:, -1:] if last_only else x) + mixed
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -184,7 +193,7 @@ class LanguageModel(nn.Module):
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            else Linear(config.hidden_size, config.vocab_size, bias=False)
         )
         self.gradient_checkpointing = False
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
@@ -218,7 +227,7 @@ class LanguageModel(nn.Module):
             than ``max_position_embeddings``.
         """
         if use_cache and past_key_values is None:
-            past_key_values = KVCache(self.config.num_hidden_layers)
+            past_key_values = KVCache(self.config.num_hidden_layers, dtype=self.cache_dtype)
         states: list[Tensor] | None = [] if output_hidden_states else None
         hidden = self.transform(
             input_ids,
@@ -244,17 +253,22 @@ class LanguageModel(nn.Module):
         position_ids: Tensor | None = None,
         past_key_values: KVCache | RaggedStep | None = None,
         states: list[Tensor] | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """The decoder without its head: (B, T, D), normed. Arguments as in :meth:`forward`.
 
         The output width is the only difference, so callers that need few logits pass only the rows
         they need to :meth:`head`. ``past_key_values`` may be a RaggedStep: then the batch is one
         row, (1, N), and ``position_ids`` are needed.
+
+        ``last_only``: (B, 1, D), of the last position: the last layer computes no other's output.
+        For sequences without padding on the right, and a RaggedStep of one row.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         x = self.embed(input_ids) if input_ids is not None else inputs_embeds
         assert x is not None
+        T = x.shape[1]
         context = self._context(x, attention_mask, position_ids, past_key_values)
         for i, layer in enumerate(self.layers):
             if states is not None:
@@ -262,11 +276,11 @@ class LanguageModel(nn.Module):
             if self.gradient_checkpointing and torch.is_grad_enabled() and context.cache is None:
                 x = checkpoint(layer, x, context, i, use_reentrant=False)
             else:
-                x = layer(x, context, i)
+                x = layer(x, context, i, last_only and i == len(self.layers) - 1)
         if isinstance(context.cache, RaggedStep):
             context.cache.advance()
         elif context.cache is not None:
-            context.cache.advance(x.shape[1], context.key_mask, context.next_positions)
+            context.cache.advance(T, context.key_mask, context.next_positions)
         if states is not None:
             states.append(x)
         x = self.norm(x)
@@ -292,11 +306,23 @@ class LanguageModel(nn.Module):
                 )
         return self.embed_tokens(input_ids)
 
+    @property
+    def cache_dtype(self) -> torch.dtype | None:
+        """Of keys and values in a cache; None = as they are computed.
+
+        Beside int8 weights, whose own rounding is coarser, bfloat16: on a CPU, reading a float32
+        cache costs as much as all int8 weights.
+        """
+        int8 = any(
+            isinstance(m, QuantizedLinear) and m.mode.startswith("int8") for m in self.modules()
+        )
+        return torch.bfloat16 if int8 else None
+
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)."""
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        return F.linear(hidden, self.embed_tokens.weight[: self.config.vocab_size])
+        return linear(hidden, self.embed_tokens.weight[: self.config.vocab_size])
 
     def quantize(self, mode: Modes, **options: Any) -> Self:
         """8-bit or 16-bit weights, in place; see :func:`nanomolmo2.models.quantized.quantize`.

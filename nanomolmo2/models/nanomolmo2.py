@@ -145,6 +145,8 @@ class NanoMolmo2(nn.Module):
             # Features are added to this row; at zero, programs that replace it do the same.
             with torch.no_grad():
                 self.llm.embed_tokens.weight[config.image_token_id].zero_()
+        # Ranks that share their weights run the same parts, also where a batch has no picture.
+        self.always_sees = False
         self._warned_unlabelled = False
         if config.freeze_vision:
             self.vision_encoder.freeze()
@@ -425,6 +427,8 @@ class NanoMolmo2(nn.Module):
                 "here each stands for a whole picture, so positions would move"
             )
         x = text.gather(1, placement.source[:, :, None].expand(-1, -1, text.shape[-1]))
+        if not features and self.always_sees:
+            features = [self._nothing(x)]
         if features:
             visual = torch.cat(features).to(x.dtype)
             if self.config.connector.connector_type == "pooling":
@@ -493,6 +497,12 @@ class NanoMolmo2(nn.Module):
         P = self.config.vision_config.patch_size
         rows, columns = (side // P for side in pixel_values.shape[-2:])
         return self.config.connector.num_visual_tokens(rows * columns)
+
+    def _nothing(self, like: Tensor) -> Tensor:
+        """(0, D): a blank picture was encoded, and all of its visual tokens were left out."""
+        vision = self.config.vision_config
+        blank = like.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+        return self.encode_images(blank)[0, :0]
 
     def _encode_list(self, pictures: list[Tensor]) -> list[Tensor]:
         """Visual tokens (n, D) of every picture; pictures of one size share a forward pass."""

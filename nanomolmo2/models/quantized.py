@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -31,6 +31,7 @@ from nanomolmo2.models.kernels import (
     WEIGHT_DTYPE,
     DenseKernel,
     Kernel,
+    PackedSlice,
     Plain,
     kernel_for,
     quantize_weight,
@@ -83,7 +84,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", floats(N) if has_scale else None)
         self.register_buffer("input_scale", floats(K) if has_scale and calibrated else None)
         self.register_buffer("bias", floats(N).zero_() if bias else None)
-        self._packed: Kernel | None = None
+        self._packed: Kernel | PackedSlice | None = None
 
     @classmethod
     def from_linear(
@@ -131,12 +132,13 @@ class QuantizedLinear(nn.Module):
         """Pack the weights for their kernel; the plain ones are let go."""
         with _packing:
             if self._packed is None:
-                assert self.weight is not None
-                on_cpu = self.weight.device.type == "cpu"
-                kernel = kernel_for(self.mode) if on_cpu else DenseKernel
-                self._packed = kernel(Plain(self.weight, self.scale, self.bias, self.input_scale))
-                self.weight = None
+                plain = self._plain()
+                self._packed, self.weight = _kernel(self.mode, plain.weight)(plain), None
             return self._packed
+
+    def _plain(self) -> Plain:
+        assert self.weight is not None
+        return Plain(self.weight, self.scale, self.bias, self.input_scale)
 
     def _unpack(self) -> None:
         """Hold the plain weights again."""
@@ -179,6 +181,64 @@ class QuantizedLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self._unpack()  # copies and pickles hold plain tensors only
         return self.__dict__.copy()
+
+
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """What each of several linear layers makes of one input.
+
+    Quantised ones of one mode are one product: small calls cost nearly as much as large ones, and
+    the input is brought to int8 once.
+    """
+    whole = _together(layers)
+    if whole is None or (torch.is_grad_enabled() and x.requires_grad) or not x.numel():
+        return tuple(layer(x) for layer in layers)
+    y = whole(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+    return y.split([int(layer.out_features) for layer in layers], dim=-1)  # type: ignore[arg-type]
+
+
+def _together(layers: Sequence[nn.Module]) -> Kernel | None:
+    """The kernel that the layers share, packed at the first call; None if they cannot share one."""
+    first = layers[0]
+    if not isinstance(first, QuantizedLinear):
+        return None
+    packed = [layer._packed if isinstance(layer, QuantizedLinear) else None for layer in layers]
+    if isinstance(packed[0], PackedSlice):
+        whole = packed[0].whole
+        if all(isinstance(slice, PackedSlice) and slice.whole is whole for slice in packed):
+            return whole
+    alike = [
+        layer
+        for layer in layers
+        if isinstance(layer, QuantizedLinear)
+        and layer.mode == first.mode
+        and (layer.bias is None) == (first.bias is None)
+        and not layer.calibrated  # each has scales of its own for the input
+    ]
+    if len(alike) < len(layers):
+        return None
+    for layer in alike:
+        layer._unpack()
+    with _packing:
+        parts = [layer._plain() for layer in alike]
+        weight = torch.cat([part.weight for part in parts])
+        scales = [part.scale for part in parts if part.scale is not None]
+        biases = [part.bias for part in parts if part.bias is not None]
+        plain = Plain(
+            weight,
+            torch.cat(scales) if scales else None,
+            torch.cat(biases) if biases else None,
+            None,
+        )
+        whole = _kernel(first.mode, weight)(plain)
+        start = 0
+        for layer in alike:
+            stop = start + layer.out_features
+            layer._packed, layer.weight, start = PackedSlice(whole, start, stop), None, stop
+    return whole
+
+
+def _kernel(mode: str, weight: Tensor) -> Callable[[Plain], Kernel]:
+    return kernel_for(mode) if weight.device.type == "cpu" else DenseKernel
 
 
 # ---- whole modules ----

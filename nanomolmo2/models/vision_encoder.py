@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nanomolmo2.config import Config
 from nanomolmo2.models.attention import attend
-from nanomolmo2.models.quantized import Modes, quantize
+from nanomolmo2.models.kernels import Linear, linear
+from nanomolmo2.models.quantized import Modes, project, quantize
 
 # Activations of the pictures that go through together where no graph is kept. Measured: a picture
 # takes the same time alone and in groups of 2 to 8, so two of full size are enough for a CPU.
@@ -88,15 +89,15 @@ class VisionAttention(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(D, D)
-        self.k_proj = nn.Linear(D, D)
-        self.v_proj = nn.Linear(D, D)
-        self.out_proj = nn.Linear(D, D)
+        self.q_proj = Linear(D, D)
+        self.k_proj = Linear(D, D)
+        self.v_proj = Linear(D, D)
+        self.out_proj = Linear(D, D)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, N, Dh)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, N, Dh)
+            for y in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
         return self.out_proj(attend(q, k, v, mask=None).transpose(1, 2).flatten(2))
 
@@ -106,8 +107,8 @@ class VisionMLP(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -303,7 +304,7 @@ class VisionEncoder(nn.Module):
             )
         weight = self.patch_embedding.weight  # (D, 3, P, P)
         matrix = weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*3), as the patches run
-        x = F.linear(patches.to(weight.dtype), matrix, self.patch_embedding.bias)
+        x = linear(patches.to(weight.dtype), matrix, self.patch_embedding.bias)
         return x + self._positions(side, side)
 
     def _positions(self, rows: int, columns: int) -> Tensor:

@@ -248,3 +248,42 @@ def test_the_random_numbers_of_the_program_stay() -> None:
     for mode in MODES:
         kernel_for(mode)
     assert torch.equal(torch.rand(3), expected)
+
+
+# ---- floating point through oneDNN ----
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 793])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_torchs(rows: int, bias: bool) -> None:
+    x, weight = random(2, rows, 40), random(24, 40, seed=1)
+    b = random(24, seed=2) if bias else None
+    assert torch.allclose(kernels.linear(x, weight, b), F.linear(x, weight, b), atol=1e-5)
+
+
+def test_gradients_autocast_and_other_dtypes_take_torchs_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def must_not_be_asked() -> bool:
+        raise AssertionError("oneDNN was asked for")
+
+    monkeypatch.setattr(kernels, "_onednn_is_there", must_not_be_asked)
+    layer = kernels.Linear(40, 24)
+    assert layer(random(3, 40)).requires_grad
+    with torch.no_grad():
+        assert layer.bfloat16()(random(3, 40).bfloat16()).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer.float()(random(3, 40)).dtype == torch.bfloat16
+        assert layer(random(0, 40)).shape == (0, 24)
+
+
+def test_without_onednn_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *_: torch.zeros(3, 24))
+    kernels._onednn_is_there.cache_clear()
+    try:
+        assert not kernels._onednn_is_there()
+        x, weight = random(3, 40), random(24, 40, seed=1)
+        assert torch.equal(kernels.linear(x, weight), F.linear(x, weight))
+    finally:
+        monkeypatch.undo()
+        kernels._onednn_is_there.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from nanomolmo2.generation.invariant import FixedBlocks
 from nanomolmo2.models import LanguageModel
 from nanomolmo2.models.attention import sequence_mask
-from nanomolmo2.models.kv_cache import GROWTH, KEY_BLOCK, RaggedStep, RowCache
+from nanomolmo2.models.kv_cache import GROWTH, KEY_BLOCK, KVCache, RaggedStep, RowCache
 from tests.nets import LLM, randomize, text_ids
 
 LAYERS = LLM.num_hidden_layers
@@ -139,3 +140,52 @@ def test_a_row_keeps_to_the_context(llm: LanguageModel) -> None:
     step(llm, [row], [text_ids(127)])
     with pytest.raises(ValueError, match="has 129 positions"):
         step(llm, [row], [text_ids(2)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fixed_blocks", [False, True])
+@pytest.mark.parametrize(("past", "image"), [(0, False), (5, False), (0, True)])
+def test_the_last_position_alone(
+    llm: LanguageModel, past: int, image: bool, fixed_blocks: bool
+) -> None:
+    ids = text_ids(24)
+    mask = None
+    if image:
+        tokens = torch.zeros(1, 24, dtype=torch.bool)
+        tokens[0, 3:23] = True
+        mask = sequence_mask(24, image_tokens=tokens, device=ids.device)[0, 0]
+    found = []
+    for last_only in (False, True):
+        row = RowCache(LAYERS)
+        if past:
+            step(llm, [row], [ids[:past]], fixed_blocks=fixed_blocks)
+        ragged = RaggedStep([row], [24 - past], mask=mask, fixed_blocks=fixed_blocks)
+        with FixedBlocks() if fixed_blocks else nullcontext():
+            hidden = llm.transform(
+                ids[None, past:],
+                position_ids=torch.arange(past, 24)[None],
+                past_key_values=ragged,
+                last_only=last_only,
+            )
+        assert row.length == 24
+        found.append((hidden[:, -1], row))
+    (expected, whole), (last, part) = found
+    assert (
+        torch.equal(last, expected) if fixed_blocks else torch.allclose(last, expected, atol=1e-5)
+    )
+    for a, b in zip(whole.layers, part.layers, strict=True):
+        assert a is not None and b is not None
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@torch.no_grad()
+def test_the_last_position_alone_in_a_padded_cache(llm: LanguageModel) -> None:
+    ids = text_ids(2, 9)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, :4] = False
+    caches = [KVCache(LAYERS), KVCache(LAYERS)]
+    whole = llm.transform(ids, attention_mask=mask, past_key_values=caches[0])
+    last = llm.transform(ids, attention_mask=mask, past_key_values=caches[1], last_only=True)
+    assert torch.allclose(last, whole[:, -1:], atol=1e-5)
+    assert caches[1].length == 9 and torch.equal(caches[0].positions, caches[1].positions)
+    assert torch.allclose(llm.transform(ids, last_only=True), llm.transform(ids)[:, -1:], atol=1e-5)

@@ -26,6 +26,7 @@ from nanomolmo2.models.quantized import (
     describe,
     is_quantized,
     prepare,
+    project,
     quantization_report,
     quantize,
 )
@@ -478,3 +479,58 @@ def test_full_size(
     found = prefill_and_steps(copy.deepcopy(llm).quantize(mode), ids)
     for one, other in zip(found, expected, strict=True):
         assert 0 < relative(one, other) < bound
+
+
+# ---- layers of one input, packed as one ----
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_together_give_what_each_gives_alone(mode: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    layers = [
+        QuantizedLinear.from_linear(nn.Linear(40, n, bias=bias), mode).requires_grad_(False)
+        for n in (24, 8, 16)
+    ]
+    x = torch.randn(2, 5, 40)
+    alone = [copy.deepcopy(layer)(x) for layer in layers]
+    states = [layer.state_dict() for layer in copy.deepcopy(layers)]
+    together = project(x, *layers)
+    for found, expected in zip(together, alone, strict=True):
+        assert torch.allclose(found, expected, atol=1e-6)
+    for layer, state, expected in zip(layers, states, alone, strict=True):
+        assert torch.allclose(layer(x), expected, atol=1e-6)  # still a layer by itself
+        for name, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, state[name]), name
+    layers[1].to(torch.float64)  # unpacks one of them
+    for found, expected in zip(project(x, *layers), alone, strict=True):
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_layers_that_cannot_share_a_kernel_run_one_by_one() -> None:
+    linear = nn.Linear(40, 8)
+    layers = [QuantizedLinear.from_linear(linear, "int8"), linear]
+    x = torch.randn(3, 40)
+    with torch.no_grad():
+        found = project(x, *layers)
+    assert torch.equal(found[1], linear(x))
+    assert relative(found[0], found[1]) < 0.02
+
+
+# ---- the cache beside int8 weights ----
+
+
+def test_int8_keeps_keys_and_values_in_16_bit() -> None:
+    llm = decoder()
+    assert llm.cache_dtype is None
+    ids = text_ids(1, 12)
+    with torch.no_grad():
+        whole = llm(ids)
+    llm.quantize("int8")
+    assert llm.cache_dtype == torch.bfloat16
+    logits, cache = llm(ids[:, :9], use_cache=True)
+    rest, _ = llm(ids[:, 9:], past_key_values=cache, use_cache=True)
+    assert cache.keys[0].dtype == cache.values[0].dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    assert relative(torch.cat([logits, rest], dim=1), whole) < BOUND["int8"]
+    assert decoder().quantize("fp16-weights").cache_dtype is None
