@@ -1,4 +1,4 @@
-"""The command ``nanomolmo2``: ask, info, download, quantize, export, train, eval, bench, demo.
+"""The command ``nanomolmo2``, one class for each of its commands.
 
 A command is a frozen dataclass: its fields are the options, ``run`` does the work. Help is answered
 without loading torch: everything heavy is imported inside ``run``.
@@ -22,7 +22,7 @@ import textwrap
 import time
 import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -37,10 +37,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
+    from nanomolmo2.data.example import Example
     from nanomolmo2.evaluation.emoji import Scores
     from nanomolmo2.generation.pipeline import Answer, Pipeline
     from nanomolmo2.models.quantized import LayerError
-    from nanomolmo2.processor import Point
+    from nanomolmo2.processor import Encoded, Point
     from nanomolmo2.processor.video import Video
 
 BASE = "base"  # on the command line; None in Python
@@ -450,6 +451,159 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Inspect:
+    """Show what a model will see of a data source, or audit the source.
+
+    Of each example: its tokens by who speaks, with what is learned underlined, positions and loss
+    weights, crops, and the points of its answers on their pictures.
+
+    With --audit, every record is read as training reads it. A fatal finding (nothing to learn,
+    image tokens cut off, answers longer than the sequence, points outside, too many broken
+    pictures, records that cannot be read) makes the exit code 1.
+    """
+
+    source: Annotated[
+        Positional[str],
+        arg(
+            metavar="SOURCE",
+            help="file, folder or pattern of files with examples (.jsonl, .json, .parquet, .tar), "
+            "hub:NAME of a data set on the Hugging Face hub, or emoji",
+        ),
+    ]
+    pictures: Annotated[
+        Path | None,
+        arg(metavar="DIR", help="folder of the pictures; none = paths go out from the file"),
+    ] = None
+    model: Annotated[
+        str,
+        arg(metavar="MODEL", help="whose tokenizer, pictures and context: " + MODEL_HELP),
+    ] = "tiny"
+    count: Annotated[int, arg(metavar="N", help="how many examples are shown")] = 3
+    start: Annotated[
+        int, arg(metavar="RECORD", help="number of the first one that is shown, from 0")
+    ] = 0
+    html: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE",
+            help="write one page with pictures instead (.html); with --audit it shows the "
+            "findings and the records that they name",
+        ),
+    ] = None
+    audit: Annotated[
+        bool, arg(help="look for what is wrong in all records instead of showing some")
+    ] = False
+    limit: Annotated[
+        int | None, arg(metavar="N", help="audit the first N records only; none = all of them")
+    ] = None
+    sequence_length: Annotated[
+        int | None,
+        arg(
+            metavar="TOKENS",
+            help="longest sequence of the training, for the audit; none = the model's context",
+        ),
+    ] = None
+    bad_share: Annotated[
+        float,
+        arg(
+            metavar="SHARE",
+            help="audit: more missing and broken pictures than this share of the records (0 to 1) "
+            "are fatal, as in training",
+        ),
+    ] = 0.05
+    loss_weighting: Annotated[
+        Literal["token", "sqrt", "molmo2"],
+        arg(
+            help="weight of a label in a branch with n of them: 1, 1 / sqrt(n), or Molmo2's "
+            "2 / sqrt(n times the number of branches)"
+        ),
+    ] = "token"
+    json: Annotated[bool, arg(help="print one JSON object instead, without the pictures")] = False
+    debug: Debug = False
+
+    def run(self) -> None:
+        self._check()
+        from rich.console import Console
+
+        from nanomolmo2.convert.pretrained import load_config, load_processor
+        from nanomolmo2.data.audit import audit
+        from nanomolmo2.data.inspect import look
+        from nanomolmo2.data.show import make_page, print_report, print_views
+        from nanomolmo2.data.sources import SourceConfig, open_source
+
+        source = open_source(SourceConfig(self.source, pictures=str(self.pictures or "")))
+        name = None if self.model == BASE else self.model
+        processor, config = load_processor(name), load_config(name)
+
+        def encode(example: Example) -> Encoded:
+            return processor.encode_tree(
+                example.images,
+                [branch.messages for branch in example.branches],
+                video=example.video,
+                loss_weighting=self.loss_weighting,
+            )
+
+        report = None
+        records = list(range(self.start, min(self.start + self.count, len(source))))
+        if self.audit:
+            settings = processor.config
+            expands = settings.multicrop is None and settings.image_tokens is None
+            with progress_bar("records") as on_progress:
+                report = audit(
+                    source,
+                    encode,
+                    processor,
+                    max_tokens=self.sequence_length or config.llm_config.max_position_embeddings,
+                    visual_tokens=config.num_visual_tokens if expands else 1,
+                    bad_share=self.bad_share,
+                    limit=self.limit,
+                    on_progress=on_progress,
+                )
+            named = sorted({record for found in report.findings for record in found.records})
+            records = named[: self.count] or records
+        elif not records:
+            raise ValueError(
+                f"{self.source} has {len(source)} records, numbered from 0: there is none to show "
+                f"from {self.start} on"
+            )
+        page, show = self.html is not None, not self.audit
+        views = [look(source, i, encode, processor) for i in records] if page or show else []
+        if self.html is not None:
+            text = make_page(views, self.source, self.model, report)
+            with atomic_path(self.html) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+            print(f"wrote {self.html}", file=sys.stderr)
+        if self.json:
+            found = report.to_dict() if report else {"examples": [v.to_dict() for v in views]}
+            print(json.dumps({"source": self.source, "model": self.model, **found}))
+        elif report is not None:
+            print_report(report, Console())
+        elif self.html is None:
+            print_views(views, Console())
+        if report is not None and report.fatal:
+            causes = ", ".join(f"{found.cause} ({found.count})" for found in report.fatal)
+            raise ValueError(
+                f"{self.source} is not fit for training: {causes}; correct or remove these records"
+            )
+
+    def _check(self) -> None:
+        for name, value, least in (
+            ("--count", self.count, 1),
+            ("--start", self.start, 0),
+            ("--limit", self.limit, 1),
+            ("--sequence-length", self.sequence_length, 1),
+        ):
+            if value is not None and value < least:
+                raise UsageError(f"{name} must be {least} or more, found {value}")
+        if not 0 <= self.bad_share <= 1:
+            raise UsageError(f"--bad-share must be 0 to 1, found {self.bad_share}")
+        if self.html is not None:
+            check_writable(self.html, (".html", ".htm"))
+        if self.limit is not None and not self.audit:
+            raise UsageError("--limit is for --audit; --start and --count choose what is shown")
+
+
+@dataclass(frozen=True)
 class Eval:
     """Measure a model on a fixed test set.
 
@@ -724,7 +878,7 @@ class Demo:
         run_demo(self.draw)
 
 
-Command = Ask | Info | Download | Quantize | Export | Train | Eval | Bench | Demo
+Command = Ask | Info | Download | Quantize | Export | Train | Inspect | Eval | Bench | Demo
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -852,6 +1006,17 @@ def load_module(name: str, cache_dir: Path, **options: Any) -> nn.Module:
         elif model_type.startswith("qwen") or model_type == "nanomolmo2_llm":
             loader = LanguageModel
     return loader.from_pretrained(None if name == BASE else name, cache_dir=cache_dir, **options)
+
+
+@contextlib.contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, gone at the end; gives what is called with the numbers done and of all."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
 def print_piece(text: str) -> None:

@@ -182,6 +182,18 @@ def load_processor(
     return Processor(ProcessorConfig(), Tokenizer.from_file(directory / TOKENIZER_NAME))
 
 
+def load_config(
+    name_or_path: str | Path | None = None, *, revision: str | None = None
+) -> NanoMolmo2Config:
+    """Configuration of a whole model, its weights not read; without a name the base design's.
+
+    Raises: as :func:`load_nanomolmo2`.
+    """
+    if name_or_path is None:
+        return NanoMolmo2Config()
+    return _open_whole(_find_directory(name_or_path, revision))[0].config
+
+
 def save_pretrained(
     model: NanoMolmo2 | VisionEncoder | LanguageModel,
     directory: str | Path,

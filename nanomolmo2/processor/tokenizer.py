@@ -131,7 +131,13 @@ class Tokenizer:
         return text[:end], text[end:]
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
-        return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+        try:
+            return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+        except TypeError:  # half a surrogate pair, which JSON can hold
+            raise ValueError(
+                f"found {text[:40]!r}, expected a text of Unicode characters: it has to be encoded "
+                f"again from its source"
+            ) from None
 
     def _encode_control(self, text: str) -> tuple[int, ...]:
         ids: list[int] = []

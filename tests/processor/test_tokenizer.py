@@ -175,3 +175,9 @@ def test_molmo2_tokens_at_other_ids(base, tmp_path):
         molmo2_tokenizer(tmp_path / "part.json")
     with pytest.raises(FileNotFoundError, match="no tokenizer at"):
         molmo2_tokenizer(tmp_path / "none.json")
+
+
+def test_text_that_is_no_unicode_is_refused() -> None:
+    """JSON can hold half a surrogate pair; the library calls that a TypeError."""
+    with pytest.raises(ValueError, match="expected a text of Unicode characters"):
+        SMALL.encode_text("\ud800 dog")

@@ -1,0 +1,50 @@
+"""Made-up sources for the tests of `inspect` and `audit`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from nanomolmo2.data.example import BadExample, Branch, Example
+from nanomolmo2.processor import Encoded, Processor
+
+
+class Listed:
+    """A source of the given examples; a BadExample in the list is raised."""
+
+    def __init__(self, *examples: Example | BadExample, name: str = "made up") -> None:
+        self.examples, self.name = examples, name
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.examples[index]
+        if isinstance(example, BadExample):
+            raise example
+        return example
+
+
+def talk(*texts: str, task: str = "") -> Branch:
+    """Question, answer, question, answer, ..."""
+    roles = ("user", "assistant")
+    messages: list[Any] = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    return Branch(messages, task)
+
+
+def picture(seed: int = 0, width: int = 40, height: int = 30) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoder(processor: Processor, **options: Any) -> Callable[[Example], Encoded]:
+    """As training encodes examples."""
+
+    def encode(example: Example) -> Encoded:
+        branches = [branch.messages for branch in example.branches]
+        return processor.encode_tree(example.images, branches, video=example.video, **options)
+
+    return encode
