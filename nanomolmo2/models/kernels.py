@@ -19,34 +19,69 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 MODES = ("int8", "int8-weight-only", "fp16-weights")
 WEIGHT_DTYPE = {"int8": torch.int8, "int8-weight-only": torch.int8, "fp16-weights": torch.float16}
 
 _BLOCK = 4096  # outputs that are converted at a time, so that no second copy of a head is made
 _VECTOR = 32  # inputs that the weight-only operator takes at a time, on any CPU
+# Multiplications from which a layer that learns is worth an autograd function in Python.
+_WORTH_A_FUNCTION = 2**25
 _TINY = torch.finfo(torch.float32).tiny
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: (..., K), (N, K), (N,) -> (..., N).
 
-    Float32 products without gradients go to oneDNN directly, where PyTorch would ask MKL. Measured
-    on AVX-512: a tenth less time for many rows, a quarter less for one row on one thread, half on
-    two. docs/performance.md has the table.
+    Float32 products on a CPU go to oneDNN directly, where PyTorch would ask MKL. Measured on
+    AVX-512: a tenth less time for many rows, a quarter less for one row on one thread, half on two.
+    docs/performance.md has the table.
     """
     plain = (
         weight.dtype is torch.float32
         and x.dtype is torch.float32
         and weight.device.type == "cpu"
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and type(weight) in (Tensor, nn.Parameter)
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and _onednn_is_there()
     )
     if not plain:
         return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        if x.numel() * len(weight) < _WORTH_A_FUNCTION:
+            return F.linear(x, weight, bias)
+        product: Tensor = _Product.apply(x, weight, bias)
+        return product
+    return _onednn(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Product(torch.autograd.Function):
+    """The same with gradients, of the first order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = dw = db = None
+        dy = dy.reshape(-1, dy.shape[-1])  # (M, N)
+        if ctx.needs_input_grad[0]:
+            dx = _onednn(dy, weight.t()).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            dw = _onednn(dy.t(), x.reshape(-1, x.shape[-1]).t())
+        if ctx.needs_input_grad[2]:
+            db = dy.sum(dim=0)
+        return dx, dw, db
 
 
 class Linear(nn.Linear):
@@ -63,7 +98,7 @@ def _onednn_is_there() -> bool:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(n, generator=generator) for n in ((3, 40), (24, 40), (24,)))
     try:
-        found = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        found = _onednn(x, weight, bias)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return torch.allclose(found, F.linear(x, weight, bias), atol=1e-4)

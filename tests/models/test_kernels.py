@@ -261,13 +261,29 @@ def test_a_linear_layer_is_torchs(rows: int, bias: bool) -> None:
     assert torch.allclose(kernels.linear(x, weight, b), F.linear(x, weight, b), atol=1e-5)
 
 
-def test_gradients_autocast_and_other_dtypes_take_torchs_way(
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", ["nothing", "input", "weight"])
+def test_its_gradients_are_torchs(bias: bool, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_WORTH_A_FUNCTION", 0)
+    x, weight, dy = random(2, 7, 40), random(24, 40, seed=1), random(2, 7, 24, seed=2)
+    b = random(24, seed=3) if bias else None
+    named = {"input": x, "weight": weight, "bias": b}
+    leaves = [t for name, t in named.items() if t is not None and name != frozen]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    found = torch.autograd.grad(kernels.linear(x, weight, b), leaves, dy)
+    expected = torch.autograd.grad(F.linear(x, weight, b), leaves, dy)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_small_learners_autocast_and_other_dtypes_take_torchs_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def must_not_be_asked() -> bool:
+    def must_not_be_asked(*_: Any) -> Tensor:
         raise AssertionError("oneDNN was asked for")
 
-    monkeypatch.setattr(kernels, "_onednn_is_there", must_not_be_asked)
+    monkeypatch.setattr(kernels, "_onednn", must_not_be_asked)
     layer = kernels.Linear(40, 24)
     assert layer(random(3, 40)).requires_grad
     with torch.no_grad():
@@ -278,7 +294,7 @@ def test_gradients_autocast_and_other_dtypes_take_torchs_way(
 
 
 def test_without_onednn_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *_: torch.zeros(3, 24))
+    monkeypatch.setattr(kernels, "_onednn", lambda *_: torch.zeros(3, 24))
     kernels._onednn_is_there.cache_clear()
     try:
         assert not kernels._onednn_is_there()
