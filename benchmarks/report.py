@@ -12,7 +12,18 @@ from benchmarks.harness import Row, read_rows
 from nanomolmo2.files import atomic_path
 
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
-ORDER = ("floor", "vision", "prefill", "decode", "batch", "prefix", "lookup", "llama", "load")
+ORDER = (
+    "floor",
+    "vision",
+    "prefill",
+    "decode",
+    "batch",
+    "prefix",
+    "lookup",
+    "llama",
+    "load",
+    "packing",
+)
 
 
 def table(reports: Sequence[dict[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 IGNORED_LABEL = -100  # nothing is learned at this position
 # Of the prefix of a message tree, whose branches are 0, 1, ...: they see it, it sees no branch.
 PREFIX_SUBSEGMENT = 10_000
+PACK_SUBSEGMENT = 100_000  # times the number of an example in a pack, added to its subsegments
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Batch:
     position_ids: Tensor | None = None  # (B, T) int64; branches restart after the prefix
     labels: Tensor | None = None  # (B, T) int64
     loss_weights: Tensor | None = None  # (B, T) float32, aligned with labels
-    subsegment_ids: Tensor | None = None  # (B, T) int64; prefix 10000, branches 0, 1, ...; pad -1
+    subsegment_ids: Tensor | None = None  # (B, T) int64; as above; padding -1
     pixel_values: Tensor | None = None  # (I, 3, H, W) or (M, N, 3*P*P) float32
     image_token_pooling: Tensor | None = None  # (n, K) int64, crop * N + patch; -1 = empty slot
 

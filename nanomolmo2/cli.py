@@ -3,7 +3,8 @@
 A command is a frozen dataclass: its fields are the options, ``run`` does the work. Help is answered
 without loading torch: everything heavy is imported inside ``run``.
 
-Exit codes: 0; 1 an input or the work failed; 2 the command line is wrong; 130 interrupted.
+Exit codes: 0; 1 an input or the work failed; 2 the command line is wrong; 130 interrupted; 143
+training was told to end by SIGTERM.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from nanomolmo2.models.quantized import LayerError
     from nanomolmo2.processor import Encoded, Point
     from nanomolmo2.processor.video import Video
+    from nanomolmo2.training.recipe import Recipe
 
 BASE = "base"  # on the command line; None in Python
 MODEL_HELP = (
@@ -395,59 +397,296 @@ class Download:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model by its recipe.
+    """Train a model by a recipe, or on your own data.
 
-    There is one so far: tiny, the bundled model, from scratch on emoji scenes. Writes
-    checkpoint.pt, log.jsonl (one line every 20 steps) and, when it is done, the model to DIR/model.
+    nanomolmo2 train smoke --out runs/smoke shows in seconds that everything works; nanomolmo2 train
+    --data my.jsonl --model tiny trains the bundled model on own pictures, questions and answers.
+
+    Writes checkpoints, recipe.json, log.jsonl (one line a step) and, when it is done, the model to
+    DIR/model. SIGTERM and Ctrl-C save what was done and end with 143 and 130. With torchrun the
+    same command trains on many processes.
     """
 
-    recipe: Annotated[Positional[Literal["tiny"]], arg(help="what to train")]
-    out: Annotated[Path, arg(metavar="DIR", help="folder of the run")]
-    scale: Annotated[
-        Literal["full", "small", "smoke"],
+    recipe: Annotated[
+        Positional[str],
         arg(
-            help="how long: full makes the shipped model (two hours on two cores), small shows "
-            "that it learns, smoke only that everything runs"
+            metavar="RECIPE",
+            help="smoke, tiny (the bundled model from scratch), base, stage1, stage2, stage3, "
+            "finetune (with --data it may be left out), or a .json file, such as the recipe.json "
+            "of another run",
         ),
-    ] = "full"
+    ] = ""
+    out: Annotated[
+        Path | None, arg(metavar="DIR", help="folder of the run; none = runs/ and the recipe")
+    ] = None
+    data: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="FILE...",
+            help="files or folders of examples in place of the recipe's; the format is in "
+            "docs/data.md",
+        ),
+    ] = ()
+    model: Annotated[
+        str | None,
+        arg(
+            metavar="MODEL",
+            help=f"whose weights to start from, in place of the recipe's: {MODEL_HELP}",
+        ),
+    ] = None
+    steps: Annotated[
+        int | None, arg(metavar="N", help="updates, in place of the recipe's; sets the schedule")
+    ] = None
+    lora: Annotated[
+        bool,
+        arg(
+            help="with finetune: leave the language model as it is and train small matrices "
+            "beside its layers, which takes far less memory; they are merged at the end"
+        ),
+    ] = False
+    max_steps: Annotated[
+        int | None,
+        arg(
+            metavar="N",
+            help="stop after step N of the run, to be resumed; beyond the recipe's steps it makes "
+            "the recipe longer",
+        ),
+    ] = None
+    save_every: Annotated[
+        int | None, arg(metavar="N", help="steps between checkpoints; none = as the recipe says")
+    ] = None
+    keep: Annotated[
+        int | None,
+        arg(metavar="K", help="newest checkpoints that stay, beside the best; none = 2"),
+    ] = None
     seed: Annotated[
-        int, arg(metavar="SEED", help="of weights and data; 0 made the shipped model")
-    ] = 0
+        int | None,
+        arg(metavar="SEED", help="of fresh weights and of the data; none = the recipe's, mostly 0"),
+    ] = None
     resume: Annotated[
         bool, arg(help="go on with the run in DIR where it stopped, as if it never had")
     ] = False
+    scale: Annotated[
+        Literal["full", "small", "smoke"],
+        arg(
+            help="of tiny, how long: full makes the shipped model (two hours on two cores), small "
+            "shows that it learns, smoke only that everything runs"
+        ),
+    ] = "full"
     stop_after: Annotated[
         int | None,
-        arg(metavar="STEPS", help="stop after so many steps, to be resumed; none = run to the end"),
+        arg(metavar="STEPS", help="stop after so many steps of this call, to be resumed"),
     ] = None
     workers: Annotated[
         int,
-        arg(metavar="N", help="processes that draw the scenes; 0 = draw them between the steps"),
+        arg(metavar="N", help="processes that prepare data; 0 = prepare it between the steps"),
     ] = 1
+    log_to: Annotated[
+        tuple[Literal["tensorboard", "trackio", "wandb"], ...],
+        arg(help="beside log.jsonl; each needs the extra of its name"),
+    ] = ()
+    cache_dir: CacheDir = Path("checkpoints")
     debug: Debug = False
 
     def run(self) -> None:
+        self._check()
+        # Idle threads of torch would spin and take the core that the data workers need.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        from nanomolmo2.training.loop import Stopped
+
+        name = self.recipe or "finetune"
+        out = self.out or Path("runs") / Path(name).stem
+        again = f"go on with: nanomolmo2 train {name} --out {out} --resume"
+        if name == "tiny" and self.scale != "full":
+            again += f" --scale {self.scale}"
+        try:
+            finished = self._train_tiny(out) if name == "tiny" else self._train(name, out)
+        except Stopped as stopped:
+            print(f"nanomolmo2: {stopped}; {again}", file=sys.stderr)
+            raise SystemExit(stopped.code) from None
+        if os.environ.get("RANK", "0") != "0":
+            return
+        model = out / "model"
+        if not finished:
+            print(f"stopped; {again}")
+        elif name == "tiny":
+            print(f"wrote {model}; measure it with: nanomolmo2 eval emoji --model {model}")
+        else:
+            print(f"wrote {model}; try it with: nanomolmo2 ask PICTURE QUESTION --model {model}")
+
+    def _check(self) -> None:
         for name, value, least in (
+            ("--steps", self.steps, 1),
+            ("--max-steps", self.max_steps, 1),
+            ("--save-every", self.save_every, 1),
+            ("--keep", self.keep, 1),
             ("--stop-after", self.stop_after, 1),
             ("--workers", self.workers, 0),
         ):
             if value is not None and value < least:
                 raise UsageError(f"{name} must be {least} or more, found {value}")
-        # Idle threads of torch would spin and take the core that the data workers need.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        if not self.recipe and not self.data and not (self.resume and self.out):
+            raise UsageError(
+                "expected a recipe or --data FILE, as in: nanomolmo2 train smoke --out runs/smoke"
+            )
+        of_recipes = (self.data, self.model, self.steps, self.lora, self.log_to)
+        if self.recipe == "tiny" and any(of_recipes):
+            raise UsageError(
+                "--data, --model, --steps, --lora and --log-to are not for the recipe tiny, which "
+                "makes the bundled model; to train that on your data leave the recipe out"
+            )
+        if self.recipe != "tiny" and self.scale != "full":
+            raise UsageError("--scale is for the recipe tiny; --steps sets the length of others")
+        if self.lora and self.recipe not in ("", "finetune"):
+            raise UsageError("--lora is for finetune: leave the recipe out")
+
+    def _train_tiny(self, out: Path) -> bool:
         from nanomolmo2.training.loop import LoopConfig
         from nanomolmo2.training.tiny import train_tiny
 
-        config = LoopConfig(stop_after=self.stop_after, workers=self.workers)
-        finished = train_tiny(
-            self.out, scale=self.scale, seed=self.seed, resume=self.resume, config=config
+        given: dict[str, Any] = {"save_every": self.save_every, "keep": self.keep}
+        config = LoopConfig(
+            stop_after=self.stop_after,
+            stop_at=self.max_steps,
+            workers=self.workers,
+            **{name: value for name, value in given.items() if value is not None},
         )
-        print(
-            f"wrote {self.out / 'model'}; measure it with: nanomolmo2 eval emoji --model "
-            f"{self.out / 'model'}"
-            if finished
-            else f"stopped; go on with: nanomolmo2 train {self.recipe} --out {self.out} --resume"
+        return train_tiny(
+            out, scale=self.scale, seed=self.seed or 0, resume=self.resume, config=config
         )
+
+    def _train(self, name: str, out: Path) -> bool:
+        from nanomolmo2.training.trainer import train_recipe
+
+        return train_recipe(
+            self._recipe(name, out),
+            out,
+            resume=self.resume,
+            max_steps=self.max_steps,
+            stop_after=self.stop_after,
+            workers=self.workers,
+            log_to=self.log_to,
+            cache_dir=self.cache_dir,
+        )
+
+    def _recipe(self, name: str, out: Path) -> Recipe:
+        """The recipe with what the command line changes of it."""
+        from nanomolmo2.data.sources import SourceConfig
+        from nanomolmo2.training.recipe import Recipe
+        from nanomolmo2.training.recipes import finetune, recipe
+
+        stored = out / "recipe.json"
+        if self.resume and stored.is_file() and not self.data and not self.lora:
+            made = Recipe.load(stored)
+            if self.recipe and (wanted := Path(self.recipe).stem) != made.name:
+                expected = recipe(self.recipe).name if self.recipe.endswith(".json") else wanted
+                if expected != made.name:
+                    raise ValueError(
+                        f"{out} holds a run of the recipe {made.name}, not of {expected}: name "
+                        f"that one, or choose another folder"
+                    )
+        elif name == "finetune":
+            if not self.data:
+                raise UsageError("finetune needs data: give --data FILE")
+            made = finetune(self.data, self.model or "tiny", steps=self.steps or 40, lora=self.lora)
+        else:
+            made = recipe(name)
+            if self.data:
+                made = dataclasses.replace(made, data=tuple(map(SourceConfig, self.data)))
+        changes: dict[str, Any] = {
+            "model": self.model,
+            "steps": self.steps,
+            "seed": self.seed,
+            "save_every": self.save_every,
+            "keep": self.keep,
+        }
+        if self.model is not None:  # its own sizes, then
+            changes |= {"architecture": None, "vision": "", "llm": ""}
+        kept = {n: v for n, v in changes.items() if v is not None or n == "architecture"}
+        return dataclasses.replace(made, **kept)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predict what a training run needs: memory of each GPU, tokens a step, steps.
+
+    Nothing is loaded or started. Where the memory is not enough, it says which switch would make
+    the run fit. docs/scaling.md tells how the prediction is made and how far off it was.
+    """
+
+    recipe: Annotated[
+        Positional[str],
+        arg(
+            metavar="RECIPE", help="as of `nanomolmo2 train`, but for tiny: a name or a .json file"
+        ),
+    ]
+    gpus: Annotated[
+        int, arg(metavar="N", help="processes of the run, one a GPU; batch_size is a multiple")
+    ] = 1
+    gpu_memory: Annotated[
+        str | None,
+        arg(metavar="SIZE", help="of one GPU, such as 80GB or 24GiB; none = only predict"),
+    ] = None
+    device: Annotated[
+        Literal["cuda", "cpu"],
+        arg(help="where it will run; for cuda, 2 GB are set aside for what is not the model's"),
+    ] = "cuda"
+    architecture: Annotated[
+        str | None,
+        arg(
+            metavar="PRESET",
+            help="sizes of the model where the recipe names a folder that is not there yet: "
+            "nanomolmo2, nanomolmo2-pooling, molmo2-4b, molmo2-8b, tiny",
+        ),
+    ] = None
+    batch_size: Annotated[
+        int | None, arg(metavar="N", help="rows a step on all GPUs, in place of the recipe's")
+    ] = None
+    micro_batch_size: Annotated[
+        int | None, arg(metavar="N", help="rows that pass the model at once on each GPU, likewise")
+    ] = None
+    sequence_length: Annotated[
+        int | None, arg(metavar="TOKENS", help="of a row, in place of the recipe's")
+    ] = None
+    max_crops: Annotated[
+        int | None, arg(metavar="N", help="crops or pictures of a row, likewise")
+    ] = None
+    debug: Debug = False
+
+    def run(self) -> None:
+        limit = None if self.gpu_memory is None else parse_size(self.gpu_memory, "--gpu-memory")
+        if self.gpus < 1:
+            raise UsageError(f"--gpus must be 1 or more, found {self.gpus}")
+        if self.recipe == "tiny":
+            raise UsageError("tiny's stages are its own and fit into 2 GB: choose another recipe")
+        from nanomolmo2.training.plan import report, setup_for
+        from nanomolmo2.training.recipes import recipe
+
+        names = ("batch_size", "micro_batch_size", "sequence_length", "max_crops")
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        made = dataclasses.replace(recipe(self.recipe), **changes)
+        print(report(setup_for(made, self.gpus, self.device, self.architecture), limit))
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the curves of training runs: loss, loss by task, gradient norms, speed."""
+
+    runs: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(metavar="RUN...", help="folders of runs, or log.jsonl files; several are overlaid"),
+    ]
+    out: Annotated[Path, arg(metavar="FILE", help="the picture, a .png")] = Path("curves.png")
+    debug: Debug = False
+
+    def run(self) -> None:
+        if not self.runs:
+            raise UsageError("expected the folder of a run, as in: nanomolmo2 plot runs/smoke")
+        check_writable(self.out, (".png",))
+        from nanomolmo2.training.plot import plot_runs
+
+        plot_runs(self.runs, self.out)
+        print(f"wrote {self.out}")
 
 
 @dataclass(frozen=True)
@@ -878,7 +1117,9 @@ class Demo:
         run_demo(self.draw)
 
 
-Command = Ask | Info | Download | Quantize | Export | Train | Inspect | Eval | Bench | Demo
+Command = (
+    Ask | Info | Download | Quantize | Export | Train | Plan | Plot | Inspect | Eval | Bench | Demo
+)
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -1078,6 +1319,15 @@ def print_layer_errors(rows: Sequence[LayerError], total: int, kept: set[str]) -
         precision = "fp16-weights" if row.name in kept else row.mode
         table.add_row(row.name, shape, precision, f"{row.error:.2%}")
     Console().print(table)
+
+
+def parse_size(text: str, option: str) -> float:
+    """``80GB`` or ``24GiB`` in bytes."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([MG]i?)B?", text, re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"{option} is {text!r}, expected a size such as 80GB or 24GiB")
+    unit = {"m": 1e6, "g": 1e9, "mi": 2.0**20, "gi": 2.0**30}[found[2].lower()]
+    return float(found[1]) * unit
 
 
 def overlay_paths(path: Path, pictures: int) -> list[Path]:

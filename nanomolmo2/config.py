@@ -38,6 +38,13 @@ class Config:
                 f"{cls.__name__} does not know the field(s) {', '.join(unknown)}; it has "
                 f"{', '.join(names)}: remove or rename them, or use a newer nanomolmo2"
             )
+        required = [
+            f.name
+            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        if missing := [name for name in required if name not in values]:
+            raise ValueError(f"{cls.__name__} lacks the field(s) {', '.join(missing)}: add them")
         hints = typing.get_type_hints(cls)
         return cls(
             **{k: _from_plain(v, hints[k], f"{cls.__name__}.{k}") for k, v in values.items()}
@@ -85,6 +92,8 @@ def _to_plain(value: Any) -> Any:
         return value.to_dict()
     if isinstance(value, (tuple, list)):
         return [_to_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _to_plain(v) for k, v in value.items()}
     return value
 
 
@@ -111,6 +120,9 @@ def _from_plain(value: Any, hint: Any, where: str) -> Any:
             if len(arguments) == len(value):
                 pairs = zip(value, arguments, strict=True)
                 return tuple(_from_plain(v, a, where) for v, a in pairs)
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {k: _from_plain(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
     elif isinstance(hint, type) and issubclass(hint, Config):
         return value if isinstance(value, hint) else hint.from_dict(value)
     elif hint is float:

@@ -32,7 +32,18 @@ from nanomolmo2.generation.engine import Engine, Event
 from nanomolmo2.generation.lookup import StepCosts
 from nanomolmo2.processor.points import parse_points
 
-GROUPS = ("floor", "vision", "prefill", "decode", "batch", "prefix", "lookup", "llama", "load")
+GROUPS = (
+    "floor",
+    "vision",
+    "prefill",
+    "decode",
+    "batch",
+    "prefix",
+    "lookup",
+    "llama",
+    "load",
+    "packing",
+)
 
 
 @pytest.fixture(scope="module")

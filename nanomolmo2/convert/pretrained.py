@@ -214,8 +214,13 @@ def save_pretrained(
         directory: created if needed.
         processor: saved along with a whole model, so that the folder can be served.
         max_shard_size: weights above it are split, with an index; bytes, or text such as "5GB".
-    Raises: ValueError for a path that is a file.
+    Raises: ValueError for a path that is a file, a model with LoRA matrices.
     """
+    if any(name.endswith(".lora_A") for name, _ in model.named_parameters()):
+        raise ValueError(
+            "the model has LoRA matrices, which no checkpoint holds: merge_lora(llm, final=True) "
+            "first, or write them alone with save_lora"
+        )
     with written_aside(directory) as aside:
         state_dict = model.state_dict()
         extra = quantization_entry(model)  # not empty: what the reference's format cannot say

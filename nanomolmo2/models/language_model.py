@@ -10,17 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
+from nanomolmo2.batch import IGNORED_LABEL
 from nanomolmo2.config import Config
 from nanomolmo2.models.attention import Mask, attend, causal_mask
 from nanomolmo2.models.kernels import Linear, linear
 from nanomolmo2.models.kv_cache import KVCache, RaggedStep
+from nanomolmo2.models.loss import (
+    CHUNK_SIZE,
+    Reduction,
+    TiedGradient,
+    head_loss,
+    next_tokens,
+    read_rows,
+    reduce,
+    rows_loss,
+)
 from nanomolmo2.models.quantized import Modes, QuantizedLinear, project, quantize
 
 
@@ -106,6 +122,8 @@ class Context:
     cache: KVCache | RaggedStep | None
     key_mask: Tensor | None  # (B, S) for the cache to remember
     next_positions: Tensor  # (B, 1)
+    dropout: float = 0.0
+    dropout_at: Tensor | None = None  # (B, T, 1) bool, None = everywhere
 
 
 class Attention(nn.Module):
@@ -177,12 +195,55 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, context: Context, layer: int, last_only: bool = False) -> Tensor:
         """(B, T, D) -> (B, T, D), or (B, 1, D) of the last position."""
         mixed = self.self_attn(self.input_layernorm(x), context, layer, last_only)
-        x = (x[:, -1:] if last_only else x) + mixed
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = (x[:, -1:] if last_only else x) + self._thin(mixed, context)
+        return x + self._thin(self.mlp(self.post_attention_layernorm(x)), context)
+
+    def _thin(self, y: Tensor, context: Context) -> Tensor:
+        """Residual dropout, in training."""
+        if not self.training or not context.dropout:
+            return y
+        dropped = F.dropout(y, context.dropout)
+        return (
+            dropped if context.dropout_at is None else torch.where(context.dropout_at, dropped, y)
+        )
+
+
+# By name, since not every build of PyTorch has them all.
+_PRODUCTS = {
+    "aten.mm.default",
+    "aten.addmm.default",
+    "mkldnn._linear_pointwise.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
+}
+
+
+def keep_products() -> tuple[Any, Any]:
+    """Contexts of a checkpointed block: what is no product (norms, rotation, SwiGLU) runs again.
+
+    It would be half of what a block keeps, and takes a few hundredths of its time.
+    """
+
+    def policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+        keep = str(operator) in _PRODUCTS
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    linear(torch.zeros(1, 1), torch.zeros(1, 1))  # proves itself once: not within a block
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(policy)
+    return contexts
 
 
 class LanguageModel(nn.Module):
-    """Token ids, or embeddings in their place, to logits."""
+    """Token ids, or embeddings in their place, to logits.
+
+    Attributes:
+        residual_dropout: share of what attention and MLP add that is left out in training.
+        dropout_at_targets: :meth:`loss` does so only where the next token counts (Molmo2 in its
+            pre-training); else everywhere.
+        gradient_checkpointing: keep one activation a block, compute the rest again in backward.
+    """
 
     def __init__(self, config: LLMConfig | None = None) -> None:
         super().__init__()
@@ -195,7 +256,11 @@ class LanguageModel(nn.Module):
             if config.tie_word_embeddings
             else Linear(config.hidden_size, config.vocab_size, bias=False)
         )
-        self.gradient_checkpointing = False
+        # True: a block keeps its input and runs again in backward. "selective": it keeps products
+        # and attention too, and only what is cheap is computed again. Same gradients, bit for bit.
+        self.gradient_checkpointing: bool | Literal["selective"] = False
+        self.residual_dropout = 0.0
+        self.dropout_at_targets = False
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
 
     def forward(
@@ -254,6 +319,7 @@ class LanguageModel(nn.Module):
         past_key_values: KVCache | RaggedStep | None = None,
         states: list[Tensor] | None = None,
         last_only: bool = False,
+        dropout_at: Tensor | None = None,
     ) -> Tensor:
         """The decoder without its head: (B, T, D), normed. Arguments as in :meth:`forward`.
 
@@ -263,6 +329,8 @@ class LanguageModel(nn.Module):
 
         ``last_only``: (B, 1, D), of the last position: the last layer computes no other's output.
         For sequences without padding on the right, and a RaggedStep of one row.
+
+        ``dropout_at``: (B, T) bool, the positions that ``residual_dropout`` is for; all by default.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -270,11 +338,16 @@ class LanguageModel(nn.Module):
         assert x is not None
         T = x.shape[1]
         context = self._context(x, attention_mask, position_ids, past_key_values)
+        context.dropout = self.residual_dropout
+        context.dropout_at = None if dropout_at is None else dropout_at[:, :, None]
         for i, layer in enumerate(self.layers):
             if states is not None:
                 states.append(x)
             if self.gradient_checkpointing and torch.is_grad_enabled() and context.cache is None:
-                x = checkpoint(layer, x, context, i, use_reentrant=False)
+                keep = (
+                    keep_products if self.gradient_checkpointing == "selective" else noop_context_fn
+                )
+                x = checkpoint(layer, x, context, i, use_reentrant=False, context_fn=keep)
             else:
                 x = layer(x, context, i, last_only and i == len(self.layers) - 1)
         if isinstance(context.cache, RaggedStep):
@@ -288,8 +361,11 @@ class LanguageModel(nn.Module):
             states.append(x)
         return x
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """(B, T) ids -> (B, T, D). Raises: ValueError for ids outside the vocabulary."""
+    def embed(self, input_ids: Tensor, tied: TiedGradient | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, D). Raises: ValueError for ids outside the vocabulary.
+
+        ``tied``: from :meth:`tied_gradient`; :meth:`loss` of what comes of it needs it too.
+        """
         if input_ids.ndim != 2 or input_ids.is_floating_point():
             raise ValueError(
                 f"expected token ids of shape (B, T) and an integer type, found "
@@ -304,6 +380,8 @@ class LanguageModel(nn.Module):
                     f"{self.config.num_embeddings} (0..{self.config.num_embeddings - 1}): "
                     f"is this the tokenizer of another model?"
                 )
+        if tied is not None:
+            return read_rows(self.embed_tokens.weight, input_ids, tied)
         return self.embed_tokens(input_ids)
 
     @property
@@ -323,6 +401,104 @@ class LanguageModel(nn.Module):
         if self.lm_head is not None:
             return self.lm_head(hidden)
         return linear(hidden, self.embed_tokens.weight[: self.config.vocab_size])
+
+    def loss(
+        self,
+        input_ids: Tensor | None,
+        labels: Tensor,
+        loss_weights: Tensor | None = None,
+        *,
+        attention_mask: Mask = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        reduction: Reduction = "mean",
+        z_loss: float = 0.0,
+        chunk_size: int = CHUNK_SIZE,
+        tied: TiedGradient | None = None,
+    ) -> Tensor:
+        """Weighted cross-entropy of the next token; all logits never exist at once.
+
+        Args:
+            input_ids, inputs_embeds, attention_mask, position_ids: as in :meth:`forward`.
+            labels: (B, T), the token at its own position (shifted inside); -100 = no loss.
+            loss_weights: (B, T) float, 0 or more, aligned with labels; 1 by default.
+            reduction: the weighted sum, or the mean: that divided by the sum of the weights.
+            z_loss: times the square of each softmax's log-sum is added; 1e-4 keeps logits small.
+            chunk_size: logits that exist at a time, about.
+            tied: with inputs_embeds, what :meth:`embed` got to make them.
+        Returns: scalar, float32; 0 where nothing is labelled, which still leads back.
+        Raises: ValueError where shapes or ids do not fit.
+        """
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is not None and labels.shape != given.shape[:2]:
+            raise ValueError(
+                f"labels {tuple(labels.shape)} must have the shape of the text "
+                f"{tuple(given.shape[:2])}: one for every position"
+            )
+        self.check_labels(labels)
+        rows, tokens, weights = next_tokens(labels, loss_weights)
+        if input_ids is not None and inputs_embeds is None:
+            tied = self.tied_gradient()
+            inputs_embeds, input_ids = self.embed(input_ids, tied), None
+        hidden = self.transform(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            dropout_at=self._dropout_at(labels.shape, rows),
+        )
+        total = self._head_loss(
+            hidden.flatten(0, 1)[rows], tokens, weights, z_loss, chunk_size, tied
+        )
+        return reduce(total, weights, reduction)
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raises: ValueError for labels that are neither -100 nor a token that can be written."""
+        real = labels[labels != IGNORED_LABEL]
+        if real.numel() and (int(real.min()) < 0 or int(real.max()) >= self.config.vocab_size):
+            raise ValueError(
+                f"labels run from {int(real.min())} to {int(real.max())}, but the model writes "
+                f"tokens 0..{self.config.vocab_size - 1}; positions without loss are marked "
+                f"{IGNORED_LABEL}"
+            )
+
+    def _dropout_at(self, shape: torch.Size, rows: Tensor) -> Tensor | None:
+        """(B, T) bool, the flat positions ``rows``, if dropout is for these alone."""
+        if not self.dropout_at_targets:
+            return None
+        at = torch.zeros(shape.numel(), dtype=torch.bool, device=rows.device)
+        return at.index_fill(0, rows, True).view(shape)
+
+    def tied_gradient(self) -> TiedGradient | None:
+        """Joins the two gradients of a tied table in one tensor; None where it has but one."""
+        trained = self.lm_head is None and self.embed_tokens.weight.requires_grad
+        return TiedGradient() if trained and torch.is_grad_enabled() else None
+
+    def _head_loss(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        weights: Tensor,
+        z_loss: float,
+        chunk_size: int,
+        tied: TiedGradient | None,
+    ) -> Tensor:
+        """Weighted sum over the rows (N, D)."""
+        V, head = self.config.vocab_size, self.lm_head
+        if head is not None and type(head) not in (Linear, nn.Linear):
+            return rows_loss(
+                head, hidden, tokens, weights, vocab_size=V, z_loss=z_loss, chunk_size=chunk_size
+            )
+        return head_loss(
+            hidden,
+            (self.embed_tokens if head is None else head).weight,
+            tokens,
+            weights,
+            vocab_size=V,
+            z_loss=z_loss,
+            chunk_size=chunk_size,
+            tied=tied,
+        )
 
     def quantize(self, mode: Modes, **options: Any) -> Self:
         """8-bit or 16-bit weights, in place; see :func:`nanomolmo2.models.quantized.quantize`.

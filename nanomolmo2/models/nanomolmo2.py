@@ -22,6 +22,7 @@ from nanomolmo2.config import Config
 from nanomolmo2.models.attention import sequence_mask, tree_positions
 from nanomolmo2.models.connector import ConnectorConfig, MultimodalConnector
 from nanomolmo2.models.language_model import LanguageModel, LLMConfig
+from nanomolmo2.models.loss import Reduction, TiedGradient, next_tokens, reduce
 from nanomolmo2.models.merge import Pictures, Placement, list_pictures, place
 from nanomolmo2.models.quantized import Modes, count_weights, quantize
 from nanomolmo2.models.vision_encoder import VisionConfig, VisionEncoder
@@ -162,6 +163,7 @@ class NanoMolmo2(nn.Module):
         loss_weights: Tensor | None = None,
         visual_tokens: Tensor | None = None,
         image_token_pooling: Tensor | None = None,
+        visual_features: Tensor | None = None,
     ) -> Any:
         """Logits of text and pictures, and the loss if there are labels.
 
@@ -180,38 +182,72 @@ class NanoMolmo2(nn.Module):
                 place.
             image_token_pooling: (n, W), patches of each visual token of the batch, counted over all
                 M * N, -1 = empty slot; one row for every image token in reading order.
+            visual_features: (I, N, F) or (M, N, F), what the vision encoder's ``features`` gave for
+                ``pixel_values``, in their place: the connector still learns from them.
         Returns: logits (B, T, V), T = L + n - 1 for one picture a row; with labels (logits, loss):
             the weighted mean cross-entropy over all labelled tokens of the batch.
         Raises: ValueError where image tokens and pictures, shapes, ids or the context disagree.
         """
-        self._check_text(
-            input_ids,
-            labels=labels,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            subsegment_ids=subsegment_ids,
-            loss_weights=loss_weights,
-        )
-        merged = self._merge(
+        decoder, targets, weights = self._prepare(
             input_ids,
             pixel_values,
+            labels,
             attention_mask,
             position_ids,
             subsegment_ids,
+            loss_weights,
             visual_tokens,
             image_token_pooling,
+            visual_features,
         )
-        mask = merged.key_mask if merged.attention_mask is None else merged.attention_mask
-        logits = self.llm(
-            inputs_embeds=merged.inputs_embeds,
-            attention_mask=mask,
-            position_ids=merged.position_ids,
-        )
-        if labels is None:
+        logits = self.llm(**decoder)
+        if targets is None:
             return logits
-        targets = merged.placement.spread(labels, IGNORED_LABEL)
-        weights = None if loss_weights is None else merged.placement.spread(loss_weights, 0.0)
-        return logits, self._loss(logits, targets, weights)
+        rows, tokens, weight = next_tokens(targets, weights)
+        losses = F.cross_entropy(logits.flatten(0, 1)[rows].float(), tokens, reduction="none")
+        return logits, reduce((losses * weight).sum(), weight, "mean")
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        pixel_values: Pictures = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        subsegment_ids: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        visual_tokens: Tensor | None = None,
+        image_token_pooling: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        *,
+        reduction: Reduction = "mean",
+        z_loss: float = 0.0,
+    ) -> Tensor:
+        """The loss alone, a float32 scalar: all logits never exist at once.
+
+        Args: as in :meth:`forward`, with labels; ``reduction`` and ``z_loss`` as in
+            :meth:`LanguageModel.loss`.
+        """
+        if labels is None:
+            raise ValueError("the loss needs labels, found None: pass (B, L), -100 where none is")
+        tied = self.llm.tied_gradient()
+        decoder, targets, weights = self._prepare(
+            input_ids,
+            pixel_values,
+            labels,
+            attention_mask,
+            position_ids,
+            subsegment_ids,
+            loss_weights,
+            visual_tokens,
+            image_token_pooling,
+            visual_features,
+            tied,
+        )
+        assert targets is not None
+        return self.llm.loss(
+            None, targets, weights, **decoder, reduction=reduction, z_loss=z_loss, tied=tied
+        )
 
     @torch.no_grad()
     def generate(
@@ -395,6 +431,61 @@ class NanoMolmo2(nn.Module):
             return None
         return torch.stack(features)
 
+    def _prepare(
+        self,
+        input_ids: Tensor,
+        pixel_values: Pictures,
+        labels: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        subsegment_ids: Tensor | None,
+        loss_weights: Tensor | None,
+        visual_tokens: Tensor | None,
+        image_token_pooling: Tensor | None,
+        visual_features: Tensor | None,
+        tied: TiedGradient | None = None,
+    ) -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
+        """What the decoder takes; labels (B, T) and weights (B, T) at their merged positions."""
+        self._check_text(
+            input_ids,
+            labels=labels,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            subsegment_ids=subsegment_ids,
+            loss_weights=loss_weights,
+        )
+        merged = self._merge(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            position_ids,
+            subsegment_ids,
+            visual_tokens,
+            image_token_pooling,
+            visual_features,
+            tied,
+        )
+        mask = merged.key_mask if merged.attention_mask is None else merged.attention_mask
+        decoder = {
+            "inputs_embeds": merged.inputs_embeds,
+            "attention_mask": mask,
+            "position_ids": merged.position_ids,
+        }
+        if labels is None:
+            return decoder, None, None
+        targets = merged.placement.spread(labels, IGNORED_LABEL)
+        labelled = (targets[:, 1:] != IGNORED_LABEL).any(dim=1)
+        if not self._warned_unlabelled and not bool(labelled.all()):
+            self._warned_unlabelled = True
+            warnings.warn(
+                "a row has no label to learn from: it adds nothing to the loss (was the answer cut "
+                "off, or every label -100?)",
+                stacklevel=3,
+            )
+        if loss_weights is None:
+            return decoder, targets, None
+        return decoder, targets, merged.placement.spread(loss_weights, 0.0)
+
     def _merge(
         self,
         input_ids: Tensor,
@@ -404,15 +495,22 @@ class NanoMolmo2(nn.Module):
         subsegment_ids: Tensor | None = None,
         visual_tokens: Tensor | None = None,
         image_token_pooling: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        tied: TiedGradient | None = None,
     ) -> Merged:
         """Encode the pictures and put them where the image tokens are."""
-        text = self.llm.embed(input_ids)  # (B, L, D)
+        text = self.llm.embed(input_ids, tied)  # (B, L, D)
         is_image = input_ids == self.config.image_token_id
         counts = is_image.sum(dim=1).tolist()
-        if visual_tokens is not None and pixel_values is not None:
-            raise ValueError("pass pixel_values or visual_tokens, not both")
+        if sum(x is not None for x in (pixel_values, visual_tokens, visual_features)) > 1:
+            raise ValueError(
+                "pass pixel_values or visual_tokens, not both; or visual_features alone"
+            )
+        if visual_features is not None and image_token_pooling is None:
+            visual_tokens = self.connector(visual_features)
         if image_token_pooling is not None:
-            features = [self._encode_crops(pixel_values, image_token_pooling, sum(counts))]
+            encoded = self._encode_crops(pixel_values, image_token_pooling, visual_features)
+            features = [self._counted(encoded, sum(counts))]
             placement = place(is_image, [1] * sum(counts), attention_mask)
         else:
             pictures, by_row = list_pictures(
@@ -470,9 +568,11 @@ class NanoMolmo2(nn.Module):
         return mask, position_ids
 
     def _encode_crops(
-        self, pixel_values: Pictures, image_token_pooling: Tensor, image_tokens: int
+        self, pixel_values: Pictures, image_token_pooling: Tensor, visual_features: Tensor | None
     ) -> Tensor:
-        """Visual tokens (n, D) of crops, as many as there are image tokens."""
+        """Visual tokens (n, D) of crops, or of their features."""
+        if visual_features is not None:
+            return self.connector(visual_features, image_token_pooling)
         if not isinstance(pixel_values, Tensor) or pixel_values.ndim < 3:
             found = None if pixel_values is None else type(pixel_values).__name__
             if isinstance(pixel_values, Tensor):
@@ -481,7 +581,10 @@ class NanoMolmo2(nn.Module):
                 f"image_token_pooling needs pixel_values (M, N, 3*P*P), the crops whose patches it "
                 f"counts, found {found}: pass both as the processor made them"
             )
-        features = self.encode_images(pixel_values, image_token_pooling)
+        return self.encode_images(pixel_values, image_token_pooling)
+
+    def _counted(self, features: Tensor, image_tokens: int) -> Tensor:
+        """Visual tokens of crops (n, D), as many as there are image tokens."""
         if len(features) != image_tokens:
             raise ValueError(
                 f"the prompt holds {image_tokens} image tokens, but image_token_pooling makes "
@@ -517,42 +620,12 @@ class NanoMolmo2(nn.Module):
         return features
 
     def _check_text(self, input_ids: Tensor, **beside: Tensor | None) -> None:
-        """What stands beside the ids has their shape, and labels are tokens that can be written."""
+        """What stands beside the ids has their shape, and labels can be written."""
         for name, value in beside.items():
             if value is not None and value.shape != input_ids.shape:
                 raise ValueError(
                     f"{name} {tuple(value.shape)} must have the shape of input_ids "
                     f"{tuple(input_ids.shape)}: one value for every token, pictures not counted"
                 )
-        labels = beside.get("labels")
-        if labels is not None:
-            real = labels[labels != IGNORED_LABEL]
-            if real.numel() and (int(real.min()) < 0 or int(real.max()) >= self._vocab_size):
-                raise ValueError(
-                    f"labels run from {int(real.min())} to {int(real.max())}, but the model writes "
-                    f"tokens 0..{self._vocab_size - 1}; positions without loss are marked "
-                    f"{IGNORED_LABEL}"
-                )
-
-    @property
-    def _vocab_size(self) -> int:
-        return self.config.llm_config.vocab_size
-
-    def _loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-        """Weighted cross-entropy of the next token, float32, summed and divided by the weight."""
-        targets = labels[:, 1:]
-        labelled = targets != IGNORED_LABEL
-        if not self._warned_unlabelled and not bool(labelled.any(dim=1).all()):
-            self._warned_unlabelled = True
-            warnings.warn(
-                "a row has no label to learn from: it adds nothing to the loss (was the answer cut "
-                "off, or every label -100?)",
-                stacklevel=3,
-            )
-        losses = F.cross_entropy(
-            logits[:, :-1][labelled].float(), targets[labelled], reduction="none"
-        )
-        if weights is None:
-            return losses.sum() / max(losses.numel(), 1)
-        weight = weights[:, 1:][labelled]
-        return (losses * weight).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+        if (labels := beside.get("labels")) is not None:
+            self.llm.check_labels(labels)

@@ -291,6 +291,10 @@ def quantize(
             "the module is quantised already: quantise floating point weights, once; to change the "
             "mode load them again"
         )
+    if any(hasattr(m, "lora_A") for m in _covered(module, mode)):
+        raise ValueError(
+            "the module has LoRA matrices, which would be lost: merge_lora(llm, final=True) first"
+        )
     if (max_error is None) != (samples is None):
         raise ValueError("max_error and samples go together: the error is measured on the samples")
     with _separate_heads(module, mode):

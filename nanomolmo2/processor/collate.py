@@ -51,19 +51,20 @@ def collate(
         return torch.from_numpy(padded)
 
     pictures = [e.pixel_values for e in encoded if e.pixel_values is not None]
+    windows = join_windows(encoded)
     return Batch(
         input_ids=pad([e.input_ids for e in encoded], pad_token_id),
         attention_mask=pad([np.ones(len(e.input_ids), dtype=bool) for e in encoded], False),
         position_ids=pad([e.position_ids for e in encoded], 0) if has_trees else None,
-        labels=pad([_labels(e) for e in encoded], IGNORED_LABEL) if has_labels else None,
-        loss_weights=pad([_loss_weights(e) for e in encoded], 0) if has_weights else None,
-        subsegment_ids=pad([_subsegment_ids(e) for e in encoded], -1) if has_trees else None,
+        labels=pad([labels_of(e) for e in encoded], IGNORED_LABEL) if has_labels else None,
+        loss_weights=pad([weights_of(e) for e in encoded], 0) if has_weights else None,
+        subsegment_ids=pad([subsegments_of(e) for e in encoded], -1) if has_trees else None,
         pixel_values=torch.from_numpy(np.concatenate(pictures)) if pictures else None,
-        image_token_pooling=_join_windows(encoded),
+        image_token_pooling=None if windows is None else torch.from_numpy(windows),
     )
 
 
-def _join_windows(encoded: Sequence[Encoded]) -> torch.Tensor | None:  # (n, K)
+def join_windows(encoded: Sequence[Encoded]) -> NDArray[np.int64] | None:  # (n, K)
     """The pooling windows of all examples, each example's moved behind the crops before it."""
     windows, num_before = [], 0  # patches
     for example in encoded:
@@ -75,30 +76,31 @@ def _join_windows(encoded: Sequence[Encoded]) -> torch.Tensor | None:  # (n, K)
     if not windows:
         return None
     width = max(index.shape[1] for index in windows)
-    return torch.from_numpy(
-        np.concatenate(
-            [
-                np.pad(index, ((0, 0), (0, width - index.shape[1])), constant_values=-1)
-                for index in windows
-            ]
-        )
+    return np.concatenate(
+        [
+            np.pad(index, ((0, 0), (0, width - index.shape[1])), constant_values=-1)
+            for index in windows
+        ]
     )
 
 
-def _labels(example: Encoded) -> NDArray[np.int64]:
+def labels_of(example: Encoded) -> NDArray[np.int64]:
+    """(T,); -100 everywhere if there are none."""
     if example.labels is not None:
         return example.labels
     return np.full(len(example.input_ids), IGNORED_LABEL, dtype=np.int64)
 
 
-def _loss_weights(example: Encoded) -> NDArray[np.float32]:
+def weights_of(example: Encoded) -> NDArray[np.float32]:
+    """(T,); 1 a label if there are none."""
     if example.loss_weights is not None:
         return example.loss_weights
-    weights: NDArray[np.float32] = (_labels(example) != IGNORED_LABEL).astype(np.float32)
+    weights: NDArray[np.float32] = (labels_of(example) != IGNORED_LABEL).astype(np.float32)
     return weights
 
 
-def _subsegment_ids(example: Encoded) -> NDArray[np.int64]:
+def subsegments_of(example: Encoded) -> NDArray[np.int64]:
+    """(T,); 0 everywhere if there are none."""
     if example.subsegment_ids is not None:
         return example.subsegment_ids
     return np.zeros(len(example.input_ids), dtype=np.int64)

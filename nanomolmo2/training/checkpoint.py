@@ -1,45 +1,233 @@
-"""Training checkpoints: complete or not there, and read without running anything from the file."""
+"""Checkpoints of a run: complete or not there, checked when read, the last ones and the best kept.
+
+    DIR/checkpoints/000000012/    steps done, over all stages
+        checkpoint.pt             weights, optimiser, random states (several ranks: their shards)
+        about.json                the position, and the SHA-256 of every other file
+
+Nothing of a file is run when it is read.
+"""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-from nanomolmo2.files import atomic_path
+from nanomolmo2.config import read_json_object
+from nanomolmo2.files import atomic_path, sha256_of
+from nanomolmo2.training.distributed import World, gather_objects, load_sharded, save_sharded
+from nanomolmo2.training.optim import Optimizers
 
-FILE = "checkpoint.pt"
+FOLDER, FILE, ABOUT = "checkpoints", "checkpoint.pt", "about.json"
+DAMAGED = ".damaged"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
-class Checkpoint:
-    """Where a run stands: ``step`` steps of stage number ``stage`` are done."""
+class Position:
+    """Where a run stands: ``step`` steps of stage number ``stage``, ``done`` of all stages.
+
+    Attributes:
+        data: position of the data, as the stage gave it with its last batch; plain JSON types.
+        log: sums of the steps behind the last line of the log.
+        score: what the best checkpoint of a stage has least of; None = not scored.
+    """
 
     stage: int
     step: int
-    weights: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]  # empty at the start of a stage
+    done: int
+    data: Any = None
+    log: dict[str, Any] | None = None
+    score: float | None = None
 
-    def save(self, folder: Path) -> None:
-        """Replace the folder's checkpoint."""
-        with atomic_path(folder / FILE) as temporary:
-            torch.save(vars(self), temporary)
+    @property
+    def name(self) -> str:
+        """Folder of the checkpoint."""
+        return f"{self.done:09d}"
 
-    @classmethod
-    def load(cls, folder: Path) -> Checkpoint | None:
-        """The folder's checkpoint, or None.
 
-        Raises: ValueError for a file that is damaged or not a checkpoint.
+class Checkpoints:
+    """The checkpoints of a run, by the number of steps done. Every rank calls every method."""
+
+    def __init__(
+        self,
+        run: Path,
+        keep: int = 2,
+        say: Callable[[str], None] = lambda text: None,
+        world: World | None = None,
+    ) -> None:
         """
-        path = folder / FILE
-        if not path.exists():
-            return None
+        Args:
+            keep: how many of the newest stay; the best stays too.
+            say: told of damaged files.
+            world: with more than one rank, each writes its shards.
+        """
+        self.folder, self.keep, self.say = run / FOLDER, keep, say
+        self.world = world or World()
+
+    def save(self, position: Position, learner: nn.Module, optimizers: Optimizers) -> None:
+        """Write a checkpoint, then delete those that are neither new nor the best.
+
+        Raises: OSError, with all earlier checkpoints as they were.
+        """
         try:
-            return cls(**torch.load(path, weights_only=True, map_location="cpu"))
-        except Exception as error:  # torch raises many kinds: zip, pickle, type, end of file
+            if is_sharded(learner):
+                self._save_shards(position, learner, optimizers)
+            else:
+                with atomic_path(self.folder / position.name) as aside:
+                    aside.mkdir(parents=True)
+                    self._write(aside, learner, optimizers)
+                    self._describe(position, aside)
+        except (OSError, RuntimeError, ValueError) as error:
+            # torch's writers turn the system's error into kinds of their own.
+            raise OSError(self._not_written(position, error)) from error
+        if self.world.is_main:
+            best = self.best()
+            for name in self.names()[: -self.keep]:
+                if name != best:
+                    shutil.rmtree(self.folder / name)
+
+    def newest(self) -> Position | None:
+        """The position of the newest intact checkpoint; None if there is no checkpoint at all.
+
+        Damaged ones are moved aside, and `say` is told.
+        Raises: ValueError if all are damaged.
+        """
+        found, problem = None, ""
+        if self.world.is_main:  # it alone moves files
+            found, problem = self._newest()
+        if self.world.size > 1:
+            found, problem = gather_objects((found, problem))[0]
+        if found is None and problem:
             raise ValueError(
-                f"{path} is no readable training checkpoint ({type(error).__name__}): delete it to "
-                f"start again, or bring back a copy"
-            ) from None
+                f"{problem}, and no other checkpoint is left: bring back a copy, or start again in "
+                f"another folder"
+            )
+        return found
+
+    def restore(
+        self, position: Position, learner: nn.Module, optimizers: Optimizers | None
+    ) -> None:
+        """Read weights, random states and, unless None, moments of a checkpoint in place."""
+        folder = self.folder / position.name
+        if not (folder / FILE).exists():
+            load_sharded(folder, learner, optimizers.parts if optimizers else {})
+            return
+        values = torch.load(folder / FILE, weights_only=True, map_location="cpu")
+        learner.load_state_dict(values["weights"])
+        if optimizers is not None:
+            optimizers.load_state_dict(values["optimizer"])
+        set_random_state(values["random"])
+
+    def _write(self, folder: Path, learner: nn.Module, optimizers: Optimizers) -> None:
+        values = {
+            "weights": learner.state_dict(),
+            "optimizer": optimizers.state_dict(),
+            "random": random_state(),
+        }
+        with open(folder / FILE, "wb") as stream:
+            torch.save(values, stream)
+            stream.flush()
+            os.fsync(stream.fileno())  # else the new name may outlive a power cut, and this not
+
+    def _save_shards(self, position: Position, learner: nn.Module, optimizers: Optimizers) -> None:
+        folder = self.folder / position.name
+        if self.world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        save_sharded(folder, learner, optimizers.parts, {})
+        if self.world.is_main:
+            self._describe(position, folder)
+
+    def _describe(self, position: Position, folder: Path) -> None:
+        """Write ``about.json``, which makes a folder a checkpoint."""
+        sums = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
+        with atomic_path(folder / ABOUT) as aside:
+            text = json.dumps({**vars(position), "sha256": sums}, indent=1)
+            aside.write_text(text + "\n", encoding="utf-8")
+
+    def _newest(self) -> tuple[Position | None, str]:
+        for leftover in self.folder.glob(".*"):  # of a process that was killed while it wrote
+            shutil.rmtree(leftover, ignore_errors=True)
+        problem = ""
+        names = self.names()
+        for name in reversed(names):
+            folder = self.folder / name
+            try:
+                return self._verify(folder), problem
+            except Exception as error:  # missing files, JSON, checksums
+                problem = f"the checkpoint {folder} is damaged ({error})"
+                if name != names[0]:
+                    os.replace(folder, folder.with_name(f"{name}-{os.getpid()}{DAMAGED}"))
+                    self.say(f"{problem}: going on from the one before it")
+        return None, problem
+
+    def _verify(self, folder: Path) -> Position:
+        about = read_json_object(folder / ABOUT)
+        for file, expected in about.pop("sha256").items():
+            if sha256_of(folder / file) != expected:
+                raise ValueError(f"{file} is not as it was written")
+        return Position(**about)
+
+    def names(self) -> list[str]:
+        """Folders of the checkpoints, oldest first."""
+        return sorted(path.name for path in self.folder.glob("[0-9]*") if path.name.isdigit())
+
+    def best(self) -> str | None:
+        """Folder with the least score in the newest stage that has scores."""
+        scored = []
+        for name in self.names():
+            try:
+                about = read_json_object(self.folder / name / ABOUT)
+            except (OSError, ValueError):
+                continue
+            if about.get("score") is not None:
+                scored.append((-about["stage"], about["score"], name))
+        return min(scored)[-1] if scored else None
+
+    def _not_written(self, position: Position, error: Exception) -> str:
+        number = getattr(error, "errno", None)
+        cause = os.strerror(number) if number else str(error).splitlines()[0]
+        names = self.names()
+        left = f"the one of step {int(names[-1])} is intact" if names else "there is none before it"
+        room = "free some space" if number in FULL_DISK else "see that the folder can be written"
+        return (
+            f"the checkpoint of step {position.done} could not be written to {self.folder} "
+            f"({cause}); {left}: {room} and resume"
+        )
+
+
+def is_sharded(learner: nn.Module) -> bool:
+    """Whether every rank holds but a part of the weights."""
+    return any(isinstance(parameter, DTensor) for parameter in learner.parameters())
+
+
+def random_state() -> dict[str, Any]:
+    """States of all generators, as types that a checkpoint may hold."""
+    name, key, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, [int(word) for word in key], *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go on drawing where `random_state` was taken."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():  # else it goes on on another machine
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,44 +1,87 @@
 """The training loop: stages of steps, resumable at any step.
 
-A stage is a loss over batches that depend on the step number alone, so a run that was stopped and
-resumed computes the same numbers as one that never was.
+A run that was stopped, or killed, and resumed computes the same numbers as one that never was:
+checkpoints hold weights, moments, random states and the position of the data, and rates follow from
+the step number.
 """
 
 from __future__ import annotations
 
+import math
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import TaskID
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from nanomolmo2.training.checkpoint import Checkpoint
-from nanomolmo2.training.metrics import RunLog
-from nanomolmo2.training.optim import OptimConfig, Optimizers
+from nanomolmo2.training.checkpoint import Checkpoints, Position, is_sharded
+from nanomolmo2.training.distributed import World, sum_over_ranks
+from nanomolmo2.training.metrics import RunLog, Tracker
+from nanomolmo2.training.optim import OptimConfig, Optimizers, Selection
 
 
 class Stage(ABC):
-    """One stage of a run."""
+    """One stage of a run.
+
+    The plain kind gives `batch` and `loss`. One whose data have a position of their own gives
+    `batches`; one that takes a step in several passes gives `gradients`.
+    """
 
     name: str
     steps: int
 
     @abstractmethod
-    def batch(self, step: int) -> Any:
-        """The data of a step; runs in a worker process, depends on nothing but the step."""
-
-    @abstractmethod
-    def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
+    def components(self) -> Mapping[str, tuple[nn.Module | Selection, OptimConfig]]:
         """What learns, and how fast."""
 
-    @abstractmethod
+    def optimizers(self) -> Optimizers:
+        """The optimisers of `components`."""
+        return Optimizers(self.components())
+
+    def batch(self, step: int) -> Any:
+        """The data of a step; runs in a worker process, depends on nothing but the step."""
+        raise NotImplementedError
+
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
         """The loss of a batch, and metrics to log."""
+        raise NotImplementedError
+
+    def batches(self, steps: range, state: Any, workers: int) -> Iterator[tuple[Any, Any]]:
+        """The data of some steps, each with the state that leads on behind it.
+
+        Args:
+            state: the one that came with the step before ``steps``; None at the beginning.
+            workers: processes that prepare data; 0 = prepare them between steps.
+        """
+        loader: DataLoader[Any] = DataLoader(
+            _Steps(self),
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=_leave_signals_to_the_loop,
+            generator=torch.Generator(),  # else it draws from the one that training draws from
+        )
+        return ((batch, None) for batch in loader)
+
+    def join_ranks(self, state: Any) -> Any:
+        """The state of the data for a checkpoint, of what every rank has; called on all of them."""
+        return state
+
+    def gradients(self, batch: Any) -> dict[str, float]:
+        """Add up the gradients of a step; returns metrics, ``loss`` among them."""
+        loss, metrics = self.loss(batch)
+        if torch.isfinite(loss):
+            loss.backward()
+        return {**metrics, "loss": loss.item()}
 
     def begin(self) -> None:
         """Called before the first step of a call, also on resume: sets what is frozen."""
@@ -47,7 +90,10 @@ class Stage(ABC):
         """Called after every update."""
 
     def evaluate(self) -> dict[str, float]:
-        """Scores to log at the end of the stage and every ``evaluate_every`` steps."""
+        """Scores to log at the end of the stage and every ``evaluate_every`` steps.
+
+        A ``loss`` among them chooses the best checkpoint; else the loss of the steps does.
+        """
         return {}
 
 
@@ -56,12 +102,232 @@ class LoopConfig:
     """How a run is carried out; none of it changes the numbers, but for ``clip_norm``."""
 
     log_every: int = 20
-    save_every: int = 200
+    save_every: int = 200  # steps of a stage; its last step is saved always
+    keep: int = 2  # newest checkpoints that stay, beside the best
     evaluate_every: int = 0  # 0 = only at the end of a stage
     clip_norm: float = 1.0
     workers: int = 1  # 0 = prepare data between steps
     stop_after: int | None = None  # steps of this call over all stages; the rest can be resumed
+    stop_at: int | None = None  # steps of the whole run, likewise
     quiet: bool = False
+
+
+class Stopped(Exception):
+    """A signal ended the run; what was done is saved.
+
+    Attributes:
+        code: exit code of the process: 143 for SIGTERM, 130 for Ctrl-C.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.code = 128 + number
+
+
+def run(
+    learner: nn.Module,
+    stages: Sequence[Stage],
+    folder: Path,
+    config: LoopConfig | None = None,
+    *,
+    resume: bool = False,
+    world: World | None = None,
+    trackers: Sequence[Tracker] = (),
+) -> bool:
+    """Train ``learner`` through all stages; ``folder`` gets ``checkpoints`` and ``log.jsonl``.
+
+    Returns: whether the last stage was finished.
+    Raises: ValueError if the folder already holds a run and ``resume`` is off, or the loss is not
+        a number; OSError if a file cannot be written; Stopped after SIGTERM or Ctrl-C. The last
+        checkpoint is intact after all of them.
+    """
+    return _Run(learner, stages, folder, config or LoopConfig(), world, trackers).go(resume)
+
+
+class _Run:
+    def __init__(
+        self,
+        learner: nn.Module,
+        stages: Sequence[Stage],
+        folder: Path,
+        config: LoopConfig,
+        world: World | None,
+        trackers: Sequence[Tracker],
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.learner, self.stages, self.folder, self.config = learner, stages, folder, config
+        self.world = world or World()
+        main = self.world.is_main
+        self.log = RunLog(folder, config.log_every, config.quiet or not main, trackers, main)
+        self.checkpoints = Checkpoints(folder, config.keep, self.log.say, self.world)
+        self.saved = 0  # steps done at the last checkpoint
+        self.losses: list[float] = []  # since then
+
+    def go(self, resume: bool) -> bool:
+        has_log = self.log.path.exists() and self.log.path.stat().st_size > 0
+        if not resume and (has_log or self.checkpoints.names()):
+            raise ValueError(
+                f"{self.folder} already holds a run: resume it (--resume), or choose another folder"
+            )
+        found = self.checkpoints.newest() if resume else None
+        position = found or Position(stage=0, step=0, done=0)
+        self.saved = position.done
+        self.log.restart(position.log)
+        last = self._last_step(position.done)
+        try:
+            with _StopRequest() as stop:
+                while True:
+                    is_done = position.step >= self.stages[position.stage].steps
+                    if is_done and found is not None:
+                        self._restore_weights(found)
+                        found = None
+                    if is_done and position.stage + 1 < len(self.stages):
+                        position = Position(position.stage + 1, 0, position.done)
+                    elif is_done or position.done >= last:
+                        return is_done
+                    else:
+                        position = self._run_stage(position, found, last, stop)
+                        found = None
+        finally:
+            self.log.close()
+
+    def _restore_weights(self, found: Position) -> None:
+        # Shards are read with their moments or not at all.
+        optimizers = self.stages[found.stage].optimizers() if is_sharded(self.learner) else None
+        self.checkpoints.restore(found, self.learner, optimizers)
+
+    def _last_step(self, done: int) -> float:
+        config, last = self.config, math.inf
+        if config.stop_after is not None:
+            last = done + config.stop_after
+        return last if config.stop_at is None else min(last, config.stop_at)
+
+    def _run_stage(
+        self, position: Position, found: Position | None, last: float, stop: _StopRequest
+    ) -> Position:
+        """Run one stage as far as ``last`` allows; return where the run then stands."""
+        config, stage = self.config, self.stages[position.stage]
+        stage.begin()
+        optimizers = stage.optimizers()
+        if found is not None:
+            self.checkpoints.restore(found, self.learner, optimizers)
+        end = int(min(stage.steps, position.step + last - position.done))
+        batches = stage.batches(range(position.step, end), position.data, config.workers)
+        self.learner.train()
+        self.log.start_clock()
+        stopping = False
+        with self.log.progress(stage.name, stage.steps, position.step) as bar:
+            while position.step < end and not stopping:
+                started = time.monotonic()
+                try:
+                    batch, data = next(batches)
+                except Exception:  # workers that got the signal too are gone
+                    if not stop.number or self.world.size > 1:
+                        raise
+                    stopping = True
+                    break
+                waited = time.monotonic() - started
+                metrics = self._step(stage, optimizers, position.step, batch)
+                metrics |= {
+                    "wait_seconds": waited,
+                    "compute_seconds": time.monotonic() - started - waited,
+                }
+                step = position.step + 1
+                status = self.log.step(stage.name, step, metrics)
+                bar.update(TaskID(0), completed=step)
+                if status:
+                    bar.update(TaskID(0), status=status)
+                self.losses.append(metrics["loss"])
+                scores = {}
+                if step == stage.steps or self._is_due(config.evaluate_every, step):
+                    scores = self._evaluate(stage, step)
+                position = Position(position.stage, step, position.done + 1, data)
+                stopping = self._agreed(stop)
+                if step == end or self._is_due(config.save_every, step) or scores or stopping:
+                    self._save(stage, position, optimizers, scores)
+        if stopping:
+            self._save(stage, position, optimizers, {})
+            raise Stopped(
+                f"stopped by a signal; all {position.done} steps so far are saved", stop.number
+            )
+        return position
+
+    def _step(
+        self, stage: Stage, optimizers: Optimizers, step: int, batch: Any
+    ) -> dict[str, float]:
+        """One update; returns its metrics."""
+        optimizers.set_rates(step, stage.steps)
+        metrics = stage.gradients(batch)
+        self._check("loss", metrics["loss"], stage, step)
+        for name, norm in optimizers.clip(self.config.clip_norm).items():
+            self._check(f"gradient of {name}", norm, stage, step)
+            metrics[f"grad_norm_{name}"] = norm
+        optimizers.step()
+        stage.after_step()
+        return metrics
+
+    def _check(self, name: str, value: float, stage: Stage, step: int) -> None:
+        if not math.isfinite(value):
+            saved = (
+                f"the checkpoint of step {self.saved} is intact"
+                if self.saved
+                else ("there is no checkpoint yet")
+            )
+            raise ValueError(
+                f"the {name} is {value} in stage {stage.name}, step {step + 1}: {saved}; resuming "
+                f"alone would come to the same, so lower the learning rate, or look at the data of "
+                f"this step"
+            )
+
+    def _evaluate(self, stage: Stage, step: int) -> dict[str, float]:
+        scores = stage.evaluate()
+        if scores:
+            self.log.write({"stage": stage.name, "step": step, "evaluation": scores})
+        self.learner.train()
+        return scores
+
+    def _save(
+        self, stage: Stage, position: Position, optimizers: Optimizers, scores: dict[str, float]
+    ) -> None:
+        if position.done == self.saved:
+            return
+        position.data = stage.join_ranks(position.data)
+        mean = sum(self.losses) / len(self.losses)
+        position.score, position.log = scores.get("loss", mean), self.log.state()
+        self.checkpoints.save(position, self.learner, optimizers)
+        self.saved, self.losses = position.done, []
+
+    @staticmethod
+    def _is_due(every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _agreed(self, stop: _StopRequest) -> bool:
+        """Whether any rank was told to stop: one that stopped alone would leave others waiting."""
+        if self.world.size > 1:
+            number = sum_over_ranks(torch.tensor(stop.number, device=self.world.device))
+            stop.number = max(stop.number, int(number > 0) * signal.SIGTERM)
+        return stop.number > 0
+
+
+class _StopRequest:
+    """SIGTERM and Ctrl-C ask for an end behind the step; a second one ends the process at once."""
+
+    number = 0  # of the signal that came
+
+    def __enter__(self) -> _StopRequest:
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.number = number
+        self.__exit__()
 
 
 class _Steps(Dataset[Any]):
@@ -77,105 +343,7 @@ class _Steps(Dataset[Any]):
         return self.stage.batch(step)
 
 
-def run(
-    learner: nn.Module,
-    stages: Sequence[Stage],
-    folder: Path,
-    config: LoopConfig | None = None,
-    *,
-    resume: bool = False,
-) -> bool:
-    """Train ``learner`` through all stages; ``folder`` gets ``checkpoint.pt`` and ``log.jsonl``.
-
-    Returns: whether the last stage was finished.
-    Raises: ValueError if the folder already holds a run and ``resume`` is off, or the loss is not
-        a number.
-    """
-    config = config or LoopConfig()
-    folder.mkdir(parents=True, exist_ok=True)
-    found = Checkpoint.load(folder)
-    if found is not None and not resume:
-        raise ValueError(
-            f"{folder} already holds a run (stage {found.stage}, step {found.step}): resume it, or "
-            f"choose another folder"
-        )
-    if found is not None:
-        learner.load_state_dict(found.weights)
-    log = RunLog(folder, config.log_every, config.quiet)
-    left = config.stop_after
-    for number in range(found.stage if found else 0, len(stages)):
-        start = found if found is not None and found.stage == number and found.optimizer else None
-        done = _run_stage(learner, stages[number], number, folder, config, log, start, left)
-        if left is not None:
-            left -= done
-        if left == 0:
-            return (
-                number == len(stages) - 1
-                and (start.step if start else 0) + done >= stages[number].steps
-            )
-    return True
-
-
-def _run_stage(
-    learner: nn.Module,
-    stage: Stage,
-    number: int,
-    folder: Path,
-    config: LoopConfig,
-    log: RunLog,
-    found: Checkpoint | None,
-    left: int | None,
-) -> int:
-    """Run one stage from where ``found`` left it; return the steps done."""
-    first = 0
-    stage.begin()
-    optimizers = Optimizers(stage.components())
-    if found is not None:
-        first = found.step
-        optimizers.load_state_dict(found.optimizer)
-    last = stage.steps if left is None else min(stage.steps, first + left)
-    loader: DataLoader[Any] = DataLoader(
-        _Steps(stage),
-        batch_size=None,
-        sampler=range(first, last),
-        num_workers=config.workers,
-        prefetch_factor=4 if config.workers else None,
-    )
-    learner.train()
-    with log.progress(stage.name, stage.steps, first) as bar:
-        for step, batch in enumerate(loader, first):
-            started = time.monotonic()
-            optimizers.set_rates(step, stage.steps)
-            loss, metrics = stage.loss(batch)
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"the loss of stage {stage.name}, step {step} is {loss.item()}: the last "
-                    f"checkpoint is intact; lower the learning rate and resume"
-                )
-            loss.backward()
-            norms = optimizers.clip(config.clip_norm)
-            optimizers.step()
-            stage.after_step()
-            metrics["loss"] = loss.item()
-            metrics |= {f"grad_norm_{name}": norm for name, norm in norms.items()}
-            metrics["compute_seconds"] = time.monotonic() - started
-            status = log.step(stage.name, step + 1, metrics)
-            bar.advance(0)  # type: ignore[arg-type]
-            if status:
-                bar.update(0, status=status)  # type: ignore[arg-type]
-            at_end = step + 1 == last
-            if at_end or (step + 1) % config.save_every == 0:
-                finished = step + 1 == stage.steps
-                Checkpoint(
-                    number + finished,
-                    0 if finished else step + 1,
-                    learner.state_dict(),
-                    {} if finished else optimizers.state_dict(),
-                ).save(folder)
-            due = config.evaluate_every and (step + 1) % config.evaluate_every == 0
-            if due or step + 1 == stage.steps:
-                scores = stage.evaluate()
-                if scores:
-                    log.write({"stage": stage.name, "step": step + 1, "evaluation": scores})
-                learner.train()
-    return last - first
+def _leave_signals_to_the_loop(worker: int) -> None:
+    """A signal to the whole group of processes must not take the data away from the last step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,27 +1,53 @@
-"""What a run reports: one JSON object a line, and a progress bar for people."""
+"""What a run reports: one JSON object a line, a progress bar for people, and trackers of others."""
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
+import os
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+FILE = "log.jsonl"
+EXACT = "loss"  # logged with all digits: a resumed run must repeat it bit for bit
+
 
 class RunLog:
-    """Averages the metrics of the steps between two lines and appends them to ``log.jsonl``."""
+    """Averages the metrics of the steps between two lines and appends them to ``log.jsonl``.
 
-    def __init__(self, folder: Path, every: int, quiet: bool = False) -> None:
-        self.path = folder / "log.jsonl"
-        self.every = every
+    Metrics with special names: ``tokens`` of a step give ``tokens_per_second``; ``wait_seconds``,
+    spent waiting for data, give ``data_wait``, their share of the time.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        quiet: bool = False,
+        trackers: Sequence[Tracker] = (),
+        writes: bool = True,
+    ) -> None:
+        """
+        Args:
+            quiet: nothing for people.
+            trackers: get every line too.
+            writes: off on all ranks but the first.
+        """
+        self.path, self.every, self.trackers = folder / FILE, every, trackers
+        self.writes = writes
         self.console = Console(quiet=quiet, stderr=True)
         self.sums: dict[str, float] = defaultdict(float)
-        self.steps = 0
+        self.counts: dict[str, int] = defaultdict(int)
         self.since = time.monotonic()
+        if writes:
+            self._cut_half_a_line()
 
     def progress(self, name: str, total: int, done: int) -> Progress:
         """A bar for one stage; its only task is number 0."""
@@ -37,21 +63,176 @@ class RunLog:
         bar.add_task(name, total=total, completed=done, status="")
         return bar
 
+    def say(self, text: str) -> None:
+        """A line for people, above the bar."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
     def step(self, stage: str, step: int, metrics: dict[str, float]) -> str | None:
         """Count a step; returns a short status each time a line is written."""
         for name, value in metrics.items():
             self.sums[name] += value
-        self.steps += 1
+            self.counts[name] += 1
         if step % self.every:
             return None
-        means = {name: round(total / self.steps, 4) for name, total in self.sums.items()}
-        seconds = (time.monotonic() - self.since) / self.steps
-        self.write({"stage": stage, "step": step, **means, "seconds_per_step": round(seconds, 3)})
-        self.sums.clear()
-        self.steps, self.since = 0, time.monotonic()
-        return f"loss {means['loss']:.3f}"
+        steps = self.counts["loss"]
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        line = {n: mean if n == EXACT else float(f"{mean:.5g}") for n, mean in means.items()}
+        line["seconds_per_step"] = float(f"{seconds / steps:.4g}")
+        if "tokens" in self.sums:
+            line["tokens_per_second"] = float(f"{self.sums['tokens'] / seconds:.4g}")
+        if "wait_seconds" in line:
+            line["data_wait"] = float(f"{self.sums['wait_seconds'] / seconds:.3g}")
+            del line["wait_seconds"]
+        self.write({"stage": stage, "step": step, **line})
+        self.restart()
+        speed = line.get("tokens_per_second")
+        return f"loss {means['loss']:.3f}" + (f", {speed:,.0f} tokens/s" if speed else "")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line."""
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        """Append one line, whole or not at all.
+
+        Raises: OSError, naming what to do.
+        """
+        if not self.writes:
+            return
+        try:
+            self._append((json.dumps(line) + "\n").encode())
+        except OSError as error:
+            raise OSError(
+                f"{self.path} could not be written ({error.strerror}); the last checkpoint is "
+                f"intact: free some space and resume"
+            ) from error
+        for tracker in self.trackers:
+            tracker.write(line)
+
+    def restart(self, state: dict[str, Any] | None = None) -> None:
+        """Begin a new line, or go on with the one of a `state`; the clock starts now."""
+        self.sums = defaultdict(float, (state or {}).get("sums", {}))
+        self.counts = defaultdict(int, (state or {}).get("counts", {}))
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """What took time before now was no step."""
+        self.since = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """What the next line has of the steps so far."""
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def close(self) -> None:
+        """Let trackers finish."""
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _append(self, text: bytes) -> None:
+        stream = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            before = os.fstat(stream).st_size
+            if os.write(stream, text) < len(text):
+                os.ftruncate(stream, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(stream)
+
+    def _cut_half_a_line(self) -> None:
+        """Remove the beginning of a line whose end a power cut took away."""
+        if self.path.exists():
+            text = self.path.read_bytes()
+            if text and not text.endswith(b"\n"):
+                os.truncate(self.path, text.rfind(b"\n") + 1)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; of a step that was repeated after a resume only the last.
+
+    Raises: FileNotFoundError; ValueError naming the line that is no JSON object.
+    """
+    path = folder / FILE if folder.is_dir() else folder
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: expected the folder of a training run")
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            found[line.get("stage"), line["step"], "loss" in line] = line
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ValueError(
+                f"{path}, line {number} is not an object with a step: remove the line"
+            ) from None
+    return list(found.values())
+
+
+# ---- trackers of others ----
+
+
+class Tracker(Protocol):
+    """Gets every line of the log."""
+
+    def write(self, line: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+def open_trackers(names: Sequence[str], folder: Path, recipe: dict[str, Any]) -> list[Tracker]:
+    """Open the trackers of some names.
+
+    Args:
+        recipe: what is trained, for their overview.
+    Raises: ValueError for an unknown name; ImportError naming the extra that is missing.
+    """
+    trackers: list[Tracker] = []
+    for name in names:
+        if name == "tensorboard":
+            trackers.append(_TensorBoard(folder))
+        elif name in ("trackio", "wandb"):
+            trackers.append(_Wandb(name, folder, recipe))
+        else:
+            raise ValueError(f"there is no tracker {name!r}: choose {', '.join(TRACKERS)}")
+    return trackers
+
+
+TRACKERS = ("tensorboard", "trackio", "wandb")
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    values = {**line, **line.get("evaluation", {})}
+    return {n: v for n, v in values.items() if isinstance(v, int | float) and n != "step"}
+
+
+def _optional(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ImportError(
+            f"logging to {extra} needs a package that is not installed: pip install "
+            f"'nanomolmo2[{extra}]'"
+        ) from None
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        _optional("tensorboard", "tensorboard")
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        self.stream = writer(str(folder / "tensorboard"))
+
+    def write(self, line: dict[str, Any]) -> None:
+        for name, value in _numbers(line).items():
+            self.stream.add_scalar(f"{line.get('stage', 'run')}/{name}", value, line["step"])
+        self.stream.flush()
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class _Wandb:
+    """Weights & Biases, and trackio, which has its interface and stays on this machine."""
+
+    def __init__(self, name: str, folder: Path, recipe: dict[str, Any]) -> None:
+        self.module = _optional(name, name)
+        self.module.init(project="nanomolmo2", name=folder.name, config=recipe)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.module.log(_numbers(line), step=line["step"])
+
+    def close(self) -> None:
+        self.module.finish()

@@ -1,16 +1,25 @@
-"""Optimisers and schedules: AdamW for vectors and tables, Muon for matrices, by component."""
+"""Optimisers and schedules: AdamW for vectors and tables, Muon for matrices, by component.
+
+A component is a part of the model with rates, a schedule and a gradient norm of its own.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanomolmo2.config import Config
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2
+from nanomolmo2.training.distributed import clip_grad_norm
+from nanomolmo2.training.lora import lora_parameters
+
+PARTS = ("vision", "connector", "llm", "embeddings", "lora")
 
 
 @dataclass(frozen=True)
@@ -85,39 +94,129 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x if wide else x.mT
 
 
+@dataclass
+class Selection:
+    """What a component trains.
+
+    tables: ids of those parameters that are no hidden matrices though they are 2-D.
+    frozen_rows: how many first rows of a parameter stay exactly as they are.
+    """
+
+    parameters: list[nn.Parameter]
+    tables: set[int] = field(default_factory=set)
+    frozen_rows: dict[nn.Parameter, int] = field(default_factory=dict)
+
+
+def select(module: nn.Module) -> Selection:
+    """All parameters of a module that get a gradient."""
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, (nn.Embedding, nn.Conv2d))}
+    return Selection([p for p in module.parameters() if p.requires_grad], tables)
+
+
+def set_trainable(model: NanoMolmo2, train: Sequence[str]) -> None:
+    """Give gradients to the parts of ``train``, and to nothing else.
+
+    Args:
+        train: of ``vision``; ``connector``, with the rows that the embedding has beyond the base
+            vocabulary; ``llm``: blocks, norms and an untied head; ``embeddings``: the whole table,
+            which is the head too where they are tied; ``lora``: the matrices of ``add_lora``.
+    Raises: ValueError for unknown parts, ``lora`` where there are none or beside ``llm``.
+    """
+    adapters = lora_parameters(model.llm)
+    if not train or set(train) - set(PARTS):
+        raise ValueError(
+            f"train names {', '.join(train) or 'nothing'}: choose among {', '.join(PARTS)}"
+        )
+    if "lora" in train and not adapters:
+        raise ValueError("train names lora, but the model has no such layers: call add_lora first")
+    if adapters and "llm" in train:
+        raise ValueError(
+            "train names llm, but its layers have LoRA matrices, whose base stays as it is: train "
+            "lora, or merge them first"
+        )
+    if "vision" in train:
+        model.vision_encoder.unfreeze()
+    else:
+        model.vision_encoder.freeze()
+    model.connector.requires_grad_("connector" in train)
+    model.llm.requires_grad_("llm" in train)
+    for parameter in adapters:
+        parameter.requires_grad_("lora" in train)
+    new_rows = "connector" in train and model.config.llm_config.additional_vocab_size > 0
+    model.llm.embed_tokens.weight.requires_grad_("embeddings" in train or new_rows)
+
+
+def components(
+    model: NanoMolmo2, train: Sequence[str], optimizers: Mapping[str, OptimConfig]
+) -> dict[str, tuple[Selection, OptimConfig]]:
+    """The trained parts for :class:`Optimizers`, each parameter in one of them.
+
+    The embedding table belongs to ``embeddings``. Where that is not trained, its additional rows
+    learn with the connector, and the base rows stay bit for bit.
+
+    Args:
+        model: after :func:`set_trainable`, sharded or not.
+        optimizers: rates of every part in ``train``.
+    Source: Molmo2, olmo/train/optim.py (groups ``vit``, ``connector``, ``llm``).
+    """
+    if missing := [part for part in train if part not in optimizers]:
+        raise ValueError(f"{missing[0]} is trained, but has no optimiser: give it an OptimConfig")
+    table = model.llm.embed_tokens.weight
+    assert isinstance(table, nn.Parameter)
+    adapters = lora_parameters(model.llm)
+    apart = {id(table), *map(id, adapters)}
+    chosen = {
+        "vision": select(model.vision_encoder),
+        "connector": select(model.connector),
+        "llm": Selection([p for p in select(model.llm).parameters if id(p) not in apart]),
+        "embeddings": Selection([table], {id(table)}),
+        "lora": Selection(adapters),
+    }
+    base = model.config.llm_config.vocab_size
+    if "embeddings" not in train and table.shape[0] > base:
+        chosen["connector"].parameters.append(table)
+        chosen["connector"].tables.add(id(table))
+        chosen["connector"].frozen_rows[table] = base
+    result = {part: (chosen[part], optimizers[part]) for part in PARTS if part in train}
+    for part, (selection, _) in result.items():
+        if not all(p.requires_grad for p in selection.parameters) or not selection.parameters:
+            raise ValueError(f"{part} is frozen, but to be trained: call set_trainable first")
+    return result
+
+
 class Optimizers:
     """AdamW and Muon over named components, each with its own rates, stepped as one.
 
     A parameter is a hidden matrix, and Muon's, if it is 2-D and no embedding.
     """
 
-    def __init__(self, components: dict[str, tuple[nn.Module, OptimConfig]]) -> None:
+    def __init__(self, components: Mapping[str, tuple[nn.Module | Selection, OptimConfig]]) -> None:
         vectors: list[dict[str, Any]] = []
         matrices: list[dict[str, Any]] = []
-        self.components = {name: module for name, (module, _) in components.items()}
-        for name, (module, config) in components.items():
-            tables = {
-                id(m.weight) for m in module.modules() if isinstance(m, (nn.Embedding, nn.Conv2d))
-            }
-            trainable = [p for p in module.parameters() if p.requires_grad]
-            hidden = [p for p in trainable if p.ndim == 2 and id(p) not in tables]
+        self.components: dict[str, Selection] = {}
+        for name, (part, config) in components.items():
+            learns = part if isinstance(part, Selection) else select(part)
+            self.components[name] = learns
+            hidden = [p for p in learns.parameters if p.ndim == 2 and id(p) not in learns.tables]
             if config.matrix_lr == 0:
                 hidden = []
-            chosen = {id(p) for p in hidden}
-            rest = [p for p in trainable if id(p) not in chosen]
+            chosen = {id(p) for p in hidden} | {id(p) for p in learns.frozen_rows}
+            rest = [p for p in learns.parameters if id(p) not in chosen]
             shared = {"component": name, "config": config}
-            if rest:
-                vectors.append(
-                    {
-                        "params": rest,
-                        "peak_lr": config.lr,
-                        "lr": config.lr,
-                        "betas": config.betas,
-                        "eps": config.eps,
-                        "weight_decay": config.weight_decay,
-                        **shared,
-                    }
-                )
+            # Weight decay would move rows that stay.
+            for parameters, decay in ((rest, config.weight_decay), (learns.frozen_rows, 0.0)):
+                if parameters:
+                    vectors.append(
+                        {
+                            "params": list(parameters),
+                            "peak_lr": config.lr,
+                            "lr": config.lr,
+                            "betas": config.betas,
+                            "eps": config.eps,
+                            "weight_decay": decay,
+                            **shared,
+                        }
+                    )
             if hidden:
                 matrices.append({"params": hidden, "peak_lr": config.matrix_lr, **shared})
         self.parts: dict[str, torch.optim.Optimizer] = {}
@@ -134,13 +233,15 @@ class Optimizers:
 
     def clip(self, max_norm: float) -> dict[str, float]:
         """Clip every component's gradient on its own; return the norms before."""
+        self._hold_rows()
         return {
-            name: float(nn.utils.clip_grad_norm_(list(module.parameters()), max_norm))
-            for name, module in self.components.items()
+            name: float(clip_grad_norm(learns.parameters, max_norm))
+            for name, learns in self.components.items()
         }
 
     def step(self) -> None:
         """One update, then no gradients."""
+        self._hold_rows()
         for optimizer in self.parts.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -153,3 +254,22 @@ class Optimizers:
         for name, part in self.parts.items():
             whole = part.state_dict()
             part.load_state_dict({**whole, "state": state[name]})
+
+    def _hold_rows(self) -> None:
+        """Clear gradients of frozen rows: their moments stay zero, and so does AdamW's update."""
+        for learns in self.components.values():
+            for parameter, rows in learns.frozen_rows.items():
+                if parameter.grad is not None:
+                    clear_rows(parameter.grad, rows)
+
+
+@torch.no_grad()
+def clear_rows(gradient: Tensor, rows: int) -> None:
+    """Zero the first ``rows`` rows of a tensor, sharded or not, in place."""
+    if not isinstance(gradient, DTensor):
+        gradient[:rows] = 0
+        return
+    cleared = torch.arange(gradient.shape[0], device=gradient.device)[:, None] < rows
+    # Every rank cuts its part out of the same mask: nothing is sent.
+    mask = distribute_tensor(cleared, gradient.device_mesh, gradient.placements, src_data_rank=None)
+    gradient.to_local().masked_fill_(mask.to_local(), 0)

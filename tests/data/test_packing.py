@@ -99,24 +99,18 @@ def test_a_row_falls_apart_into_its_examples(examples: list[Encoded]) -> None:
         if example.pixel_values is None or example.image_token_pooling is None:
             continue
         assert row.pixel_values is not None and row.image_token_pooling is not None
-        assert np.array_equal(
-            row.pixel_values[crops:][: len(example.pixel_values)], here_pixels(example)
-        )
+        pixels = example.pixel_values
+        assert np.array_equal(row.pixel_values[crops:][: len(pixels)], pixels)
         index = example.image_token_pooling
         found = row.image_token_pooling[windows:][: len(index)]
         moved = np.where(found >= 0, found - N * crops, -1)
         assert np.array_equal(moved[:, : index.shape[1]], index)
         assert (found[:, index.shape[1] :] == -1).all()
-        crops, windows = crops + len(example.pixel_values), windows + len(index)
+        crops, windows = crops + len(pixels), windows + len(index)
     assert (0 if row.pixel_values is None else len(row.pixel_values)) == crops
-    for name, given_by in (("labels", "labels"), ("loss_weights", "loss_weights")):
-        present = any(getattr(e, given_by) is not None for e in examples)
+    for name in ("labels", "loss_weights"):
+        present = any(getattr(e, name) is not None for e in examples)
         assert (getattr(row, name) is not None) == present
-
-
-def here_pixels(example: Encoded) -> np.ndarray:
-    assert example.pixel_values is not None
-    return example.pixel_values
 
 
 @given(st.lists(encoded(), min_size=1, max_size=5))

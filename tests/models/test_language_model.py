@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -312,3 +313,63 @@ def test_the_past_counts_into_the_context(llm: LanguageModel) -> None:
     _, cache = llm(torch.zeros(1, 1).long(), past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match="129 positions, the model's context holds 128"):
         llm(torch.zeros(1, 1).long(), past_key_values=cache)
+
+
+def last_states(model: LanguageModel, call: Callable[[], Any]) -> Tensor:
+    """(B, T, D), what goes into the last norm."""
+    seen = []
+    handle = model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    call()
+    handle.remove()
+    return seen[0]
+
+
+def test_residual_dropout_thins_out_what_attention_and_mlp_add() -> None:
+    """Entries of each sum are left out or doubled at 0.5; in evaluation nothing happens."""
+    config = LLMConfig.from_dict(LLM.to_dict() | {"num_hidden_layers": 1})
+    model, ids = randomize(LanguageModel(config)).eval(), text_ids(2, 40)
+    plain = model(ids)
+    model.residual_dropout = 0.5
+    assert torch.equal(model(ids), plain)
+    model.train()
+    layer, added = model.layers[0], []
+    for part in (layer.self_attn, layer.mlp):
+        part.register_forward_hook(lambda _, inputs, y: added.append(y.detach()))
+    torch.manual_seed(0)
+    out = last_states(model, lambda: model(ids))
+    mixed, fed = added
+    first = out - model.embed_tokens(ids).detach()  # of both sums
+    fits = torch.stack([first - a * mixed - b * fed for a in (0, 2) for b in (0, 2)]).abs() < 1e-4
+    assert fits.any(dim=0).all()
+    shares = fits.float().mean(dim=(1, 2, 3))
+    assert (shares - 0.25).abs().max() < 0.03
+
+
+def test_dropout_at_targets_leaves_all_other_positions_alone() -> None:
+    """One layer, so that no position sees another's dropped sum."""
+    config = LLMConfig.from_dict(LLM.to_dict() | {"num_hidden_layers": 1})
+    model, ids = randomize(LanguageModel(config)).train(), text_ids(2, 8)
+    labels = torch.full_like(ids, -100)
+    labels[0, 3:5], labels[1, 7], labels[1, 2] = ids[0, 3:5], ids[1, 7], ids[1, 2]
+    weights = torch.ones_like(ids, dtype=torch.float32)
+    weights[1, 2] = 0.0
+    whole = last_states(model, lambda: model.loss(ids, labels, weights))
+    model.residual_dropout, model.dropout_at_targets = 0.3, True
+    thinned = last_states(model, lambda: model.loss(ids, labels, weights))
+    changed = (whole != thinned).any(dim=2)
+    assert changed.nonzero().tolist() == [[0, 2], [0, 3], [1, 6]]
+    model.dropout_at_targets = False
+    everywhere = last_states(model, lambda: model.loss(ids, labels, weights))
+    assert (whole != everywhere).any(dim=2).all()
+
+
+def test_dropout_is_drawn_once_with_gradient_checkpointing() -> None:
+    model, ids = randomize(LanguageModel(LLM)).train(), text_ids(2, 8)
+    model.residual_dropout = 0.3
+    gradients = []
+    for model.gradient_checkpointing in (False, True):
+        torch.manual_seed(3)
+        model.zero_grad()
+        model.loss(ids, ids).backward()
+        gradients.append(model.embed_tokens.weight.grad.clone())
+    torch.testing.assert_close(gradients[0], gradients[1])

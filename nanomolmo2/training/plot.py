@@ -1,0 +1,100 @@
+"""Curves of training runs as one picture: loss, loss by task, gradient norms, speed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nanomolmo2.files import atomic_path
+from nanomolmo2.training.metrics import read_log
+
+PANELS = {
+    "loss": lambda name: name == "loss",
+    "loss by task": lambda name: name.startswith("loss_") or name.endswith("_loss"),
+    "gradient norm by part": lambda name: name.startswith("grad_norm_"),
+    "tokens a second": lambda name: name == "tokens_per_second",
+    "share of padding, and of time waiting for data": lambda name: name in ("padding", "data_wait"),
+    "evaluation": lambda name: name.startswith("evaluation/"),
+}
+MOST_LABELS = 16  # in a legend; with more it would hide the curves
+
+
+def plot_runs(folders: Sequence[Path], path: Path) -> None:
+    """Draw the logs of some runs into a PNG; a panel for whatever there is.
+
+    Raises: as `read_log`; ValueError for logs without a step; ImportError naming the extra.
+    """
+    curves = {folder: read_curves(folder) for folder in folders}
+    panels = {
+        title: wanted
+        for title, wanted in PANELS.items()
+        if any(wanted(name) for found in curves.values() for name in found)
+    }
+    if not panels:
+        raise ValueError(
+            f"there is no step in the log of {folders[0]} yet: wait for its first line"
+        )
+    figure, axes = _figure(len(panels))
+    for (title, wanted), axis in zip(panels.items(), axes, strict=True):
+        for folder, found in curves.items():
+            for name, (steps, values) in found.items():
+                if wanted(name):
+                    label = name if len(folders) == 1 else f"{folder.name} {name}"
+                    _draw(axis, steps, values, label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.3)
+        if len(axis.get_legend_handles_labels()[0]) <= MOST_LABELS:
+            axis.legend(fontsize=7)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def read_curves(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """name -> (steps, values) of every number in a log. Steps of several stages are added up."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    stage, before, last = None, 0, 0
+    for line in read_log(folder):
+        if line.get("stage") != stage:
+            stage, before = line.get("stage"), last
+        last = before + line["step"]
+        evaluation = {f"evaluation/{n}": v for n, v in line.get("evaluation", {}).items()}
+        for name, value in {**line, **evaluation}.items():
+            if name != "step" and isinstance(value, int | float):
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(last)
+                values.append(float(value))
+    return curves
+
+
+def smooth(values: Sequence[float], span: int) -> list[float]:
+    """The mean of each value and up to ``span - 1`` before it."""
+    return [
+        sum(values[max(0, i + 1 - span) : i + 1]) / min(i + 1, span) for i in range(len(values))
+    ]
+
+
+def _draw(axis: Any, steps: list[int], values: list[float], label: str) -> None:
+    span = max(1, len(values) // 50)
+    (line,) = axis.plot(steps, smooth(values, span), label=label, linewidth=1.4)
+    if span > 1:
+        axis.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=0.8)
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    try:
+        figures = importlib.import_module("matplotlib.figure")
+    except ImportError:
+        raise ImportError(
+            "plotting needs matplotlib, which is not installed: pip install 'nanomolmo2[plot]'"
+        ) from None
+    columns = min(2, panels)
+    rows = -(-panels // columns)
+    # Without pyplot there is no window system to ask for.
+    figure = figures.Figure(figsize=(7 * columns, 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axis in axes[panels:]:
+        axis.remove()
+    return figure, axes[:panels]

@@ -1,0 +1,116 @@
+"""Recipe: everything that decides what a training run computes, as one JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from nanomolmo2.config import Config
+from nanomolmo2.data.sources import SourceConfig
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
+from nanomolmo2.processor.processor import LossWeighting
+from nanomolmo2.training.lora import LoraConfig
+from nanomolmo2.training.optim import PARTS, OptimConfig
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Recipe(Config):
+    """What is trained, on what, and how. S rows (packs) a step.
+
+    Attributes:
+        name: of the recipe, for logs and messages.
+        model: whose weights training starts from: a folder, ``tiny``, ``base`` or a name on the
+            hub; with ``architecture`` only its processor is used.
+        architecture: sizes of a model that starts with fresh weights.
+        vision, llm: with ``architecture``: checkpoints of these parts to start from, empty = fresh.
+        data: sources and their rates.
+        steps: updates.
+        batch_size: S, on all processes together.
+        micro_batch_size: rows that pass the model at once on each process.
+        sequence_length: tokens that a row holds.
+        max_crops: crops that a row holds; pictures, where they are not cut.
+        pool: examples that wait for a row of each slot; more waste less padding.
+        crop_weight: what a crop is worth beside a token when rows are packed.
+        bad_share: share of examples that may be bad before the run stops.
+        train: parts that learn: vision, connector, llm, embeddings, lora.
+        optimisers: rates of every part in ``train``.
+        clip_norm: largest norm of the gradient of each part.
+        lora: the matrices, if ``train`` has lora; they are merged when the run is done.
+        loss_weighting: see `Processor.encode_tree`.
+        z_loss: weight of the squared log of the softmax's sum.
+        seed: of fresh weights, of the data's order and of dropout.
+        dtype: of the arithmetic; weights and moments are float32 always.
+        gradient_checkpointing: compute activations a second time instead of keeping them.
+        compile: torch.compile every block.
+        feature_cache: folder for the features of a frozen vision encoder; empty = none.
+        log_every, save_every, keep: steps between lines and checkpoints, and how many stay.
+    """
+
+    name: str
+    model: str
+    data: tuple[SourceConfig, ...]
+    steps: int
+    architecture: NanoMolmo2Config | None = None
+    vision: str = ""
+    llm: str = ""
+    batch_size: int = 8
+    micro_batch_size: int = 1
+    sequence_length: int = 2048
+    max_crops: int = 16
+    pool: int = 48
+    crop_weight: float = 1.0
+    bad_share: float = 0.05
+    train: tuple[str, ...] = ("connector", "llm")
+    optimisers: dict[str, OptimConfig] = field(default_factory=dict)
+    clip_norm: float = 1.0
+    lora: LoraConfig | None = None
+    loss_weighting: LossWeighting = "token"
+    z_loss: float = 0.0
+    seed: int = 0
+    dtype: DType = "float32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    feature_cache: str = ""
+    log_every: int = 1
+    save_every: int = 200
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        self.check_positive(but=("seed",))
+        for name, kind in (("loss_weighting", LossWeighting), ("dtype", DType)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected one of "
+                    f"{', '.join(get_args(kind))}"
+                )
+        unknown = [part for part in self.train if part not in PARTS]
+        if unknown or not self.train:
+            raise ValueError(f"train is {self.train}, expected at least one of {', '.join(PARTS)}")
+        for part in self.train:
+            if part not in self.optimisers:
+                raise ValueError(
+                    f"{part} is to be trained, but optimisers has only "
+                    f"{', '.join(self.optimisers) or 'nothing'}: give its rates"
+                )
+        if ("lora" in self.train) != (self.lora is not None):
+            raise ValueError(
+                "lora and train disagree: name lora in train and give its LoraConfig, or neither"
+            )
+        if "lora" in self.train and "llm" in self.train:
+            raise ValueError("train names llm and lora: LoRA leaves the llm as it is, choose one")
+        if self.feature_cache and "vision" in self.train:
+            raise ValueError("feature_cache needs a frozen vision encoder: take it out of train")
+        if (self.vision or self.llm) and self.architecture is None:
+            raise ValueError("vision and llm are the parts of an architecture: give that too")
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Fields that would make ``other`` compute something else; lengths do not count here."""
+        ignored = {"steps", "log_every", "save_every", "keep", "feature_cache"}
+        return [
+            f.name
+            for f in dataclasses.fields(self)
+            if f.name not in ignored and getattr(self, f.name) != getattr(other, f.name)
+        ]

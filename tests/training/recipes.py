@@ -1,0 +1,40 @@
+"""Recipes at toy size: a step takes a few hundredths of a second."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from nanomolmo2.data.emoji.questions import BranchMix
+from nanomolmo2.data.emoji.source import EmojiConfig
+from nanomolmo2.data.sources import SourceConfig
+from nanomolmo2.training.recipe import Recipe
+from nanomolmo2.training.recipes import smoke
+
+FEW_QUESTIONS = BranchMix(presence=2, count=1, number=0, point=1, caption=0, spatial=0)
+SCENES = SourceConfig("emoji", emoji=EmojiConfig(length=50, mix=FEW_QUESTIONS))
+
+
+def toy(recipe: Recipe, **changes: object) -> Recipe:
+    """The same recipe on a model of one layer, with few and short rows."""
+    sizes = smoke().architecture
+    assert sizes is not None
+    architecture = replace(
+        sizes,
+        vision_config=replace(sizes.vision_config, num_hidden_layers=1),
+        llm_config=replace(sizes.llm_config, num_hidden_layers=1),
+    )
+    small = {
+        "model": "tiny",
+        "architecture": architecture,
+        "vision": "",
+        "llm": "",
+        "data": (SCENES,),
+        "steps": 12,
+        "batch_size": 2,
+        "micro_batch_size": 1,
+        "sequence_length": 256,
+        "max_crops": 4,
+        "pool": 2,
+        "save_every": 3,
+    }
+    return replace(recipe, **{**small, **changes})
