@@ -444,6 +444,14 @@ class Train:
             "beside its layers, which takes far less memory; they are merged at the end"
         ),
     ] = False
+    feature_cache: Annotated[
+        Path | None,
+        arg(
+            metavar="DIR",
+            help="keep the features of a frozen vision encoder there: each picture is encoded "
+            "once, the losses are the same",
+        ),
+    ] = None
     max_steps: Annotated[
         int | None,
         arg(
@@ -529,11 +537,19 @@ class Train:
             raise UsageError(
                 "expected a recipe or --data FILE, as in: nanomolmo2 train smoke --out runs/smoke"
             )
-        of_recipes = (self.data, self.model, self.steps, self.lora, self.log_to)
+        of_recipes = (
+            self.data,
+            self.model,
+            self.steps,
+            self.lora,
+            self.feature_cache,
+            self.log_to,
+        )
         if self.recipe == "tiny" and any(of_recipes):
             raise UsageError(
-                "--data, --model, --steps, --lora and --log-to are not for the recipe tiny, which "
-                "makes the bundled model; to train that on your data leave the recipe out"
+                "--data, --model, --steps, --lora, --feature-cache and --log-to are not for the "
+                "recipe tiny, which makes the bundled model; to train that on your data leave the "
+                "recipe out"
             )
         if self.recipe != "tiny" and self.scale != "full":
             raise UsageError("--scale is for the recipe tiny; --steps sets the length of others")
@@ -599,6 +615,7 @@ class Train:
             "seed": self.seed,
             "save_every": self.save_every,
             "keep": self.keep,
+            "feature_cache": None if self.feature_cache is None else str(self.feature_cache),
         }
         if self.model is not None:  # its own sizes, then
             changes |= {"architecture": None, "vision": "", "llm": ""}

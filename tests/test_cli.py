@@ -31,6 +31,7 @@ from nanomolmo2.models import ConnectorConfig, LanguageModel, NanoMolmo2, Vision
 from nanomolmo2.processor import Point, Processor, ProcessorConfig, format_points
 from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.processor.processor import VideoConfig
+from nanomolmo2.training.recipes import finetune
 from scripts.make_demo_picture import make_demo
 from tests.small_model import ScriptedModel, small_model, small_processor
 
@@ -627,6 +628,60 @@ def test_train_hands_its_options_on(monkeypatch, tmp_path: Path, capsys) -> None
     assert (first["config"].stop_after, first["config"].workers) == (5, 0)
     assert second["resume"]
     assert second["config"].stop_after is None
+
+
+def test_train_and_plot_and_ask(picture: Path, tmp_path: Path, capsys) -> None:
+    """A person's own data to a model that answers, stopped in between."""
+    lines = [
+        {"image": str(picture), "question": f"Is there a dog {n}?", "answer": "Yes."} for n in "abc"
+    ]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    small = tmp_path / "small"
+    small_model().save_pretrained(small, processor=small_processor())
+    recipe = finetune([str(tmp_path / "my.jsonl")], str(small), steps=2)
+    smaller = dataclasses.replace(
+        recipe, name="mine", sequence_length=64, pool=2, dtype="float32", save_every=1
+    )
+    smaller.save(tmp_path / "mine.json")
+    run = ["train", str(tmp_path / "mine.json"), "--out", str(tmp_path / "run"), "--workers", "0"]
+    assert cli.main([*run, "--max-steps", "1"]) == 0
+    assert f"go on with: nanomolmo2 train {tmp_path / 'mine.json'}" in capsys.readouterr().out
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--resume", "--workers", "0"]) == 0
+    model = tmp_path / "run" / "model"
+    assert f"wrote {model}" in capsys.readouterr().out
+    steps = [
+        json.loads(x)["step"] for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    ]
+    assert steps == [1, 2]
+    assert (
+        cli.main(["ask", str(picture), "A dog?", "--model", str(model), "--max-new-tokens", "2"])
+        == 0
+    )
+    curves = tmp_path / "curves.png"
+    assert cli.main(["plot", str(tmp_path / "run"), "--out", str(curves)]) == 0
+    assert Image.open(curves).size[0] > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "expected a recipe or --data FILE"),
+        (("smok",), "there is no recipe 'smok'"),
+        (("tiny", "--data", "my.jsonl"), "are not for the recipe tiny"),
+        (("smoke", "--scale", "small"), "--scale is for the recipe tiny"),
+        (("smoke", "--lora"), "--lora is for finetune"),
+        (("smoke", "--max-steps", "0"), "--max-steps must be 1 or more"),
+        (("finetune",), "finetune needs data"),
+    ],
+)
+def test_train_refuses(refused: Refusal, arguments: tuple[str, ...], message: str) -> None:
+    code = 1 if "smok" in arguments else 2
+    assert message in refused("train", *arguments, code=code)
+
+
+def test_plot_of_nothing(refused: Refusal) -> None:
+    assert "expected the folder of a training run" in refused("plot", "nowhere")
+    assert "expected one of .png" in refused("plot", "nowhere", "--out", "curves.jpg", code=2)
 
 
 def test_a_run_is_not_overwritten(refused: Refusal, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ SMALL_LLM = LLMConfig(
     head_dim=16,
 )
 # Tools of others, which only blocks that are not run may call.
-TOOLS = {"git", "pip", "pre-commit", "pytest", "python3", "source", "vllm"}
+TOOLS = {"git", "pip", "pre-commit", "pytest", "python3", "source", "torchrun", "vllm"}
 
 
 class Block(NamedTuple):

@@ -11,6 +11,7 @@ same rows. B rows of T tokens.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -147,7 +148,7 @@ class PackedLoader:
                     batch_size=None,
                     num_workers=1,
                     prefetch_factor=AHEAD,
-                    worker_init_fn=_share_by_name,
+                    worker_init_fn=_begin_worker,
                     # Else it would take a number from the generator that dropout draws from.
                     generator=torch.Generator(),
                 )
@@ -414,6 +415,11 @@ def _number_branches(row: Encoded, pack: Sequence[_Read], first: int) -> np.ndar
     return np.where(branch == PREFIX_SUBSEGMENT, -1, firsts[example] + branch)
 
 
-def _share_by_name(worker: int) -> None:
-    """Share tensors by name: by handle, a step of many rows would need more than a process has."""
+def _begin_worker(worker: int) -> None:
+    """Share tensors by name: by handle, a step of many rows would need more than a process has.
+
+    A signal to the whole group of processes is for the training loop, which ends behind its step.
+    """
     torch.multiprocessing.set_sharing_strategy("file_system")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

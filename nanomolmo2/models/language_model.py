@@ -10,17 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import checkpoint
 
 from nanomolmo2.batch import IGNORED_LABEL
 from nanomolmo2.config import Config
@@ -38,6 +33,7 @@ from nanomolmo2.models.loss import (
     rows_loss,
 )
 from nanomolmo2.models.quantized import Modes, QuantizedLinear, project, quantize
+from nanomolmo2.models.recompute import computed_again, rms_norm, swiglu
 
 
 @dataclass(frozen=True)
@@ -91,9 +87,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_table(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -122,6 +116,7 @@ class Context:
     cache: KVCache | RaggedStep | None
     key_mask: Tensor | None  # (B, S) for the cache to remember
     next_positions: Tensor  # (B, 1)
+    keeps: bool = True  # layers keep something for backward: they are not run again as a whole
     dropout: float = 0.0
     dropout_at: Tensor | None = None  # (B, T, 1) bool, None = everywhere
 
@@ -155,15 +150,21 @@ class Attention(nn.Module):
         if last_only:  # sees everything: that is causal without a flag
             q, cos, sin, causal = q[:, -1:], cos[:, :, -1:], sin[:, :, -1:], False
             mask = mask[:, :, -1:] if isinstance(mask, Tensor) else None
-        q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)
-        k = rotate(self.k_norm(k).transpose(1, 2), context.cos, context.sin)
-        v = v.transpose(1, 2)
+
+        def turned_q() -> Tensor:
+            return rotate(self.q_norm(q).transpose(1, 2), cos, sin)
+
+        def turned_k() -> Tensor:
+            return rotate(self.k_norm(k).transpose(1, 2), context.cos, context.sin)
+
+        queries, keys, values = turned_q(), turned_k(), v.transpose(1, 2)
         if isinstance(context.cache, RaggedStep):
-            y = context.cache.attend(layer, q, k, v)
+            y = context.cache.attend(layer, queries, keys, values)
+        elif context.cache is not None:
+            y = attend(queries, *context.cache.update(layer, keys, values), mask, causal)
         else:
-            if context.cache is not None:
-                k, v = context.cache.update(layer, k, v)
-            y = attend(q, k, v, mask, causal)
+            with computed_again((queries, turned_q), (keys, turned_k), on=context.keeps):
+                y = attend(queries, keys, values, mask, causal)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -176,9 +177,12 @@ class MLP(nn.Module):
         self.up_proj = Linear(in_size, intermediate_size, bias=False)
         self.down_proj = Linear(intermediate_size, out_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keeps: bool = True) -> Tensor:
+        """``keeps``: as in :class:`Context`."""
         gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        inner = swiglu(gate, up)
+        with computed_again((inner, lambda: swiglu(gate, up)), on=keeps):
+            return self.down_proj(inner)
 
 
 class DecoderLayer(nn.Module):
@@ -194,9 +198,15 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, context: Context, layer: int, last_only: bool = False) -> Tensor:
         """(B, T, D) -> (B, T, D), or (B, 1, D) of the last position."""
-        mixed = self.self_attn(self.input_layernorm(x), context, layer, last_only)
-        x = (x[:, -1:] if last_only else x) + self._thin(mixed, context)
-        return x + self._thin(self.mlp(self.post_attention_layernorm(x)), context)
+        normed = self.input_layernorm(x)
+        with computed_again((normed, lambda: self.input_layernorm(x)), on=context.keeps):
+            mixed = self.self_attn(normed, context, layer, last_only)
+        between = (x[:, -1:] if last_only else x) + self._thin(mixed, context)
+        normed = self.post_attention_layernorm(between)
+        again = (normed, lambda: self.post_attention_layernorm(between))
+        with computed_again(again, on=context.keeps):
+            y = self.mlp(normed, context.keeps)
+        return between + self._thin(y, context)
 
     def _thin(self, y: Tensor, context: Context) -> Tensor:
         """Residual dropout, in training."""
@@ -208,33 +218,6 @@ class DecoderLayer(nn.Module):
         )
 
 
-# By name, since not every build of PyTorch has them all.
-_PRODUCTS = {
-    "aten.mm.default",
-    "aten.addmm.default",
-    "mkldnn._linear_pointwise.default",
-    "aten._scaled_dot_product_flash_attention_for_cpu.default",
-    "aten._scaled_dot_product_flash_attention.default",
-    "aten._scaled_dot_product_efficient_attention.default",
-    "aten._scaled_dot_product_cudnn_attention.default",
-}
-
-
-def keep_products() -> tuple[Any, Any]:
-    """Contexts of a checkpointed block: what is no product (norms, rotation, SwiGLU) runs again.
-
-    It would be half of what a block keeps, and takes a few hundredths of its time.
-    """
-
-    def policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-        keep = str(operator) in _PRODUCTS
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    linear(torch.zeros(1, 1), torch.zeros(1, 1))  # proves itself once: not within a block
-    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(policy)
-    return contexts
-
-
 class LanguageModel(nn.Module):
     """Token ids, or embeddings in their place, to logits.
 
@@ -242,7 +225,8 @@ class LanguageModel(nn.Module):
         residual_dropout: share of what attention and MLP add that is left out in training.
         dropout_at_targets: :meth:`loss` does so only where the next token counts (Molmo2 in its
             pre-training); else everywhere.
-        gradient_checkpointing: keep one activation a block, compute the rest again in backward.
+        gradient_checkpointing: keep one activation a block, compute the rest again in backward;
+            else what products give is kept, and only what lies between them computed again.
     """
 
     def __init__(self, config: LLMConfig | None = None) -> None:
@@ -256,9 +240,7 @@ class LanguageModel(nn.Module):
             if config.tie_word_embeddings
             else Linear(config.hidden_size, config.vocab_size, bias=False)
         )
-        # True: a block keeps its input and runs again in backward. "selective": it keeps products
-        # and attention too, and only what is cheap is computed again. Same gradients, bit for bit.
-        self.gradient_checkpointing: bool | Literal["selective"] = False
+        self.gradient_checkpointing = False
         self.residual_dropout = 0.0
         self.dropout_at_targets = False
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
@@ -340,14 +322,13 @@ class LanguageModel(nn.Module):
         context = self._context(x, attention_mask, position_ids, past_key_values)
         context.dropout = self.residual_dropout
         context.dropout_at = None if dropout_at is None else dropout_at[:, :, None]
+        checkpointing = self.gradient_checkpointing and context.cache is None
+        context.keeps = not checkpointing
         for i, layer in enumerate(self.layers):
             if states is not None:
                 states.append(x)
-            if self.gradient_checkpointing and torch.is_grad_enabled() and context.cache is None:
-                keep = (
-                    keep_products if self.gradient_checkpointing == "selective" else noop_context_fn
-                )
-                x = checkpoint(layer, x, context, i, use_reentrant=False, context_fn=keep)
+            if checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, context, i, use_reentrant=False)
             else:
                 x = layer(x, context, i, last_only and i == len(self.layers) - 1)
         if isinstance(context.cache, RaggedStep):

@@ -11,10 +11,10 @@ m rows at once, T tokens a row, D width, V vocabulary, M crops a row, N patches,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ GB = 1e9
 # Of a GPU, for what is no tensor of ours: CUDA's context, NCCL's buffers, gaps between blocks of
 # memory. An assumption: it was not measured.
 RESERVED = {"cpu": 0.0, "cuda": 2 * GB}
-MOST_RANKS = 1024
+SHORTEST_ROW = 512
 KNOWN = {"base": "nanomolmo2", "tiny": "tiny", "allenai/Molmo2-4B": "molmo2-4b"}
 KNOWN["allenai/Molmo2-8B"] = "molmo2-8b"
 
@@ -77,8 +77,9 @@ class Setup:
 class Memory:
     """Bytes of one rank at the highest point of a step.
 
-    gathered: weights of the blocks that compute, the table and the head whole, their gradients on
-        the way to the ranks they belong to.
+    temporary: weights of the blocks that compute, of the table and the head, whole, and their
+        gradients on the way to the ranks they belong to; or, where that is more, what the optimiser
+        computes with at the end of the step, when the next two are nothing.
     activations: what forward keeps for backward, and the work of one block.
     logits: those of a chunk of positions, with their gradients.
     """
@@ -86,7 +87,7 @@ class Memory:
     weights: float
     gradients: float
     moments: float
-    gathered: float
+    temporary: float
     activations: float
     logits: float
     reserved: float
@@ -103,9 +104,6 @@ class Switch:
     what: str
     setup: Setup
     memory: Memory
-
-    def fits(self, limit: float) -> bool:
-        return self.memory.total <= limit
 
 
 def setup_for(recipe: Recipe, ranks: int, device: str, architecture: str | None = None) -> Setup:
@@ -147,8 +145,8 @@ def predict(setup: Setup) -> Memory:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = Optimizers(components(model, setup.recipe.train, setup.recipe.optimisers))
     moments = {"adamw": 8, "muon": 4}  # bytes a weight
-    saved, work, head = _activations(setup)
-    whole, with_block, at_end = _gathered(setup, model)
+    saved, work, head = _activations(_shape(setup, model))
+    whole, with_block, at_end = _temporary(setup, model)
     activations, logits = saved + max(0.0, work - head), head
     if activations + logits + with_block < at_end:
         activations, logits, with_block = 0.0, 0.0, at_end
@@ -160,7 +158,7 @@ def predict(setup: Setup) -> Memory:
             for name, part in optimizers.parts.items()
             for group in part.param_groups
         ),
-        gathered=whole + with_block,
+        temporary=whole + with_block,
         activations=activations,
         logits=logits,
         reserved=RESERVED[setup.device],
@@ -168,21 +166,30 @@ def predict(setup: Setup) -> Memory:
 
 
 def switches(setup: Setup, limit: float) -> list[Switch]:
-    """Changes that bring a run below ``limit`` bytes a rank, the least costly first; one alone
-    where that is enough, else several together, else none."""
-    single = _changes(setup)
-    found = [s for s in (_switch(what, changed) for what, changed in single) if s.fits(limit)]
+    """Changes that bring a run below ``limit`` bytes a rank: each alone, where any is enough; else
+    each together with those that leave the numbers nearly as they are; else none."""
+    found = _fitting(setup, [], limit)
     if found:
         return found
-    together: Setup = setup
     names: list[str] = []
     for name, fields in _FREE:
-        if any(getattr(together.recipe, k) != v for k, v in fields.items()):
-            together, names = together.change(**fields), [*names, name]
-    for what, changed in [("", together), *_changes(together)]:
-        switch = _switch(" + ".join([*names, *([what] if what else [])]), changed)
-        if names and switch.fits(limit):
-            found.append(switch)
+        if any(getattr(setup.recipe, k) != v for k, v in fields.items()):
+            setup, names = setup.change(**fields), [*names, name]
+    if not names:
+        return []
+    together = Switch(" + ".join(names), setup, predict(setup))
+    return [together] if together.memory.total <= limit else _fitting(setup, names, limit)
+
+
+def _fitting(setup: Setup, names: list[str], limit: float) -> list[Switch]:
+    """Of every kind of change the smallest that is enough."""
+    found = []
+    for kind in _changes(setup):
+        for name, changed in kind:
+            memory = predict(changed)
+            if memory.total <= limit:
+                found.append(Switch(" + ".join([*names, name]), changed, memory))
+                break
     return found
 
 
@@ -194,36 +201,34 @@ _FREE: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def _changes(setup: Setup) -> list[tuple[str, Setup]]:
-    """Single changes that could help, the least costly first."""
-    recipe, changes = setup.recipe, []
+def _changes(setup: Setup) -> Iterator[Iterator[tuple[str, Setup]]]:
+    """Kinds of changes, each from the smallest change on."""
+    recipe = setup.recipe
     for name, fields in _FREE:
         if any(getattr(recipe, k) != v for k, v in fields.items()):
-            changes.append((name, setup.change(**fields)))
-    ranks = setup.ranks * 2
-    while ranks <= min(recipe.batch_size, MOST_RANKS):
-        if recipe.batch_size % ranks == 0:
-            changes.append((f"{ranks} ranks", dataclasses.replace(setup, ranks=ranks)))
-        ranks *= 2
+            yield iter([(name, setup.change(**fields))])
+    yield _more_ranks(setup)
     if "llm" in recipe.train:
         train = tuple("lora" if part == "llm" else part for part in recipe.train)
         rates = {**recipe.optimisers, "lora": recipe.optimisers["llm"]}
         lora = setup.change(train=train, optimisers=rates, lora=LoraConfig())
-        changes.append(("LoRA in place of llm", lora))
-    shorter = recipe
-    while shorter.sequence_length >= 1024:
-        shorter = dataclasses.replace(  # a row that is half as long holds half as many crops
-            shorter,
-            sequence_length=shorter.sequence_length // 2,
-            max_crops=max(1, shorter.max_crops // 2),
-        )
-        name = f"sequence_length {shorter.sequence_length} and max_crops {shorter.max_crops}"
-        changes.append((name, dataclasses.replace(setup, recipe=shorter)))
-    return changes
+        yield iter([("LoRA in place of llm", lora)])
+    yield _shorter_rows(setup)
 
 
-def _switch(what: str, setup: Setup) -> Switch:
-    return Switch(what, setup, predict(setup))
+def _more_ranks(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    for ranks in range(setup.ranks + 1, setup.recipe.batch_size + 1):
+        if setup.recipe.batch_size % ranks == 0:
+            yield f"{ranks} ranks", dataclasses.replace(setup, ranks=ranks)
+
+
+def _shorter_rows(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    """A row that is half as long holds half as many crops."""
+    while setup.recipe.sequence_length >= 2 * SHORTEST_ROW:
+        tokens = setup.recipe.sequence_length // 2
+        crops = max(1, setup.recipe.max_crops // 2)
+        setup = setup.change(sequence_length=tokens, max_crops=crops)
+        yield f"sequence_length {tokens} and max_crops {crops}", setup
 
 
 def report(setup: Setup, limit: float | None = None) -> str:
@@ -241,7 +246,7 @@ def report(setup: Setup, limit: float | None = None) -> str:
         f"{recipe.max_crops} crops = {tokens:,} tokens; on each of {setup.ranks} rank(s) {passes} "
         f"pass(es) of {setup.rows} row(s), in {recipe.dtype}"
         f"{', with gradient checkpointing' if recipe.gradient_checkpointing else ''}",
-        f"steps: {recipe.steps:,}, up to {recipe.steps * tokens / 1e9:,.3g} billion tokens",
+        f"steps: {recipe.steps:,}, up to {recipe.steps * tokens:,} tokens",
         "",
         "memory of a rank at its highest, predicted",
         *(
@@ -283,7 +288,7 @@ def _count(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _gathered(setup: Setup, model: NanoMolmo2) -> tuple[float, float, float]:
+def _temporary(setup: Setup, model: NanoMolmo2) -> tuple[float, float, float]:
     """Bytes of whole weights and gradients: always; while a block goes backward; at the end.
 
     The root's own weights (table, head) stay whole from forward to the end of backward. Two blocks
@@ -353,6 +358,40 @@ class _Live(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
+class _Shape:
+    """What activations depend on: the same for many numbers of ranks."""
+
+    model: NanoMolmo2Config
+    vision_layers: int
+    rows: int
+    tokens: int
+    crops: int
+    train: tuple[str, ...]
+    lora: LoraConfig | None
+    dtype: torch.dtype
+    gradient_checkpointing: bool
+    z_loss: float
+    device: str
+
+
+def _shape(setup: Setup, model: NanoMolmo2) -> _Shape:
+    recipe = setup.recipe
+    return _Shape(
+        model=setup.model,
+        vision_layers=len(model.vision_encoder.layers),
+        rows=setup.rows,
+        tokens=recipe.sequence_length,
+        crops=recipe.max_crops,
+        train=recipe.train,
+        lora=recipe.lora,
+        dtype=setup.dtype,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        z_loss=recipe.z_loss,
+        device=setup.device,
+    )
+
+
+@dataclass(frozen=True)
 class _Passes:
     """Bytes of a forward and a backward pass. ``saved``: after forward, the result included;
     ``work``: beyond that, at the highest point."""
@@ -366,15 +405,15 @@ class _Passes:
 
 
 def _run(
-    setup: Setup,
+    shape: _Shape,
     build: Callable[[], nn.Module],
     forward: Callable[[nn.Module], Tensor],
 ) -> _Passes:
     """Build a module of fake tensors and run it forward and, where something learns, backward."""
     before = torch.get_default_dtype()
-    with FakeTensorMode(), warnings.catch_warnings():
+    with FakeTensorMode():
         try:
-            torch.set_default_dtype(setup.dtype)
+            torch.set_default_dtype(shape.dtype)
             module = build()
         finally:
             torch.set_default_dtype(before)
@@ -394,64 +433,67 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _activations(setup: Setup) -> tuple[float, float, float]:
+@functools.lru_cache(maxsize=64)
+def _activations(shape: _Shape) -> tuple[float, float, float]:
     """Bytes that forward keeps; the most work beside them, of a block and of the head."""
-    recipe, config, size = setup.recipe, setup.model, setup.dtype.itemsize
-    m, T, D = setup.rows, recipe.sequence_length, config.llm_config.hidden_size
-    pictures = m * recipe.max_crops
-    vision = _vision(setup, pictures)
-    connector = _connector(setup, pictures)
-    one, two = (_decoder(setup, layers) for layers in (1, 2))
+    config, size = shape.model, shape.dtype.itemsize
+    m, T, D = shape.rows, shape.tokens, config.llm_config.hidden_size
+    pictures = m * shape.crops
+    vision = _vision(shape, pictures)
+    connector = _connector(shape, pictures)
+    one, two = (_decoder(shape, layers) for layers in (1, 2))
     decoder = one.deeper(two, config.llm_config.num_hidden_layers)
     side, channels = config.vision_config.image_size, config.vision_config.num_channels
     pixels = 4 * pictures * channels * side**2
+    if "vision" in shape.train and shape.dtype == torch.float32:
+        pixels = 0  # the first layer keeps them: they are among its activations
     merged = 2 * m * T * D * size  # embeddings, before and after the visual tokens came in
     saved = pixels + vision.saved + connector.saved + merged + decoder.saved
     # The vision encoder works when the decoder's activations are not there yet, or gone.
     work = max(decoder.work, vision.work - merged - decoder.saved)
-    return saved, work, _head(setup).work
+    return saved, work, _head(shape).work
 
 
-def _vision(setup: Setup, pictures: int) -> _Passes:
-    config, size = setup.model.vision_config, setup.dtype.itemsize
-    if "vision" not in setup.recipe.train:
-        features = pictures * config.num_patches * setup.model.connector.feature_dim * size
-        group = GROUP_BYTES.get(setup.device, GROUP_BYTES_ELSEWHERE)
+def _vision(shape: _Shape, pictures: int) -> _Passes:
+    config, size = shape.model.vision_config, shape.dtype.itemsize
+    if "vision" not in shape.train:
+        features = pictures * config.num_patches * shape.model.connector.feature_dim * size
+        group = GROUP_BYTES.get(shape.device, GROUP_BYTES_ELSEWHERE)
         widths = 2 * config.intermediate_size + 4 * config.hidden_size
         return _Passes(features, min(group, pictures * config.num_patches * widths * size))
 
     def run(layers: int) -> _Passes:
         def build() -> nn.Module:
             encoder = VisionEncoder(config, num_layers=layers, post_layernorm=False)
-            encoder.gradient_checkpointing = setup.recipe.gradient_checkpointing
+            encoder.gradient_checkpointing = shape.gradient_checkpointing
             return encoder
 
         side = config.image_size
         return _run(
-            setup,
+            shape,
             build,
-            lambda m: m(torch.empty(pictures, config.num_channels, side, side, dtype=setup.dtype)),
+            lambda m: m(torch.empty(pictures, config.num_channels, side, side, dtype=shape.dtype)),
         )
 
-    return run(1).deeper(run(2), len(_on_meta(setup).vision_encoder.layers))
+    return run(1).deeper(run(2), shape.vision_layers)
 
 
-def _connector(setup: Setup, pictures: int) -> _Passes:
-    config, train = setup.model.connector, setup.recipe.train
+def _connector(shape: _Shape, pictures: int) -> _Passes:
+    config, train = shape.model.connector, shape.train
 
     def forward(module: nn.Module) -> Tensor:
-        patches = setup.model.vision_config.num_patches
-        features = torch.empty(pictures, patches, config.feature_dim, dtype=setup.dtype)
+        patches = shape.model.vision_config.num_patches
+        features = torch.empty(pictures, patches, config.feature_dim, dtype=shape.dtype)
         result: Tensor = module(features.requires_grad_("vision" in train))
         return result
 
     return _run(
-        setup, lambda: MultimodalConnector(config).requires_grad_("connector" in train), forward
+        shape, lambda: MultimodalConnector(config).requires_grad_("connector" in train), forward
     )
 
 
-def _decoder(setup: Setup, layers: int) -> _Passes:
-    config, recipe = setup.model.llm_config, setup.recipe
+def _decoder(shape: _Shape, layers: int) -> _Passes:
+    config = shape.model.llm_config
 
     def build() -> nn.Module:
         # The table and the head are counted on their own.
@@ -464,36 +506,36 @@ def _decoder(setup: Setup, layers: int) -> _Passes:
                 tie_word_embeddings=True,
             )
         )
-        llm.gradient_checkpointing = recipe.gradient_checkpointing
-        llm.requires_grad_("llm" in recipe.train)
-        return llm if recipe.lora is None else add_lora(llm, recipe.lora)
+        llm.gradient_checkpointing = shape.gradient_checkpointing
+        llm.requires_grad_("llm" in shape.train)
+        return llm if shape.lora is None else add_lora(llm, shape.lora)
 
     def forward(llm: nn.Module) -> Tensor:
         assert isinstance(llm, LanguageModel)
-        m, T, D = setup.rows, recipe.sequence_length, config.hidden_size
-        x = torch.empty(m, T, D, dtype=setup.dtype)
+        m, T, D = shape.rows, shape.tokens, config.hidden_size
+        x = torch.empty(m, T, D, dtype=shape.dtype)
         return llm.transform(
-            inputs_embeds=x.requires_grad_(bool(set(recipe.train) - {"llm", "lora"})),
+            inputs_embeds=x.requires_grad_(bool(set(shape.train) - {"llm", "lora"})),
             attention_mask=torch.empty(m, 1, T, T, dtype=torch.bool),
             position_ids=torch.empty(m, T, dtype=torch.long),
         )
 
-    return _run(setup, build, forward)
+    return _run(shape, build, forward)
 
 
-def _head(setup: Setup) -> _Passes:
+def _head(shape: _Shape) -> _Passes:
     """The loss where every position carries one; the gradient of the weight is not counted."""
-    config = setup.model.llm_config
-    N = setup.rows * setup.recipe.sequence_length
+    config = shape.model.llm_config
+    N = shape.rows * shape.tokens
 
     def forward(module: nn.Module) -> Tensor:
         assert isinstance(module, nn.Embedding)
-        hidden = torch.empty(N, config.hidden_size, dtype=setup.dtype).requires_grad_()
+        hidden = torch.empty(N, config.hidden_size, dtype=shape.dtype).requires_grad_()
         tokens = torch.empty(N, dtype=torch.long)
-        return head_loss(hidden, module.weight, tokens, torch.empty(N), z_loss=setup.recipe.z_loss)
+        return head_loss(hidden, module.weight, tokens, torch.empty(N), z_loss=shape.z_loss)
 
     passes = _run(
-        setup,
+        shape,
         lambda: nn.Embedding(config.vocab_size, config.hidden_size).requires_grad_(False),
         forward,
     )

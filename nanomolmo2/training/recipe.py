@@ -39,6 +39,8 @@ class Recipe(Config):
         optimisers: rates of every part in ``train``.
         clip_norm: largest norm of the gradient of each part.
         lora: the matrices, if ``train`` has lora; they are merged when the run is done.
+        residual_dropout: share of what attention and MLP of the decoder add that is left out.
+        dropout_at_targets: only at positions whose next token is learned.
         loss_weighting: see `Processor.encode_tree`.
         z_loss: weight of the squared log of the softmax's sum.
         seed: of fresh weights, of the data's order and of dropout.
@@ -67,6 +69,8 @@ class Recipe(Config):
     optimisers: dict[str, OptimConfig] = field(default_factory=dict)
     clip_norm: float = 1.0
     lora: LoraConfig | None = None
+    residual_dropout: float = 0.0
+    dropout_at_targets: bool = False
     loss_weighting: LossWeighting = "token"
     z_loss: float = 0.0
     seed: int = 0
@@ -86,6 +90,10 @@ class Recipe(Config):
                     f"{name} is {getattr(self, name)!r}, expected one of "
                     f"{', '.join(get_args(kind))}"
                 )
+        if not 0 <= self.residual_dropout < 1:
+            raise ValueError(
+                f"residual_dropout is {self.residual_dropout}, expected 0 (off) to less than 1"
+            )
         unknown = [part for part in self.train if part not in PARTS]
         if unknown or not self.train:
             raise ValueError(f"train is {self.train}, expected at least one of {', '.join(PARTS)}")

@@ -173,6 +173,8 @@ def build(recipe: Recipe, cache_dir: str | Path = "checkpoints") -> tuple[NanoMo
             f"sequence_length is {recipe.sequence_length}, but the model {recipe.model} has "
             f"{limit} positions: shorten the rows"
         )
+    model.llm.residual_dropout = recipe.residual_dropout
+    model.llm.dropout_at_targets = recipe.dropout_at_targets
     if recipe.lora is not None:
         add_lora(model.llm, recipe.lora)
     set_trainable(model, recipe.train)
@@ -270,9 +272,9 @@ class RecipeStage(Stage):
             pool=recipe.pool,
             crop_weight=recipe.crop_weight,
         )
-        self.cache: FeatureCache | None = None
-        if recipe.feature_cache:
-            self.cache = FeatureCache.of_model(recipe.feature_cache, model)
+        # Also without a folder: features are then rounded alike, and so are all losses.
+        frozen = "vision" not in recipe.train
+        self.cache = FeatureCache.of_model(recipe.feature_cache or None, model) if frozen else None
         table = model.llm.embed_tokens.weight
         row = _whole(table.detach())[model.config.image_token_id]
         self.holds_placeholder = not bool(row.any())

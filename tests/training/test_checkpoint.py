@@ -150,7 +150,8 @@ def test_a_full_disk_leaves_what_was_there(run: Run, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(module.torch, "save", full)
     with pytest.raises(
-        OSError, match=r"step 3 could .*No space left on device\); the one of step 2 is intact: free"
+        OSError,
+        match=r"step 3 could .*No space left on device\); the one of step 2 is intact: free",
     ):
         run.save(3)
     assert {path: path.read_bytes() for path in run.checkpoints.folder.rglob("*.*")} == before

@@ -84,7 +84,9 @@ def test_an_unknown_recipe_names_those_there_are() -> None:
 
 def test_a_file_that_lacks_a_field_says_which(tmp_path: Path) -> None:
     (tmp_path / "my.json").write_text('{"name": "my"}')
-    with pytest.raises(ValueError, match=r"my.json: Recipe lacks the field\(s\) model, data, steps"):
+    with pytest.raises(
+        ValueError, match=r"my.json: Recipe lacks the field\(s\) model, data, steps"
+    ):
         recipe(str(tmp_path / "my.json"))
 
 

@@ -106,11 +106,13 @@ def test_a_killed_run_goes_on_as_if_it_never_was(whole: Path, tmp_path: Path, wo
     check_equal(out, whole)
 
 
-def test_sigterm_saves_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_sigterm_saves_and_says_how_to_go_on(whole: Path, tmp_path: Path, send) -> None:
+    """To the process, or to its group, where the worker that prepares data gets it too."""
     out = tmp_path / "run"
     process = start(toy(smoke(), save_every=100), out)
     wait_for_lines(process, out, 2)
-    process.send_signal(signal.SIGTERM)
+    send(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143, said
     done = max(losses(out))
@@ -159,7 +161,9 @@ def test_another_recipe_does_not_go_on(tmp_path: Path) -> None:
 def test_the_log_tells_what_happened(whole: Path) -> None:
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     for line in lines:
-        assert {"loss", "tokens", "tokens_per_second", "padding", "row_fill", "data_wait"} <= {*line}
+        assert {"loss", "tokens", "tokens_per_second", "padding", "row_fill", "data_wait"} <= {
+            *line
+        }
         assert 0 <= line["padding"] < 1 and 0 < line["row_fill"] <= 1
         tasks = {name for name in line if name.startswith("loss_")}
         assert tasks and tasks <= {"loss_presence", "loss_count", "loss_point"}
@@ -239,9 +243,7 @@ def test_a_part_may_start_from_a_checkpoint_with_other_ends() -> None:
     model = NanoMolmo2(config)
     deep = NanoMolmo2(smoke().architecture).vision_encoder
     start_from(model.vision_encoder, deep)
-    assert torch.equal(
-        model.vision_encoder.patch_embedding.weight, deep.patch_embedding.weight
-    )
+    assert torch.equal(model.vision_encoder.patch_embedding.weight, deep.patch_embedding.weight)
     llm = config.llm_config
     tied = LanguageModel(replace(llm, additional_vocab_size=0))
     untied = LanguageModel(replace(llm, tie_word_embeddings=False))
@@ -265,3 +267,28 @@ def test_two_layers_learn_from_scenes_in_200_steps(tmp_path: Path) -> None:
     assert found[1] > 6
     last = [found[step] for step in range(191, 201)]
     assert sum(last) / len(last) < 1.5
+
+
+def test_features_on_disk_change_no_loss(tmp_path: Path) -> None:
+    """A second run reads what the first one wrote; a third has no folder."""
+    recipe = replace(toy(smoke()), steps=3, train=("connector", "llm"))
+    found = []
+    for name, folder in (("writes", "cache"), ("reads", "cache"), ("without", "")):
+        cached = replace(recipe, feature_cache=str(tmp_path / folder) if folder else "")
+        train(cached, tmp_path / name)
+        found.append(losses(tmp_path / name))
+    assert any((tmp_path / "cache").rglob("*.safetensors"))
+    assert found[0] == found[1] == found[2]
+
+
+def test_residual_dropout_of_a_recipe(tmp_path: Path) -> None:
+    recipe = replace(toy(smoke()), steps=2)
+    dropped = replace(recipe, residual_dropout=0.5, dropout_at_targets=True)
+    train(recipe, tmp_path / "without")
+    train(dropped, tmp_path / "with")
+    train(dropped, tmp_path / "again", stop_after=1)
+    train(dropped, tmp_path / "again", resume=True)
+    assert losses(tmp_path / "with")[1] != losses(tmp_path / "without")[1]
+    assert losses(tmp_path / "again") == losses(tmp_path / "with")
+    model, _ = build(dropped)
+    assert (model.llm.residual_dropout, model.llm.dropout_at_targets) == (0.5, True)
