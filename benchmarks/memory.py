@@ -109,8 +109,12 @@ def resident(key: str) -> float:
 
 def measure(setup: Setup) -> float:
     """Peak of this rank in bytes."""
+    with World.from_env("cpu") as world:
+        return steps(setup, world)
+
+
+def steps(setup: Setup, world: World) -> float:
     recipe, config = setup.recipe, setup.model
-    world = World.from_env("cpu")
     torch.set_num_threads(1)
     warm_up()
     before = resident("VmRSS")
@@ -145,9 +149,7 @@ def measure(setup: Setup) -> float:
             del loss
         optimizers.clip(1.0)
         optimizers.step()
-    peak = resident("VmHWM") - before
-    world.close()
-    return peak
+    return resident("VmHWM") - before
 
 
 def warm_up() -> None:

@@ -42,6 +42,7 @@ GROUPS = (
     "lookup",
     "llama",
     "load",
+    "train",
     "packing",
 )
 

@@ -33,7 +33,7 @@ from nanomolmo2.models.loss import (
     rows_loss,
 )
 from nanomolmo2.models.quantized import Modes, QuantizedLinear, project, quantize
-from nanomolmo2.models.recompute import computed_again, rms_norm, swiglu
+from nanomolmo2.models.recompute import computed_again, rms_norm, swiglu, tidy_behind
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,9 @@ class LLMConfig(Config):
     def num_embeddings(self) -> int:
         """Rows of the embedding: every id that can be read."""
         return self.vocab_size + self.additional_vocab_size
+
+
+TIDIED_LAYERS = 2  # backward tidies memory up behind as many
 
 
 class RMSNorm(nn.Module):
@@ -327,6 +330,8 @@ class LanguageModel(nn.Module):
         for i, layer in enumerate(self.layers):
             if states is not None:
                 states.append(x)
+            if i % TIDIED_LAYERS == 0:
+                tidy_behind(x)
             if checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, context, i, use_reentrant=False)
             else:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanomolmo2.batch import IGNORED_LABEL
 from nanomolmo2.models.kernels import linear
+from nanomolmo2.models.recompute import tidy
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 
@@ -196,6 +197,7 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, tokens, weights, log_z, losses = ctx.saved_tensors
+        tidy(weight)  # before its gradient comes on top
         of_hidden = of_weight = None
         if ctx.needs_input_grad[0]:
             of_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)

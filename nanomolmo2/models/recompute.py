@@ -11,6 +11,8 @@ Everything here is of the first order: gradients of gradients are not to be had.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,11 +22,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Again = Callable[[], Tensor]
+_LARGE = 2**20  # bytes
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm over the last dimension, in float32 inside; keeps ``x`` alone."""
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if _learns(x, weight):
         y: Tensor = _RMSNorm.apply(x, weight, eps)
         return y
     return weight * _normalised(x, eps).to(x.dtype)
@@ -32,24 +35,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up; keeps these two alone."""
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    if _learns(gate, up):
         y: Tensor = _SwiGLU.apply(gate, up)
         return y
     return F.silu(gate) * up
 
 
-@contextlib.contextmanager
-def computed_again(*results: tuple[Tensor, Again], on: bool = True) -> Iterator[None]:
+def computed_again(
+    *results: tuple[Tensor, Again], on: bool = True
+) -> contextlib.AbstractContextManager[None]:
     """Within it, who would keep one of ``results`` for backward keeps how to compute it.
 
     Args:
         results: tensors, each with a function that computes the same from what is kept anyway.
         on: False = do nothing. Off in a checkpointed block, which keeps nothing of its inside.
     """
-    if not on or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        yield
-        return
+    if on and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _computed_again(list(results))
+    return _NOTHING
 
+
+_NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _computed_again(results: list[tuple[Tensor, Again]]) -> Iterator[None]:
     def pack(kept: Tensor) -> Any:
         for result, again in results:
             if _is(kept, result):
@@ -64,8 +74,46 @@ def computed_again(*results: tuple[Tensor, Again], on: bool = True) -> Iterator[
             tensor: Tensor = again()
         return tensor if tensor.shape == shape else tensor.view(shape)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        results.clear()  # the graph holds on to `pack`
+
+
+def tidy_behind(x: Tensor) -> None:
+    """When backward has come to ``x``, :func:`tidy`."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        x.register_hook(tidy)
+
+
+def tidy(x: Tensor) -> None:
+    """Give memory that was freed back to the system, where ``x`` is large and on a CPU.
+
+    Backward frees activations and makes gradients, which are larger and do not fit into the gaps.
+    glibc would hold on to these: a tenth of the peak of a training step. In a small model they are
+    soon filled.
+    """
+    if x.device.type == "cpu" and x.nbytes >= _LARGE:
+        trim = _malloc_trim()
+        if trim is not None:
+            trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """Of glibc; None elsewhere."""
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return trim
+
+
+def _learns(*inputs: Tensor) -> bool:
+    """Whether what is kept matters; a compiler decides that better by itself."""
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return learns and not torch.compiler.is_compiling()
 
 
 def _is(kept: Tensor, result: Tensor) -> bool:

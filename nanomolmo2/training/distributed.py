@@ -84,9 +84,18 @@ class World:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return init_device_mesh(self.device.type, (self.size,))
 
-    def close(self) -> None:
-        """Leave the group, at the end of the program."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave the group, at the end of the program.
+
+        All together: a rank that takes its connections away from others may crash. After an error
+        the others may never come, so nobody waits then.
+        """
         if dist.is_initialized():
+            if kind is None:
+                dist.barrier()
             dist.destroy_process_group()
 
 

@@ -79,8 +79,7 @@ def train_recipe(
     Raises: as `loop.run`; ValueError if ``out`` holds a run of another recipe.
     """
     if world is None:
-        world = World.from_env()
-        try:
+        with World.from_env() as world:
             return train_recipe(
                 recipe,
                 out,
@@ -93,8 +92,6 @@ def train_recipe(
                 world=world,
                 cache_dir=cache_dir,
             )
-        finally:
-            world.close()
     out = Path(out)
     recipe = _settle(recipe, out, resume, max_steps)
     model, processor = build(recipe, cache_dir)

@@ -197,15 +197,14 @@ def save(folder: Path, world: World) -> None:
 
 
 def main(folder: Path) -> None:
-    world = World.from_env("cpu")
     torch.set_num_threads(1)
-    results = {name: train(case, world) for name, case in CASES.items()}
-    save(folder / f"saved-on-{world.size}", world)
-    for saved in sorted(folder.glob("saved-on-*")):
-        results[saved.name] = resume(saved, world)
-    if world.is_main:
-        torch.save(results, folder / f"ranks-{world.size}.pt")
-    world.close()
+    with World.from_env("cpu") as world:
+        results = {name: train(case, world) for name, case in CASES.items()}
+        save(folder / f"saved-on-{world.size}", world)
+        for saved in sorted(folder.glob("saved-on-*")):
+            results[saved.name] = resume(saved, world)
+        if world.is_main:
+            torch.save(results, folder / f"ranks-{world.size}.pt")
 
 
 if __name__ == "__main__":

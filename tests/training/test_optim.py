@@ -251,11 +251,10 @@ def test_a_schedule_and_a_warm_up_for_each_group():
 
 
 def test_frozen_rows_of_a_sharded_gradient():
-    world = World()
-    gradient = distribute_tensor(torch.ones(5, 3), world.mesh(), [Shard(0)])
-    clear_rows(gradient, 3)
-    assert gradient.full_tensor().sum(dim=1).tolist() == [0, 0, 0, 3, 3]
-    world.close()
+    with World() as world:
+        gradient = distribute_tensor(torch.ones(5, 3), world.mesh(), [Shard(0)])
+        clear_rows(gradient, 3)
+        assert gradient.full_tensor().sum(dim=1).tolist() == [0, 0, 0, 3, 3]
 
 
 @pytest.mark.parametrize(
