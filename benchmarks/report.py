@@ -23,6 +23,7 @@ ORDER = (
     "llama",
     "load",
     "train",
+    "trees",
     "packing",
 )
 

@@ -43,6 +43,7 @@ GROUPS = (
     "llama",
     "load",
     "train",
+    "trees",
     "packing",
 )
 
