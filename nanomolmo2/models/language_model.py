@@ -221,6 +221,10 @@ class DecoderLayer(nn.Module):
         )
 
 
+# Numbers that the cache holds of a position, from which it is kept in 16 bit beside int8 weights.
+_WORTH_ROUNDING = 2**14
+
+
 class LanguageModel(nn.Module):
     """Token ids, or embeddings in their place, to logits.
 
@@ -375,8 +379,13 @@ class LanguageModel(nn.Module):
         """Of keys and values in a cache; None = as they are computed.
 
         Beside int8 weights, whose own rounding is coarser, bfloat16: on a CPU, reading a float32
-        cache costs as much as all int8 weights.
+        cache costs as much as all int8 weights. Small models keep what they compute: they gain no
+        time, and `tiny` loses answers by it (docs/quantisation.md).
         """
+        config = self.config
+        position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        if position < _WORTH_ROUNDING:
+            return None
         int8 = any(
             isinstance(m, QuantizedLinear) and m.mode.startswith("int8") for m in self.modules()
         )
