@@ -100,6 +100,18 @@ class Row:
 Times = dict[str, list[float]]
 
 
+def resident(key: str) -> int:
+    """VmRSS or VmHWM of this process, bytes; getrusage would count its parent's peak too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def forget_peak() -> int:
+    """Begin to measure the peak (VmHWM) here; returns what is held now, bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmHWM")
+
+
 def take_turns(sides: Mapping[str, Callable[[], Any]], rounds: int) -> Times:
     """Seconds of every side in every round; the first round warms up and is thrown away.
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
+from benchmarks.harness import forget_peak, resident
 from nanomolmo2.data.sources import SourceConfig
 from nanomolmo2.models import ConnectorConfig, LLMConfig, NanoMolmo2, NanoMolmo2Config, VisionConfig
 from nanomolmo2.training.distributed import World, shard, sum_over_ranks
@@ -101,12 +101,6 @@ CASES = {
 }
 
 
-def resident(key: str) -> float:
-    """VmRSS or VmHWM of this process, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-
-
 def measure(setup: Setup) -> float:
     """Peak of this rank in bytes."""
     with World.from_env("cpu") as world:
@@ -117,8 +111,7 @@ def steps(setup: Setup, world: World) -> float:
     recipe, config = setup.recipe, setup.model
     torch.set_num_threads(1)
     warm_up()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts here
+    before = forget_peak()
     model = NanoMolmo2(config)
     if recipe.lora is not None:
         add_lora(model.llm, recipe.lora)

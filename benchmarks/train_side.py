@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import SHORT, Sizes, language_model
+from benchmarks.harness import SHORT, Sizes, forget_peak, language_model, resident
 from nanomolmo2.batch import IGNORED_LABEL
 from tests.parity.references import qwen3
 
@@ -30,7 +29,7 @@ def lengths(sizes: Sizes) -> tuple[int, int]:
 
 def train(side: str, rows: int, steps: int, optimizer: bool, sizes: Sizes) -> dict[str, Any]:
     """Seconds of the last step; bytes that memory grew by at most; losses of all steps."""
-    start = forget_peak()
+    start = forget_peak()  # behind the imports
     ours = language_model(sizes)
     model: Any = ours if side == "ours" else qwen3(ours, "sdpa")
     model.train().requires_grad_(True)
@@ -58,19 +57,7 @@ def train(side: str, rows: int, steps: int, optimizer: bool, sizes: Sizes) -> di
         model.zero_grad(set_to_none=True)
         losses.append(value.item())
         seconds = time.perf_counter() - began
-    return {"seconds": seconds, "peak": max(peak() - start, 1), "losses": losses}
-
-
-def peak() -> int:
-    """Bytes of this process at their most; getrusage would count those of its parent too."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-def forget_peak() -> int:
-    """Begin to measure it here, behind the imports; returns where it stands."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
+    return {"seconds": seconds, "peak": max(resident("VmHWM") - start, 1), "losses": losses}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +11,10 @@ from benchmarks.harness import (
     Row,
     Sizes,
     compare,
+    forget_peak,
     in_mode,
     main,
+    resident,
     take_turns,
     vision_encoder,
     vision_gflop,
@@ -69,16 +70,9 @@ def peak_of_crops(sizes: Sizes) -> float | None:
     N, P = sizes.vision.num_patches, sizes.vision.patch_size
     pixels = torch.randn(sizes.crops, N, 3 * P * P)
     windows = torch.arange(sizes.crops * N)[: sizes.crops * N // 4 * 4].view(-1, 4)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is held now
+    before = forget_peak()
     connector(encoder.features(pixels, config.vit_layers), windows)
-    return (_status("VmHWM") - before) / 1e9
-
-
-def _status(field: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return (resident("VmHWM") - before) / 1e9
 
 
 if __name__ == "__main__":

@@ -416,10 +416,13 @@ def _number_branches(row: Encoded, pack: Sequence[_Read], first: int) -> np.ndar
 
 
 def _begin_worker(worker: int) -> None:
-    """Share tensors by name: by handle, a step of many rows would need more than a process has.
-
-    A signal to the whole group of processes is for the training loop, which ends behind its step.
-    """
+    """Share tensors by name: by handle, a step of many rows would need more than a process has."""
     torch.multiprocessing.set_sharing_strategy("file_system")
+    leave_signals(worker)
+
+
+def leave_signals(worker: int) -> None:
+    """For a process that prepares data: a signal to the whole group of processes is for the
+    training loop, which still needs the data of its last step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

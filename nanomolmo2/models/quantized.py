@@ -316,7 +316,7 @@ def quantize(
             linear = module.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             scale = scales.get(name) if layer_mode == "int8" else None
-            _replace(module, name, QuantizedLinear.from_linear(linear, layer_mode, scale))
+            replace_layer(module, name, QuantizedLinear.from_linear(linear, layer_mode, scale))
     for part in _parts(module, mode):
         if any(isinstance(m, QuantizedLinear) for m in part.modules()):
             _round_tables(part)
@@ -464,7 +464,7 @@ def prepare(module: nn.Module, description: Mapping[str, Any]) -> None:
                     calibrated=bool(description.get("calibrated")) and layer_mode == "int8",
                     device=linear.weight.device,
                 )
-                _replace(module, name, layer)
+                replace_layer(module, name, layer)
     module.requires_grad_(False)
 
 
@@ -565,7 +565,8 @@ def _separate_heads(module: nn.Module, mode: Modes) -> Iterator[None]:
                 model.lm_head = None
 
 
-def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
+def replace_layer(module: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of that name, in the module's mode (training or not)."""
     parent, _, child = name.rpartition(".")
     layer.train(module.training)
     setattr(module.get_submodule(parent), child, layer)

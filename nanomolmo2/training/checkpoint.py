@@ -26,7 +26,13 @@ from torch.distributed.tensor import DTensor
 
 from nanomolmo2.config import read_json_object
 from nanomolmo2.files import atomic_path, sha256_of
-from nanomolmo2.training.distributed import World, gather_objects, load_sharded, save_sharded
+from nanomolmo2.training.distributed import (
+    World,
+    gather_objects,
+    load_sharded,
+    save_sharded,
+    stored_checksums,
+)
 from nanomolmo2.training.optim import Optimizers
 
 FOLDER, FILE, ABOUT = "checkpoints", "checkpoint.pt", "about.json"
@@ -88,7 +94,7 @@ class Checkpoints:
                 with atomic_path(self.folder / position.name) as aside:
                     aside.mkdir(parents=True)
                     self._write(aside, learner, optimizers)
-                    self._describe(position, aside)
+                    self._describe(position, aside, {FILE: sha256_of(aside / FILE)})
         except (OSError, RuntimeError, ValueError) as error:
             # torch's writers turn the system's error into kinds of their own.
             raise OSError(self._not_written(position, error)) from error
@@ -147,11 +153,10 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
         save_sharded(folder, learner, optimizers.parts, {})
         if self.world.is_main:
-            self._describe(position, folder)
+            self._describe(position, folder, stored_checksums(folder))
 
-    def _describe(self, position: Position, folder: Path) -> None:
+    def _describe(self, position: Position, folder: Path, sums: dict[str, str]) -> None:
         """Write ``about.json``, which makes a folder a checkpoint."""
-        sums = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
         with atomic_path(folder / ABOUT) as aside:
             text = json.dumps({**vars(position), "sha256": sums}, indent=1)
             aside.write_text(text + "\n", encoding="utf-8")

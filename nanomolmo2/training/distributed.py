@@ -149,17 +149,17 @@ def shard(
     if world.size == 1 and dtype == torch.float32:
         model.to(world.device)
         return
-    whole: set[nn.Parameter] = set()
+    unsharded: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, VisionEncoder) and not any(
             p.requires_grad for p in module.parameters()
         ):
             module.to(world.device, dtype)
-            whole |= set(module.parameters())
+            unsharded |= set(module.parameters())
     if isinstance(model, NanoMolmo2):
         # All ranks must gather the same weights: those of a rank whose texts have no picture too.
         model.always_sees = world.size > 1
-    _fully_shard(model, blocks, world.mesh(), dtype, whole)
+    _fully_shard(model, blocks, world.mesh(), dtype, unsharded)
     model.to(world.device)  # buffers, and what stays whole
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -176,7 +176,7 @@ def _fully_shard(
     blocks: list[nn.Module],
     mesh: DeviceMesh,
     dtype: torch.dtype,
-    whole: set[nn.Parameter],
+    unsharded: set[nn.Parameter],
 ) -> None:
     """Inner modules first: norms where they compute in another dtype, blocks, connector, root."""
     # Inputs are never cast: label weights, for one, are float32 on purpose.
@@ -185,7 +185,7 @@ def _fully_shard(
         torch.float32, torch.float32, output_dtype=dtype, cast_forward_inputs=False
     )
     units = [*blocks, *(m for m in model.modules() if isinstance(m, MultimodalConnector))]
-    units = [m for m in units if not whole & set(m.parameters())]
+    units = [m for m in units if not unsharded & set(m.parameters())]
     taken: set[nn.Module] = set()
     for unit in [*units, model]:
         norms = [
@@ -193,7 +193,7 @@ def _fully_shard(
             for m in unit.modules()
             if isinstance(m, (RMSNorm, LayerNorm))
             and m not in taken
-            and not whole & set(m.parameters())
+            and not unsharded & set(m.parameters())
         ]
         if dtype != torch.float32:
             if unit is model:  # far apart: each on its own
@@ -202,7 +202,7 @@ def _fully_shard(
             elif norms:
                 fully_shard(norms, mesh=mesh, mp_policy=norm_policy)  # type: ignore[arg-type]
         taken |= set(norms)
-        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=unsharded)
 
 
 @torch.no_grad()
@@ -219,15 +219,21 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     return norm
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, sharded or not, without its graph; call it on every rank."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """All weights, whole and on the CPU, on rank 0; empty elsewhere. Call it on every rank."""
     main = not dist.is_initialized() or dist.get_rank() == 0
-    whole: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():  # one at a time: no rank holds all of it
-        tensor = value.full_tensor() if isinstance(value, DTensor) else value
+        tensor = whole(value)
         if main:
-            whole[name] = tensor.detach().cpu()
-    return whole
+            weights[name] = tensor.cpu()
+    return weights
 
 
 def save_sharded(
@@ -267,6 +273,12 @@ def save_sharded(
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def stored_checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of a checkpoint, as :func:`save_sharded` took them."""
+    sums: dict[str, str] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["sha256"]
+    return {**sums, STATE_FILE: sha256_of(folder / STATE_FILE)}
 
 
 def load_sharded(

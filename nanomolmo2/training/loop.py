@@ -22,6 +22,7 @@ from rich.progress import TaskID
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from nanomolmo2.data.loader import leave_signals
 from nanomolmo2.training.checkpoint import Checkpoints, Position, is_sharded
 from nanomolmo2.training.distributed import World, sum_over_ranks
 from nanomolmo2.training.metrics import RunLog, Tracker
@@ -67,7 +68,7 @@ class Stage(ABC):
             sampler=steps,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            worker_init_fn=_leave_signals_to_the_loop,
+            worker_init_fn=leave_signals,
             generator=torch.Generator(),  # else it draws from the one that training draws from
         )
         return ((batch, None) for batch in loader)
@@ -341,9 +342,3 @@ class _Steps(Dataset[Any]):
 
     def __getitem__(self, step: int) -> Any:
         return self.stage.batch(step)
-
-
-def _leave_signals_to_the_loop(worker: int) -> None:
-    """A signal to the whole group of processes must not take the data away from the last step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nanomolmo2.config import Config, read_json_object
 from nanomolmo2.files import atomic_path
 from nanomolmo2.models.kernels import Linear
 from nanomolmo2.models.language_model import LanguageModel
+from nanomolmo2.models.quantized import replace_layer
+from nanomolmo2.training.distributed import whole
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -125,7 +126,7 @@ def add_lora(llm: LanguageModel, config: LoraConfig | None = None) -> LanguageMo
     llm.requires_grad_(False)
     for name, layer in linear.items():
         if name.rpartition(".")[2] in config.targets:
-            _put(llm, name, LoraLinear(layer, config))
+            replace_layer(llm, name, LoraLinear(layer, config))
     return llm
 
 
@@ -141,8 +142,7 @@ def merge_lora(llm: LanguageModel, *, final: bool = False) -> LanguageModel:
         if final:
             plain = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             plain.weight, plain.bias = layer.weight, layer.bias
-            plain.train(layer.training)
-            _put(llm, name, plain)
+            replace_layer(llm, name, plain)
     return llm
 
 
@@ -164,7 +164,7 @@ def lora_state_dict(llm: LanguageModel) -> dict[str, Tensor]:
     Of a sharded model it is a joint call of all ranks.
     """
     return {
-        f"{name}.{matrix}": _whole(getattr(layer, matrix)).cpu()
+        f"{name}.{matrix}": whole(getattr(layer, matrix)).cpu()
         for name, layer in _layers(llm)
         for matrix in ("lora_A", "lora_B")
     }
@@ -248,16 +248,6 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
             yield name, layer
 
 
-def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(module.get_submodule(parent), child, layer)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def _fingerprint(layers: Mapping[str, nn.Linear]) -> str:
     """Of the base weights of some layers, by name.
 
@@ -266,7 +256,7 @@ def _fingerprint(layers: Mapping[str, nn.Linear]) -> str:
     hashed = hashlib.blake2b(digest_size=16)
     for name, layer in sorted(layers.items()):
         kept = layer.unmerged if isinstance(layer, LoraLinear) else None
-        weight = _whole(layer.weight if kept is None else kept).bfloat16().cpu().contiguous()
+        weight = whole(layer.weight if kept is None else kept).bfloat16().cpu().contiguous()
         hashed.update(f"{name} {tuple(weight.shape)};".encode())
         hashed.update(weight.view(torch.uint8).numpy().data)
     return hashed.hexdigest()

@@ -264,12 +264,13 @@ class Optimizers:
 
 
 @torch.no_grad()
-def clear_rows(gradient: Tensor, rows: int) -> None:
-    """Zero the first ``rows`` rows of a tensor, sharded or not, in place."""
+def clear_rows(gradient: Tensor, end: int, *, first: int = 0) -> None:
+    """Zero the rows from ``first`` to before ``end`` of a tensor, sharded or not, in place."""
     if not isinstance(gradient, DTensor):
-        gradient[:rows] = 0
+        gradient[first:end] = 0
         return
-    cleared = torch.arange(gradient.shape[0], device=gradient.device)[:, None] < rows
+    rows = torch.arange(gradient.shape[0], device=gradient.device)[:, None]
+    cleared = (rows >= first) & (rows < end)
     # Every rank cuts its part out of the same mask: nothing is sent.
     mask = distribute_tensor(cleared, gradient.device_mesh, gradient.placements, src_data_rank=None)
     gradient.to_local().masked_fill_(mask.to_local(), 0)

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanomolmo2.batch import IGNORED_LABEL, Batch
 from nanomolmo2.convert.pretrained import (
@@ -41,12 +40,13 @@ from nanomolmo2.training.distributed import (
     gather_objects,
     shard,
     sum_over_ranks,
+    whole,
 )
 from nanomolmo2.training.feature_cache import FeatureCache
 from nanomolmo2.training.loop import LoopConfig, Stage, run
 from nanomolmo2.training.lora import add_lora, merge_lora
 from nanomolmo2.training.metrics import open_trackers
-from nanomolmo2.training.optim import OptimConfig, Selection, components, set_trainable
+from nanomolmo2.training.optim import OptimConfig, Selection, clear_rows, components, set_trainable
 from nanomolmo2.training.recipe import Recipe
 
 RECIPE_FILE, MODEL_FOLDER = "recipe.json", "model"
@@ -272,8 +272,7 @@ class RecipeStage(Stage):
         # Also without a folder: features are then rounded alike, and so are all losses.
         frozen = "vision" not in recipe.train
         self.cache = FeatureCache.of_model(recipe.feature_cache or None, model) if frozen else None
-        table = model.llm.embed_tokens.weight
-        row = _whole(table.detach())[model.config.image_token_id]
+        row = whole(model.llm.embed_tokens.weight)[model.config.image_token_id]
         self.holds_placeholder = not bool(row.any())
 
     def components(self) -> Mapping[str, tuple[nn.Module | Selection, OptimConfig]]:
@@ -347,7 +346,8 @@ class RecipeStage(Stage):
         """
         gradient = self.model.llm.embed_tokens.weight.grad
         if self.holds_placeholder and gradient is not None:
-            clear_row(gradient, self.model.config.image_token_id)
+            row = self.model.config.image_token_id
+            clear_rows(gradient, row + 1, first=row)
 
 
 def label_weights(batch: Batch) -> Tensor:
@@ -358,20 +358,6 @@ def label_weights(batch: Batch) -> Tensor:
         weights *= batch.loss_weights
     weights[:, 0] = 0  # nothing stands before it
     return weights
-
-
-def clear_row(gradient: Tensor, row: int) -> None:
-    """Zero one row of a tensor, sharded or not, in place."""
-    if not isinstance(gradient, DTensor):
-        gradient[row] = 0
-        return
-    mask = torch.arange(gradient.shape[0], device=gradient.device)[:, None] == row
-    spread = distribute_tensor(mask, gradient.device_mesh, gradient.placements)
-    gradient.to_local().masked_fill_(spread.to_local(), 0)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _seed(seed: int) -> None:
