@@ -44,7 +44,7 @@ def molmo2_config(llm_config: LLMConfig) -> NanoMolmo2Config:
 
 
 def _tiny() -> NanoMolmo2Config:
-    vocabulary = 672
+    vocabulary = 736
     return NanoMolmo2Config(
         vision_config=VisionConfig(
             image_size=192,
@@ -75,8 +75,8 @@ def _tiny() -> NanoMolmo2Config:
         ),
         image_token_id=vocabulary + IMAGE_PATCH,
         freeze_vision=False,
-        eos_token_id=(661, 659),
-        pad_token_id=659,
+        eos_token_id=(708, 706),
+        pad_token_id=706,
         bidirectional_image_attention=True,
         image_special_token_ids=tuple(
             vocabulary + offset for offset in (IMAGE_START, IMAGE_END, IMAGE_COL, LOW_RES_START)

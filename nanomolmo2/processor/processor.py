@@ -33,7 +33,7 @@ from nanomolmo2.processor.chat import (
 from nanomolmo2.processor.crops import MultiCrop, pool_windows, shift_windows
 from nanomolmo2.processor.image import Resample, load_image, preprocess
 from nanomolmo2.processor.tokenizer import MOLMO2_TOKENS, Tokenizer, molmo2_tokenizer
-from nanomolmo2.processor.video import load_video
+from nanomolmo2.processor.video import Video, load_video
 
 CONFIG_FILE = "processor_config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -86,7 +86,8 @@ class ProcessorConfig(Config):
         image_tokens: image tokens written for a picture; None writes one, which the model expands.
         multicrop: cut pictures into crops; image_size, resample, image_mean and image_std are then
             its own, and image tokens are written as it says. None: one view of a picture.
-        video: take videos too, each frame as one crop of ``multicrop``; None: pictures only.
+        video: take videos too, each frame as one crop of ``multicrop``, or, without crops, as a
+            picture of ``image_tokens``; None: pictures only.
         image_token, image_start_token, image_end_token: special tokens of a picture; with crops
             the start token is the overview's.
         pad_token: special token that fills up rows.
@@ -134,9 +135,10 @@ class ProcessorConfig(Config):
                         f"{name} is {getattr(self, name)!r}, but multicrop says {expected!r}: give "
                         f"both the same, or use ProcessorConfig.molmo2(multicrop=...)"
                     )
-        elif self.video is not None:
+        elif self.video is not None and self.image_tokens is None:
             raise ValueError(
-                "video is set and multicrop is not: frames are made as its crops are, so set both"
+                "video is set, and neither multicrop nor image_tokens is: say how many tokens a "
+                "frame has"
             )
         if not self.stop_tokens:
             raise ValueError("stop_tokens is empty, so no answer would end: name at least one")
@@ -436,12 +438,14 @@ class Processor:
 
     def _load_video(self, source: Any) -> _Visual:
         settings, multicrop = self.config.video, self.config.multicrop
-        if settings is None or multicrop is None:
+        if settings is None:
             raise ValueError(
                 "found a video, but this processor takes pictures only: use one whose config has "
                 "`video`, such as molmo2_processor(...)"
             )
         video = load_video(source, max_frames=settings.max_frames, max_fps=settings.max_fps)
+        if multicrop is None:
+            return self._load_frames(video)
         side, num_frames = multicrop.patches_per_side, len(video.frames)
         patches = np.empty(
             (num_frames, multicrop.num_patches, 3 * multicrop.patch_size**2), dtype=np.float32
@@ -471,6 +475,15 @@ class Processor:
         }
         frame_text = f"{start}{self.config.image_token * (rows * cols)}{end}"
         return _Visual(show_video(video.times, frame_text), fields)
+
+    def _load_frames(self, video: Video) -> _Visual:
+        """Frames as the pictures that a processor without crops makes."""
+        fields = {
+            "pixel_values": np.stack([self._load_image(frame).pixels for frame in video.frames]),
+            "frame_times": tuple(video.times),
+            "video_size": video.size,
+        }
+        return _Visual(show_video(video.times, self._picture), fields)
 
     def _load_image(self, image: Any) -> _Picture:
         config = self.config

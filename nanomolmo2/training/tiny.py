@@ -4,13 +4,17 @@ Stages, in the order in which each makes the next one easy:
 
     crops     vision encoder: name the emoji of a small crop
     scenes    + connector: every visual token points along the embedding of the noun centred in its
-              cell, and holds the digits of its position
+              cell, and holds size and position of the object
     presence  decoder on frozen vision: many short yes/no questions a picture teach it to look for
               the noun that was asked
-    coarse    all questions and all weights, points on a grid of 50 thousandths
-    fine      the same on a grid of 10 thousandths, until the rates are near zero
+    coarse    all questions about one picture and all weights, points on a grid of 50 thousandths
+    fine      also pairs of pictures and videos, on a grid of 10 thousandths, until the rates are
+              near zero
     relations decoder on frozen vision: many questions about what lies where, which need two things
               to be found and compared, between some of all the others
+
+Artwork: the vendors of the group "seen", line drawings and icons of the group "extra", and the
+seen drawings with dark outlines ("inked"), so that shapes are learned and not one way of drawing.
 
 What was measured on the way is in docs/tiny.md and docs/log.md.
 """
@@ -18,7 +22,7 @@ What was measured on the way is in docs/tiny.md and docs/log.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomolmo2.batch import IGNORED_LABEL, Batch
+from nanomolmo2.data.emoji.clips import ClipConfig, ask_about_clip, render_clip
+from nanomolmo2.data.emoji.pairs import PairConfig, ask_about_pair, render_pair
 from nanomolmo2.data.emoji.questions import BranchMix, make_branches
-from nanomolmo2.data.emoji.scenes import Scene, render_crop, render_scene, train_rng
-from nanomolmo2.data.emoji.sprites import Sprites
+from nanomolmo2.data.emoji.scenes import Scene, SceneConfig, render_crop, render_scene, train_rng
+from nanomolmo2.data.emoji.sprites import STYLE_GROUPS, Sprites
 from nanomolmo2.data.emoji.vocabulary import (
     build_tokenizer,
     noun_ids,
@@ -38,7 +44,7 @@ from nanomolmo2.data.emoji.vocabulary import (
 from nanomolmo2.models import NanoMolmo2, preset
 from nanomolmo2.models.language_model import Attention
 from nanomolmo2.processor.collate import collate
-from nanomolmo2.processor.processor import Processor, ProcessorConfig
+from nanomolmo2.processor.processor import Encoded, Processor, ProcessorConfig, VideoConfig
 from nanomolmo2.processor.tokenizer import Tokenizer
 from nanomolmo2.training.loop import LoopConfig, Stage, run
 from nanomolmo2.training.optim import OptimConfig
@@ -53,6 +59,12 @@ from nanomolmo2.training.vision_heads import (
 CONFIG = preset("tiny")
 PATCH_SIZE, POOLING_SIZE = CONFIG.vision_config.patch_size, CONFIG.connector.pooling_size
 CROP_SIZE = 64
+STYLES = tuple(
+    style for group in ("seen", "extra", "inked") for style in STYLE_GROUPS.get(group, ())
+)
+SCENES = SceneConfig(styles=STYLES)
+UNKNOWN_EVERY = 10  # steps that ask for things without emoji
+MAX_FRAMES = 16  # of a video; longer ones are thinned out
 
 
 def tiny_processor() -> Processor:
@@ -61,6 +73,7 @@ def tiny_processor() -> Processor:
         image_size=CONFIG.vision_config.image_size,
         resample="bilinear",
         image_tokens=CONFIG.num_visual_tokens,
+        video=VideoConfig(max_frames=MAX_FRAMES),
     )
     return Processor(config, Tokenizer(build_tokenizer()))
 
@@ -70,10 +83,11 @@ class Learner(nn.Module):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        torch.manual_seed(seed)
         self.processor = tiny_processor()
+        torch.manual_seed(seed)
         self.model = NanoMolmo2(CONFIG)
         config = self.model.config
+        torch.manual_seed(seed + 1)  # from here on numbers depend on the vocabulary no more
         self.heads = VisionHeads(config.vision_config.hidden_size, config.llm_config.hidden_size)
         tokenizer = build_tokenizer()
         self.noun_ids = noun_ids(tokenizer)
@@ -82,7 +96,7 @@ class Learner(nn.Module):
     @torch.no_grad()
     def _initialise(self, plurals: dict[int, int]) -> None:
         embedding = self.model.llm.embed_tokens.weight
-        nn.init.normal_(embedding, std=0.1)
+        nn.init.normal_(embedding, std=0.1)  # row by row, nouns first
         for category, plural in plurals.items():  # "wolves" starts as "wolf"
             embedding[plural] = embedding[self.noun_ids[category]]
         self.clear_placeholder()
@@ -122,7 +136,7 @@ class CropStage(Stage):
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         rng, sprites = train_rng(self.seed, 0, step), Sprites.load()
-        crops = [render_crop(rng, sprites, size=CROP_SIZE) for _ in range(self.batch_size)]
+        crops = [render_crop(rng, sprites, SCENES, CROP_SIZE) for _ in range(self.batch_size)]
         images = normalise(np.stack([image for image, _, _ in crops]))
         return images, torch.tensor([category for _, category, _ in crops])
 
@@ -144,7 +158,7 @@ class CropStage(Stage):
 def render_scenes(seed: int, stage: int, step: int, batch_size: int) -> list[Scene]:
     """The scenes of a step."""
     rng, sprites = train_rng(seed, stage, step), Sprites.load()
-    return [render_scene(rng, sprites) for _ in range(batch_size)]
+    return [render_scene(rng, sprites, SCENES) for _ in range(batch_size)]
 
 
 class SceneStage(Stage):
@@ -190,6 +204,7 @@ class QuestionPlan:
     llm_rate: float
     vision_rate: float = 0.0  # Muon's; AdamW's is a tenth. 0 = vision and connector are frozen
     final_ratio: float = 0.3
+    kinds: str = "s"  # what the steps show in turn: scenes, pairs, clips
 
 
 class QuestionStage(Stage):
@@ -207,16 +222,56 @@ class QuestionStage(Stage):
         self.learner, self.seed, self.steps, self.plan = learner, seed, steps, plan
         self.batch_size, self.name, self.scores = batch_size, plan.name, evaluate
 
-    def batch(self, step: int) -> tuple[Batch, SceneLabels]:
+    def batch(self, step: int) -> tuple[Batch, SceneLabels | None]:
+        kind = self.plan.kinds[step % len(self.plan.kinds)]
+        make = {"s": self._scenes, "p": self._pairs, "c": self._clips}[kind]
+        encoded, scenes = make(step)
+        batch = collate(encoded, self.learner.processor.pad_token_id)
+        if not scenes:
+            return batch, None
+        return batch, label_scenes(scenes, PATCH_SIZE, PATCH_SIZE * POOLING_SIZE)
+
+    def _scenes(self, step: int) -> tuple[list[Encoded], list[Scene]]:
         plan, processor = self.plan, self.learner.processor
         rng = train_rng(self.seed, 100 + plan.stream, step)
+        # The answer to these is long, and all rows of a step are as long as the longest.
+        mix = replace(plan.mix, unknown=plan.mix.unknown * (step % UNKNOWN_EVERY == 0))
         scenes = render_scenes(self.seed, plan.stream, step, self.batch_size)
         encoded = []
         for scene in scenes:
-            branches = make_branches(scene, rng, plan.mix, plan.snap)
+            branches = make_branches(scene, rng, mix, plan.snap)
             encoded.append(processor.encode_tree([scene.image], [b.messages for b in branches]))
-        batch = collate(encoded, processor.pad_token_id)
-        return batch, label_scenes(scenes, PATCH_SIZE, PATCH_SIZE * POOLING_SIZE)
+        return encoded, scenes
+
+    def _pairs(self, step: int) -> tuple[list[Encoded], list[Scene]]:
+        """Half as many pairs as a step has pictures."""
+        processor, config = self.learner.processor, PairConfig(SCENES)
+        rng, sprites = train_rng(self.seed, 200 + self.plan.stream, step), Sprites.load()
+        encoded: list[Encoded] = []
+        scenes: list[Scene] = []
+        for _ in range(max(1, self.batch_size // 2)):
+            pair = render_pair(rng, sprites, config)
+            branches = ask_about_pair(pair, rng, config)
+            images = [scene.image for scene in pair]
+            encoded.append(processor.encode_tree(images, [b.messages for b in branches]))
+            scenes += pair
+        return encoded, scenes
+
+    def _clips(self, step: int) -> tuple[list[Encoded], list[Scene]]:
+        """Videos of as many frames, together, as a step has pictures."""
+        processor = self.learner.processor
+        scene = SceneConfig(styles=STYLES, min_px=36, max_px=64)
+        long = step // len(self.plan.kinds) % 2
+        config = ClipConfig(scene, max_frames=MAX_FRAMES if long else 8)
+        rng, sprites = train_rng(self.seed, 300 + self.plan.stream, step), Sprites.load()
+        encoded, frames = [], 0
+        while frames < self.batch_size:
+            clip = render_clip(rng, sprites, config)
+            branches = ask_about_clip(clip, rng, config, self.plan.snap)
+            messages = [b.messages for b in branches]
+            encoded.append(processor.encode_tree(None, messages, video=clip.video))
+            frames += len(clip.video.frames)
+        return encoded, []
 
     def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
         model, plan = self.learner.model, self.plan
@@ -242,21 +297,22 @@ class QuestionStage(Stage):
         for part in (self.learner.model.vision_encoder, self.learner.model.connector):
             part.requires_grad_(self.plan.vision_rate > 0)
 
-    def loss(self, batch: tuple[Batch, SceneLabels]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: tuple[Batch, SceneLabels | None]) -> tuple[Tensor, dict[str, float]]:
         questions, labels = batch
         model = self.learner.model
         inputs = questions.tensors()
         patches = self.learner.patches(inputs.pop("pixel_values"))
         tokens = model.connector(patches)
         logits, loss = model(**inputs, visual_tokens=tokens)
-        metrics = {"answers": loss.item()}
+        kind = {1: "s", 2: "p"}.get(patches.shape[0] // inputs["input_ids"].shape[0], "c")
+        metrics = {f"answers_{kind}": loss.item()}
         assert questions.labels is not None
         with torch.no_grad():
             targets = questions.labels[:, 1:]
             known = targets != IGNORED_LABEL
             right = logits[:, :-1].argmax(-1)[known] == targets[known]
-            metrics["token_accuracy"] = right.float().mean().item()
-        if not self.plan.vision_rate:
+            metrics[f"token_accuracy_{kind}"] = right.float().mean().item()
+        if not self.plan.vision_rate or labels is None:
             return loss, metrics
         # The dense losses go on, so that the visual tokens keep what the decoder reads off them.
         dense, dense_metrics = self.learner.heads(
@@ -276,14 +332,14 @@ class QuestionStage(Stage):
 PRESENCE = QuestionPlan(
     name="presence",
     stream=2,
-    mix=BranchMix(presence=16, count=0, number=0, point=0, caption=0, spatial=0, bare=1.0),
+    mix=BranchMix(16, *(0,) * 9, bare=1.0),
     snap=50,
     llm_rate=2e-3,
 )
 COARSE = QuestionPlan(
     name="coarse",
     stream=3,
-    mix=BranchMix(presence=3, count=2, number=1, point=5, caption=1, spatial=1),
+    mix=BranchMix(presence=3, count=2, number=1, point=4, spatial=1, at=2, unknown=1),
     snap=50,
     llm_rate=2e-3,
     vision_rate=0.004,
@@ -291,19 +347,21 @@ COARSE = QuestionPlan(
 FINE = QuestionPlan(
     name="fine",
     stream=4,
-    mix=BranchMix(presence=3, count=2, number=1, point=4, caption=1, spatial=2),
+    mix=BranchMix(presence=3, count=2, number=1, point=3, spatial=3, unknown=1),
     snap=10,
     llm_rate=1.5e-3,
     vision_rate=0.004,
     final_ratio=0.02,
+    kinds="sspssc",
 )
 RELATIONS = QuestionPlan(
     name="relations",
     stream=5,
-    mix=BranchMix(presence=2, count=2, number=1, point=2, caption=1, spatial=6),
+    mix=BranchMix(presence=2, count=2, number=1, point=2, spatial=6, unknown=1),
     snap=10,
     llm_rate=1.5e-3,
     final_ratio=0.02,
+    kinds="sspssc",
 )
 
 

@@ -2,7 +2,9 @@
 
 Heads that exist only in training. They ask the visual tokens for what the decoder will need to
 read off them: the noun of the object whose centre lies in the token's cell, in the direction of
-that noun's own embedding, and the digits of its position.
+that noun's own embedding, its size, and the digits of its position. Every patch of an object is
+also asked where the object's centre is and how large it is: without that, the token beside the
+centre often claims the object too, and it is counted twice.
 
 B scenes, N patches, n visual tokens (cells), D llm width, C categories.
 """
@@ -17,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanomolmo2.data.emoji.scenes import Scene
+from nanomolmo2.data.emoji.scenes import Scene, SceneObject
 from nanomolmo2.data.emoji.sprites import CATEGORIES
 
 NO_LABEL = -100
 FEATURE_RMS, TOKEN_RMS = 1.0, 0.15  # of patch features and visual tokens; embeddings have 0.1
 BACKGROUND_WEIGHT = 0.2
 MIN_COVERAGE = 0.3  # of a patch's pixels: from here on it belongs to the object
+USUAL_PX = 48.0  # side of an object: sizes are learned as logarithms relative to it
 
 
 @dataclass
@@ -31,22 +34,19 @@ class SceneLabels:
     """Dense targets of B scenes."""
 
     patch_class: Tensor  # (B, N) int64: category + 1, 0 = background
+    patch_box: Tensor  # (B, N, 4): way to the centre in patches, right and down; log width, height
     cell_class: Tensor  # (B, n) int64: category of the object centred here, NO_LABEL if none
     cell_digits: Tensor  # (B, n, 4) int64: hundreds and tens of x, then of y, in thousandths
+    cell_box: Tensor  # (B, n, 4): as patch_box, in cells
 
 
 def label_scenes(scenes: list[Scene], patch_size: int, cell_size: int) -> SceneLabels:
     """Dense targets for scenes of one size; cells and patches in pixels."""
-    return SceneLabels(
-        torch.from_numpy(np.stack([_patch_classes(s, patch_size) for s in scenes])),
-        *map(
-            torch.from_numpy,
-            map(np.stack, zip(*[_cells(s, cell_size) for s in scenes], strict=True)),
-        ),
-    )
+    labels = [(*_patches(s, patch_size), *_cells(s, cell_size)) for s in scenes]
+    return SceneLabels(*(torch.from_numpy(np.stack(part)) for part in zip(*labels, strict=True)))
 
 
-def _patch_classes(scene: Scene, patch: int) -> np.ndarray:
+def _patches(scene: Scene, patch: int) -> tuple[np.ndarray, np.ndarray]:
     side = scene.instance_map.shape[0] // patch
     tiles = (
         scene.instance_map.reshape(side, patch, side, patch).swapaxes(1, 2).reshape(-1, patch**2)
@@ -54,21 +54,38 @@ def _patch_classes(scene: Scene, patch: int) -> np.ndarray:
     shares = np.stack([(tiles == i).mean(axis=1) for i in range(len(scene.objects))], axis=1)
     winner = shares.argmax(axis=1)
     classes = np.array([CATEGORIES.index(o.category) + 1 for o in scene.objects], np.int64)
-    return np.where(shares.max(axis=1) >= MIN_COVERAGE, classes[winner], 0)
+    boxes = np.array([_centre_and_size(o) for o in scene.objects], np.float32)[winner]
+    boxes[:, :2] = boxes[:, :2] / patch - _middles(side)
+    return np.where(shares.max(axis=1) >= MIN_COVERAGE, classes[winner], 0), boxes
 
 
-def _cells(scene: Scene, cell: int) -> tuple[np.ndarray, np.ndarray]:
+def _centre_and_size(o: SceneObject) -> tuple[float, float, float, float]:
+    """Centre in pixels, logarithms of width and height."""
+    x0, y0, x1, y1 = o.box
+    return *o.center, math.log((x1 - x0) / USUAL_PX), math.log((y1 - y0) / USUAL_PX)
+
+
+def _middles(side: int) -> np.ndarray:
+    """(side * side, 2) middles x, y of the tiles of a picture, in tiles."""
+    y, x = np.divmod(np.arange(side * side), side)
+    return np.stack([x, y], axis=1) + 0.5
+
+
+def _cells(scene: Scene, cell: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     size = scene.instance_map.shape[0]
     side = size // cell
     classes = np.full(side * side, NO_LABEL, np.int64)
     digits = np.full((side * side, 4), NO_LABEL, np.int64)
+    boxes = np.zeros((side * side, 4), np.float32)
     for o in scene.objects:
         x, y = o.center
         index = int(y // cell) * side + int(x // cell)
         classes[index] = CATEGORIES.index(o.category)
         tens = [min(99, round(100 * v / size)) for v in (x, y)]
         digits[index] = [tens[0] // 10, tens[0] % 10, tens[1] // 10, tens[1] % 10]
-    return classes, digits
+        boxes[index] = _centre_and_size(o)
+    boxes[:, :2] = boxes[:, :2] / cell - _middles(side)
+    return classes, digits, boxes
 
 
 def scale_loss(x: Tensor, target: float) -> Tensor:
@@ -89,8 +106,10 @@ class VisionHeads(nn.Module):
     def __init__(self, vision_dim: int, llm_dim: int) -> None:
         super().__init__()
         self.patch_class = nn.Linear(vision_dim, len(CATEGORIES) + 1)
+        self.patch_box = nn.Linear(vision_dim, 4)
         self.cell_object = nn.Linear(llm_dim, 1)
         self.cell_digits = nn.Linear(llm_dim, 40)
+        self.cell_box = nn.Linear(llm_dim, 4)
         # Most patches are background: unweighted, they keep the head from looking at objects.
         weights = torch.ones(len(CATEGORIES) + 1)
         weights[0] = BACKGROUND_WEIGHT
@@ -116,6 +135,8 @@ class VisionHeads(nn.Module):
         digit_logits = self.cell_digits(t[centred]).unflatten(-1, (4, 10))
         digits = labels.cell_digits[centred]
         object_logits = self.cell_object(t)[..., 0]
+        on_object = labels.patch_class > 0
+        on_object_features = F.layer_norm(patches[on_object], patches.shape[-1:])
         losses = {
             "patch": F.cross_entropy(
                 patch_logits.flatten(0, 1), labels.patch_class.flatten(), self.class_weights
@@ -123,10 +144,14 @@ class VisionHeads(nn.Module):
             "object": 2 * F.binary_cross_entropy_with_logits(object_logits, centred.float()),
             "noun": F.cross_entropy(noun_logits, labels.cell_class[centred]),
             "digits": F.cross_entropy(digit_logits.flatten(0, 1), digits.flatten()),
+            "patch_box": F.smooth_l1_loss(
+                self.patch_box(on_object_features), labels.patch_box[on_object], beta=0.25
+            ),
+            "cell_box": 2
+            * F.smooth_l1_loss(self.cell_box(t[centred]), labels.cell_box[centred], beta=0.1),
             "scale": 0.1 * (scale_loss(patches, FEATURE_RMS) + scale_loss(tokens, TOKEN_RMS)),
         }
         with torch.no_grad():
-            on_object = labels.patch_class > 0
             right = patch_logits.argmax(-1) == labels.patch_class
             found = object_logits > 0
             hits = (found & centred).sum()

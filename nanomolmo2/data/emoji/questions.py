@@ -10,12 +10,22 @@ Tasks, each a message branch of one picture:
     point     Point to the dog.           <points coords="1 1 210 455">dog</points>
     caption   Describe this picture.      A dog, two cats and an apple.
     spatial   What is left of the apple?  A dog.
+    points    Point to the dog and the    <points coords="1 1 210 455">dog</points> <points
+              apple.                      coords="1 1 640 480">apple</points>
+    size      Which is larger, the dog    The dog.
+              or the apple?
+    at        What is at 210 455?         A dog.
+    unknown   Is there a zebra?           I do not know that. I know these things: dog, cat, ...
+
+Questions about two pictures are in `pairs.py`, those about videos in `clips.py`, all wordings in
+`wordings.py`.
 
 The label of points is always the singular noun, so that question and answer share its token.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,91 +35,29 @@ import numpy as np
 from nanomolmo2.config import Config
 from nanomolmo2.data.emoji.scenes import Scene, SceneObject
 from nanomolmo2.data.emoji.sprites import CATEGORIES, PLURALS, article
+from nanomolmo2.data.emoji.wordings import (
+    BARE,
+    DIRECTIONS,
+    EXTREMES,
+    ORDERS,
+    UNKNOWN_IN_TESTS,
+    UNKNOWN_IN_TRAINING,
+    Direction,
+    Task,
+    Wordings,
+)
 from nanomolmo2.data.example import Branch, Message
 from nanomolmo2.processor.points import SCALE, Point, format_points
 
-Task = Literal["presence", "count", "number", "point", "caption", "spatial"]
-Direction = Literal["left", "right", "above", "below"]
-
-# {a}: noun with article, {one}: noun, {many}: its plural, {where}: direction and "the".
-QUESTIONS: dict[Task, tuple[str, ...]] = {
-    "presence": (
-        "Is there {a}?",
-        "Is there {a} in the picture?",
-        "Is there {a} here?",
-        "Do you see {a}?",
-        "Can you see {a}?",
-        "Does the picture show {a}?",
-        "Does this picture have {a}?",
-        "Are there any {many}?",
-        "Do you see any {many}?",
-    ),
-    "count": (
-        "How many {many} are there?",
-        "How many {many} are in the picture?",
-        "How many {many} do you see?",
-        "How many {many} can you see?",
-        "How many {many}?",
-        "Count the {many}.",
-        "Please count the {many}.",
-        "Count all the {many} in the picture.",
-        "What is the number of {many}?",
-    ),
-    "number": (
-        "How many {many}? Answer with a number.",
-        "How many {many} are there? Answer with a number.",
-        "How many {many} are in the picture? Answer with a number.",
-        "How many {many} do you see? Just the number.",
-        "Count the {many}. Answer with a number.",
-        "Count the {many}. Just the number.",
-        "What is the number of {many}? Just the number.",
-    ),
-    "point": (
-        "Point to the {one}.",
-        "Point to the {many}.",
-        "Point to all the {many}.",
-        "Point at the {one}.",
-        "Where is the {one}?",
-        "Where are the {many}?",
-        "Show me the {one}.",
-        "Show me the {many}.",
-        "Find the {one}.",
-        "Locate the {many}.",
-    ),
-    "caption": (
-        "Describe this picture.",
-        "Describe the picture.",
-        "Caption this picture.",
-        "What is in this picture?",
-        "What is in the picture?",
-        "What do you see?",
-        "What can you see here?",
-        "What does the picture show?",
-    ),
-    "spatial": (
-        "What is {where} {one}?",
-        "What do you see {where} {one}?",
-        "What can you see {where} {one}?",
-        "What lies {where} {one}?",
-        "Which thing is {where} {one}?",
-        "What is there {where} {one}?",
-        "Name the thing {where} {one}.",
-    ),
-}
-BARE = "{one}?"
-DIRECTIONS: dict[Direction, str] = {
-    "left": "left of the",
-    "right": "right of the",
-    "above": "above the",
-    "below": "below the",
-}
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TASKS: tuple[Task, ...] = tuple(QUESTIONS)
 NONE_ANSWER, NOTHING_ANSWER = "There are none.", "Nothing."
+EVERYTHING = "everything"  # the label of points at all objects
+UNKNOWN_ANSWER = f"I do not know that. I know these things: {', '.join(CATEGORIES)}."
 
-CLEARLY = (
-    1.15  # by this factor a direction or a distance must win before a spatial question is asked
-)
+# Questions are asked only where the answer is beyond debate: by these factors
+CLEARLY = 1.15  # a direction or a distance must win,
+CLEARLY_LARGER = 1.4  # the area of a box must differ,
+FREE_PX = 12  # and a place with nothing must be so far from every box.
 
 
 @dataclass(frozen=True)
@@ -117,8 +65,9 @@ class BranchMix(Config):
     """How many questions of each task a picture gets, and how they are drawn.
 
     Attributes:
-        presence, count, number, point, caption, spatial: questions per picture; spatial ones only
-            as far as the scene allows.
+        presence, count, number, point, caption, spatial, points, size, at: questions per picture;
+            spatial and size only as far as the scene allows.
+        unknown: questions per picture about things that have no emoji; a fraction is a chance.
         absent_presence: share of the presence questions about nouns that are not in the picture.
         absent: the same for count, number and point.
         repeated_first: share of the pictures where count and number questions ask for categories
@@ -134,6 +83,10 @@ class BranchMix(Config):
     point: int = 3
     caption: int = 1
     spatial: int = 1
+    points: int = 1
+    size: int = 1
+    at: int = 1
+    unknown: float = 0.05
     absent_presence: float = 0.5
     absent: float = 0.25
     repeated_first: float = 0.6
@@ -143,21 +96,31 @@ class BranchMix(Config):
 
 
 def make_branches(
-    scene: Scene, rng: np.random.Generator, mix: BranchMix | None = None, snap: int = 1
+    scene: Scene,
+    rng: np.random.Generator,
+    mix: BranchMix | None = None,
+    snap: int = 1,
+    *,
+    for_tests: bool = False,
 ) -> list[Branch]:
-    """Ask about a scene, the tasks in the order of `TASKS`.
+    """Ask about a scene, task by task in the order of `BranchMix`.
 
     Args:
         snap: points in answers are rounded to multiples of this many thousandths of the picture's
             side; 1 writes them as exactly as the format can.
+        for_tests: ask in the wordings, and for the unknown things, that training never uses.
     Returns: branches whose ``truth`` holds ``answer`` and, by task:
         presence, count, number, point: ``noun, count, points, boxes``;
         caption: ``counts`` (noun -> number, in the order of the answer);
         spatial: ``noun`` (asked about), ``direction``, ``found`` (noun or None), ``nothing``;
+        points: ``nouns``, ``groups`` (one ``{noun, boxes}`` for each that is there);
+        size: ``nouns`` (two to compare, or all), ``order``;
+        at: ``x``, ``y`` (thousandths), ``found`` (noun or None);
+        unknown: ``noun``;
         points are exact centres (x, y) and boxes (x0, y0, x1, y1), both in pixels.
     """
     mix = mix or BranchMix()
-    asker = _Asker(scene, rng, snap, mix)
+    asker = _Asker(scene, rng, snap, mix, for_tests)
     branches: list[Branch] = []
     for noun in asker.nouns(mix.presence, mix.absent_presence):
         branches.append(asker.presence(noun))
@@ -169,6 +132,12 @@ def make_branches(
     branches += [asker.caption() for _ in range(mix.caption)]
     for reference, direction in asker.spatial_questions(mix.spatial, mix.nothing):
         branches.append(asker.spatial(reference, direction))
+    branches += [asker.points() for _ in range(mix.points)]
+    for _ in range(mix.size):
+        tries = (asker.size() for _ in range(4))
+        branches += list(itertools.islice((b for b in tries if b is not None), 1))
+    branches += [asker.at(mix.nothing) for _ in range(mix.at)]
+    branches += [asker.unknown() for _ in range(int(mix.unknown + rng.random()))]
     return branches
 
 
@@ -176,13 +145,19 @@ def test_questions(scene: Scene, rng: np.random.Generator, snap: int = 1) -> lis
     """Balanced questions for evaluation: every task, present and absent nouns alike.
 
     Presence, count, number and point each ask for one noun that is there and one that is not; half
-    of the pictures ask to count a category that occurs several times, if there is one. Then a
-    caption and, where the scene allows, a spatial question.
+    of the pictures ask to count a category that occurs several times, if there is one. Then one
+    question of each further task, a spatial one and one about sizes where the scene allows. All in
+    wordings that training never uses.
     """
     mix = BranchMix(
-        2, 2, 2, 2, 1, 1, absent=0.5, repeated_first=0.5, nothing=0.25, casual=0, bare=0
+        *(2, 2, 2, 2, 1, 1, 1, 1, 1, 1),
+        absent=0.5,
+        repeated_first=0.5,
+        nothing=0.25,
+        casual=0,
+        bare=0,
     )
-    return make_branches(scene, rng, mix, snap)
+    return make_branches(scene, rng, mix, snap, for_tests=True)
 
 
 def spatial_answer(
@@ -229,20 +204,24 @@ def counted(noun: str, count: int) -> str:
     if count == 1:
         return f"{article(noun)} {noun}"
     number = NUMBER_WORDS[count] if count < len(NUMBER_WORDS) else str(count)
-    return f"{number} {_PLURAL[noun]}"
+    return f"{number} {PLURAL[noun]}"
 
 
-_PLURAL = dict(zip(CATEGORIES, PLURALS, strict=True))
+PLURAL = dict(zip(CATEGORIES, PLURALS, strict=True))
 
 
 class _Asker:
     """Questions about one scene, drawn from one stream of random numbers."""
 
-    def __init__(self, scene: Scene, rng: np.random.Generator, snap: int, mix: BranchMix) -> None:
+    def __init__(
+        self, scene: Scene, rng: np.random.Generator, snap: int, mix: BranchMix, for_tests: bool
+    ) -> None:
         if not 1 <= snap <= SCALE:
             raise ValueError(f"snap is {snap} thousandths; use 1 (exact) to {SCALE}, e.g. 50 or 10")
         self.scene, self.rng, self.snap = scene, rng, snap
-        self.casual, self.bare = mix.casual, mix.bare
+        self.wording = Wordings(rng, mix.casual, for_tests)
+        self.bare, self.absent = mix.bare, mix.absent
+        self.unknown_words = UNKNOWN_IN_TESTS if for_tests else UNKNOWN_IN_TRAINING
         height, width = scene.image.shape[:2]
         self.image_size = (width, height)
         self.objects: dict[str, list[SceneObject]] = {}
@@ -298,41 +277,129 @@ class _Asker:
 
     def caption(self) -> Branch:
         counts = caption_counts(self.scene)
-        parts = [counted(noun, count) for noun, count in counts.items()]
-        listed = " and ".join([", ".join(parts[:-1]), parts[-1]]) if parts[1:] else parts[0]
-        return self._exchange("caption", self._wording("caption"), _sentence(listed), counts=counts)
+        return exchange("caption", self.wording("caption"), listed(counts), counts=counts)
 
     def spatial(self, noun: str, direction: Direction) -> Branch:
         found = spatial_answer(self.scene.objects, self.objects[noun][0], direction)
-        answer = _sentence(counted(found, 1)) if found else NOTHING_ANSWER
-        question = self._wording("spatial").format(one=noun, where=DIRECTIONS[direction])
+        answer = sentence(counted(found, 1)) if found else NOTHING_ANSWER
+        question = self.wording("spatial").format(one=noun, where=DIRECTIONS[direction])
         truth = {"noun": noun, "direction": direction, "found": found or None}
-        return self._exchange("spatial", question, answer, nothing=not found, **truth)
+        return exchange("spatial", question, answer, nothing=not found, **truth)
+
+    def points(self) -> Branch:
+        """Several nouns at once, or everything."""
+        if self.rng.random() < 0.4:
+            wording = self.wording("points", "{list}", False)
+            centres = [o.center for o in self.scene.objects]
+            answer = self._format(centres, EVERYTHING, "point")
+            nouns, groups = [EVERYTHING], [self._group(EVERYTHING, self.scene.objects)]
+            return exchange("points", wording, answer, nouns=nouns, groups=groups)
+        number = int(self.rng.integers(2, 4))
+        nouns = self.nouns(min(number, len(self.objects)), 0)
+        nouns = [n for n in nouns if len(nouns) == 1 or self.rng.random() > self.absent]
+        absent = [n for n in CATEGORIES if n not in self.objects]
+        nouns += [str(n) for n in self.rng.permutation(absent)[: max(0, number - len(nouns))]]
+        nouns = [str(n) for n in self.rng.permutation(nouns)]
+        named = [f"the {noun}" for noun in nouns]
+        question = self.wording("points", "{list}").format(
+            list=" and ".join([", ".join(named[:-1]), named[-1]])
+        )
+        there = [n for n in nouns if n in self.objects]
+        answer = " ".join(self._points(noun, "point") for noun in there) or NONE_ANSWER
+        groups = [self._group(noun, self.objects[noun]) for noun in there]
+        return exchange("points", question, answer, nouns=nouns, groups=groups)
+
+    def size(self) -> Branch | None:
+        """Two things to compare, or the extreme one; None where it is debatable."""
+        areas = {
+            noun: (o.box[2] - o.box[0]) * (o.box[3] - o.box[1])
+            for noun, objects in self.objects.items()
+            for o in objects[:1]
+        }
+        order = str(self.rng.choice(list(ORDERS)))
+        single = [noun for noun in areas if len(self.objects[noun]) == 1]
+        if len(areas) == len(single) >= 3 and self.rng.random() < 0.4:
+            ranked = sorted(areas, key=areas.__getitem__, reverse=order == "larger")
+            first, second = areas[ranked[0]], areas[ranked[1]]
+            words, slot, other = EXTREMES[order], "{most}", ""
+            nouns, noun = ranked, ranked[0]
+        elif len(single) >= 2:
+            noun, other = (str(n) for n in self.rng.permutation(single)[:2])
+            first, second = areas[noun], areas[other]
+            words, slot, nouns = ORDERS[order], "{order}", [noun, other]
+        else:
+            return None
+        if max(first, second) < CLEARLY_LARGER * min(first, second):
+            return None
+        right = noun if slot == "{most}" or (first > second) == (order == "larger") else other
+        word = str(self.rng.choice(words))
+        question = self.wording("size", slot).format(order=word, most=word, one=noun, other=other)
+        return exchange("size", question, f"The {right}.", nouns=nouns, order=order)
+
+    def at(self, nothing: float) -> Branch:
+        """What is at a place: near the middle of a thing, or clearly beside all of them."""
+        width, height = self.image_size
+        x, y, found = self.rng.uniform(0, width), self.rng.uniform(0, height), None
+        if self.rng.random() >= nothing or not self._is_free(x, y):
+            index = int(self.rng.integers(len(self.scene.objects)))
+            o = self.scene.objects[index]
+            x, y = o.center
+            for _ in range(4):
+                dx, dy = self.rng.uniform(-0.3, 0.3, 2)
+                near = x + dx * (o.box[2] - o.box[0]), y + dy * (o.box[3] - o.box[1])
+                if self.scene.instance_map[int(near[1]), int(near[0])] == index:
+                    x, y = near
+                    break
+            found = o.category
+        x, y = (min(SCALE - 1, round(v / side * SCALE)) for v, side in ((x, width), (y, height)))
+        answer = sentence(counted(found, 1)) if found else NOTHING_ANSWER
+        question = self.wording("at").format(at=f"{x:03d} {y:03d}")
+        return exchange("at", question, answer, x=x, y=y, found=found)
+
+    def unknown(self) -> Branch:
+        word = str(self.rng.choice(self.unknown_words))
+        question = self.wording("unknown").format(
+            a=f"{article(word)} {word}", one=word, many=f"{word}s"
+        )
+        return exchange("unknown", question, UNKNOWN_ANSWER, noun=word)
+
+    def _is_free(self, x: float, y: float) -> bool:
+        return not any(
+            o.box[0] - FREE_PX < x < o.box[2] + FREE_PX
+            and o.box[1] - FREE_PX < y < o.box[3] + FREE_PX
+            for o in self.scene.objects
+        )
+
+    @staticmethod
+    def _group(noun: str, objects: Sequence[SceneObject]) -> dict[str, Any]:
+        return {"noun": noun, "boxes": [list(o.box) for o in objects]}
 
     # ---- pieces of the above ----
 
     def _points(self, noun: str, mode: Literal["point", "point_count"]) -> str:
-        points = [Point(*self._snapped(o.center)) for o in self.objects.get(noun, ())]
-        return format_points(points, noun, [self.image_size], mode=mode)
+        return self._format([o.center for o in self.objects.get(noun, ())], noun, mode)
+
+    def _format(
+        self,
+        centres: Sequence[tuple[float, float]],
+        label: str,
+        mode: Literal["point", "point_count"],
+    ) -> str:
+        points = [Point(*self._snapped(center)) for center in centres]
+        return format_points(points, label, [self.image_size], mode=mode)
 
     def _snapped(self, center: tuple[float, float]) -> tuple[float, float]:
         step_x, step_y = (self.snap * side / SCALE for side in self.image_size)
         return round(center[0] / step_x) * step_x, round(center[1] / step_y) * step_y
 
-    def _wording(self, task: Task) -> str:
-        wording = QUESTIONS[task][self.rng.integers(len(QUESTIONS[task]))]
-        if self.rng.random() < self.casual:
-            wording = (wording[0].lower() + wording[1:]).rstrip("?.")
-        return wording
-
     def _branch(self, task: Task, noun: str, answer: str) -> Branch:
         if task == "presence" and self.rng.random() < self.bare:
             wording = BARE
         else:
-            wording = self._wording(task)
-        question = wording.format(a=f"{article(noun)} {noun}", one=noun, many=_PLURAL[noun])
+            wording = self.wording(task)
+        question = wording.format(a=f"{article(noun)} {noun}", one=noun, many=PLURAL[noun])
         objects = self.objects.get(noun, [])
-        return self._exchange(
+        return exchange(
             task,
             question,
             answer,
@@ -342,13 +409,24 @@ class _Asker:
             boxes=[list(o.box) for o in objects],
         )
 
-    def _exchange(self, task: Task, question: str, answer: str, **truth: Any) -> Branch:
-        messages: list[Message] = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-        return Branch(messages, task, {**truth, "answer": answer})
+
+def exchange(task: Task, question: str, answer: str, **truth: Any) -> Branch:
+    """One question and its answer."""
+    messages: list[Message] = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+    return Branch(messages, task, {**truth, "answer": answer})
 
 
-def _sentence(text: str) -> str:
+def listed(counts: dict[str, int]) -> str:
+    """``"A dog, two cats and an apple."``; ``"Nothing."`` for nothing."""
+    parts = [counted(noun, count) for noun, count in counts.items()]
+    if not parts:
+        return NOTHING_ANSWER
+    return sentence(" and ".join([", ".join(parts[:-1]), parts[-1]]) if parts[1:] else parts[0])
+
+
+def sentence(text: str) -> str:
+    """A capital letter and a full stop."""
     return text[0].upper() + text[1:] + "."

@@ -18,14 +18,25 @@ import re
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 
+from nanomolmo2.data.emoji.clips import APPEARS_ANSWER, NEVER_ANSWER
+from nanomolmo2.data.emoji.pairs import SAME_ANSWER
 from nanomolmo2.data.emoji.questions import (
-    DIRECTIONS,
+    EVERYTHING,
     NONE_ANSWER,
     NOTHING_ANSWER,
     NUMBER_WORDS,
-    QUESTIONS,
+    UNKNOWN_ANSWER,
 )
 from nanomolmo2.data.emoji.sprites import CATEGORIES, PLURALS
+from nanomolmo2.data.emoji.wordings import (
+    AMOUNTS,
+    DIRECTIONS,
+    EXTREMES,
+    ORDERS,
+    PICTURES,
+    QUESTIONS,
+)
+from nanomolmo2.processor.points import NO_TRACKS
 from nanomolmo2.processor.tokenizer import MOLMO2_TOKENS
 
 SPECIAL_TOKENS = (
@@ -52,18 +63,13 @@ POINT_PIECES = (
     ";2",
 )
 COUNTING_START, COUNTING_END = "Counting the ", " shows a total of"  # one decision each, not three
-# Words that no template has yet: questions about two pictures, videos, colours and sizes, and small
-# talk of people who try the model. Reserved now, so that a later model can keep its ids. No word
-# may tear up a noun: with " be" the bees were " be|es".
+# Words that no template has: small talk of people who try the model. No word may tear up a noun:
+# with " be" the bees were " be|es".
 FURTHER_WORDS = (
-    "Which picture has more or fewer than the other? Both have the same. The first second "
-    "third last picture image. What differs between these two pictures? In one of them it is "
-    "missing. Only there. Track this in every frame of the video. How does it move? When? It "
-    "moves to the up down top bottom middle corner. No tracks available. big small large "
-    "little red green blue yellow black white orange purple pink brown gray left right side "
-    "near far next to behind front largest smallest object objects animal animals food fruit "
-    "vehicle who why please tell me about an and not with at on was I think that thank you "
-    "Hello Image image Yes No Nothing None left above below"
+    "third last differs between them missing move moves to up down top bottom middle corner big "
+    "small large little red green blue yellow black white orange purple pink brown gray side near "
+    "far next behind front animal animals food fruit vehicle who why not with on was think thank "
+    "you Hello"
 )
 
 _SCORE = -1.0
@@ -86,13 +92,18 @@ def pieces() -> list[str]:
                 text = wording.replace("{where}", direction)
                 found += _words_around_slots(text)
                 found += _words_around_slots(text[0].lower() + text[1:])
+    for words in (*ORDERS.values(), *EXTREMES.values(), PICTURES):
+        found += [f" {word}" for phrase in words for word in phrase.split()]
+    found += [f" {word} " for words in AMOUNTS.values() for word in words]
     found += [COUNTING_START, COUNTING_END]
-    for text in ("Yes.", "No.", NONE_ANSWER, NOTHING_ANSWER):
+    answers = ("Yes.", "No.", NONE_ANSWER, NOTHING_ANSWER, SAME_ANSWER, APPEARS_ANSWER, NO_TRACKS)
+    for text in (*answers, NEVER_ANSWER, "The first picture.", "The second picture."):
         found += _WORD.findall(text)
+    found += [EVERYTHING, UNKNOWN_ANSWER.split(":")[0] + ": "]
     # "A |dog|, |two |cat|s| and| an |apple|."
     for word in ("a", "an", *NUMBER_WORDS):
         found += [f"{word} ", f" {word} ", f"{word.capitalize()} "]
-    found += [" and", " the ", "the ", *POINT_PIECES]
+    found += [" and", " and ", " the ", "the ", "The ", ", ", *POINT_PIECES]
     for word in FURTHER_WORDS.split():
         found.append(f" {word.strip('.?')}")
     found += ["Image", "image", "\n", "\t"]
