@@ -860,11 +860,80 @@ class Inspect:
 
 
 @dataclass(frozen=True)
+class Data:
+    """Write pictures with exact truth to train and test any model on.
+
+    There is one kind so far: emoji, scenes with questions, answers, boxes, masks and counts, which
+    `nanomolmo2 train --data` and `nanomolmo2 inspect` read. The same options give the same files,
+    and a larger count begins with what a smaller one gives. The fields are in docs/emoji-data.md.
+    """
+
+    kind: Annotated[Positional[Literal["emoji"]], arg(help="what to draw")]
+    out: Annotated[
+        Path, arg(metavar="DIR", help="new or empty folder, written whole or not at all")
+    ]
+    count: Annotated[int, arg(metavar="N", help="how many pictures")] = 100
+    seed: Annotated[int, arg(metavar="SEED", help="another one gives other pictures")] = 0
+    format: Annotated[
+        Literal["jsonl", "parquet"],
+        arg(help="jsonl has its pictures beside it, parquet inside (extra data)"),
+    ] = "jsonl"
+    setting: Annotated[
+        Literal["easy", "crowded", "occluded", "clutter", "photos", "wide384", "wide768"],
+        arg(help="how hard the scenes are; easy is what tiny is trained on"),
+    ] = "easy"
+    split: Annotated[
+        Literal["train", "test"], arg(help="test: scenes and wordings that training never has")
+    ] = "train"
+    size: Annotated[
+        Literal[192, 384, 768] | None,
+        arg(help="side of the pictures in pixels, emoji keep theirs; none = that of the setting"),
+    ] = None
+    group: Annotated[
+        Literal["seen", "mild", "openmoji"],
+        arg(help="art group; mild and openmoji are for the test split only"),
+    ] = "seen"
+    backgrounds: Annotated[
+        Path | None,
+        arg(metavar="FOLDER", help="pictures whose pieces lie behind the emoji; none = made up"),
+    ] = None
+    debug: Debug = False
+
+    def run(self) -> None:
+        if self.count < 1:
+            raise UsageError(f"--count must be 1 or more, found {self.count}")
+        if self.seed < 0:
+            raise UsageError(f"--seed must be 0 or more, found {self.seed}")
+        if self.split == "train" and self.group != "seen":
+            raise UsageError(f"--group {self.group} is for tests only: add --split test")
+        from nanomolmo2.data.emoji.scenes import setting
+        from nanomolmo2.data.emoji.write import write_scenes
+
+        config = setting(self.setting, self.size)
+        if self.backgrounds is not None:
+            folder = str(self.backgrounds)
+            config = dataclasses.replace(config, background="photo", photos=folder)
+        with progress_bar("pictures") as on_progress:
+            records = write_scenes(
+                self.out,
+                self.count,
+                seed=self.seed,
+                format=self.format,
+                scene=config,
+                split=self.split,
+                group=self.group,
+                on_progress=on_progress,
+            )
+        print(f"wrote {self.count} pictures and their records, {records}")
+
+
+@dataclass(frozen=True)
 class Eval:
     """Measure a model on a fixed test set.
 
-    There is one so far: emoji, scenes of one to six emoji. Answers are greedy. Art groups: seen
-    (styles of the training, in new scenes), mild and openmoji (styles it was never shown).
+    There is one so far: emoji, scenes of one to six emoji, pairs of them and videos of 8 frames.
+    Answers are greedy. Art groups: seen (styles of the training, in new scenes), mild and openmoji
+    (styles it was never shown). Prints scores with 95 % intervals and the goals.
     """
 
     task: Annotated[Positional[Literal["emoji"]], arg(help="what to measure")]
@@ -874,32 +943,74 @@ class Eval:
     ] = "all"
     scenes: Annotated[
         int,
-        arg(metavar="N", help="pictures a group, about 10 questions each; the first N of the set"),
+        arg(metavar="N", help="pictures a group, about 15 questions each; the first N of the set"),
     ] = 1000
+    pairs: Annotated[
+        int | None, arg(metavar="N", help="pairs of pictures a group; none = half of --scenes")
+    ] = None
+    clips: Annotated[
+        int | None,
+        arg(
+            metavar="N",
+            help="videos a group; none = a tenth of --scenes, and no videos where the model takes "
+            "pictures only",
+        ),
+    ] = None
+    tasks: Annotated[
+        tuple[str, ...],
+        arg(metavar="TASK", help="only these questions, such as: presence count point; none = all"),
+    ] = ()
     batch_size: Annotated[
         int, arg(metavar="N", help="questions answered together; changes the speed only")
     ] = 64
     json: Annotated[
         Path | None, arg(metavar="FILE", help="also write the scores to this file (.json)")
     ] = None
+    report: Annotated[
+        Path | None,
+        arg(
+            metavar="DIR",
+            help="also write a page with the scores and pictures of the worst answers into this "
+            "new or empty folder",
+        ),
+    ] = None
+    failures: Annotated[
+        int, arg(metavar="N", help="with --report: pictures of bad answers, of each group")
+    ] = 24
     dtype: DType = None
     quantize: Precision = None
     cache_dir: CacheDir = Path("checkpoints")
     debug: Debug = False
 
     def run(self) -> None:
-        for name, value in (("--scenes", self.scenes), ("--batch-size", self.batch_size)):
-            if value < 1:
-                raise UsageError(f"{name} must be 1 or more, found {value}")
+        for name, value, least in (
+            ("--scenes", self.scenes, 1),
+            ("--pairs", self.pairs, 0),
+            ("--clips", self.clips, 0),
+            ("--batch-size", self.batch_size, 1),
+            ("--failures", self.failures, 0),
+        ):
+            if value is not None and value < least:
+                raise UsageError(f"{name} must be {least} or more, found {value}")
         if self.json is not None:
             check_writable(self.json, (".json",))
         from rich.console import Console
         from rich.progress import Progress
 
-        from nanomolmo2.evaluation.emoji import evaluate
+        from nanomolmo2.evaluation import report
+        from nanomolmo2.evaluation.emoji import TEST_GROUPS, evaluate
+        from nanomolmo2.evaluation.scorers import SCORERS
 
+        for task in self.tasks:
+            if task not in SCORERS:
+                raise UsageError(f"--tasks has {task!r}, choose from {', '.join(SCORERS)}")
+        if self.report is not None:
+            try:
+                report.check_report_folder(self.report)
+            except ValueError as error:
+                raise UsageError(f"--report: {error}") from None
         pipeline = load_pipeline(self.model, self.cache_dir, **precision(self))
-        groups = ("seen", "mild", "openmoji") if self.group == "all" else (self.group,)
+        groups = TEST_GROUPS if self.group == "all" else (self.group,)
         scores: list[Scores] = []
         with Progress(console=Console(stderr=True), transient=True) as progress:
             for group in groups:
@@ -910,23 +1021,28 @@ class Eval:
                         pipeline.processor,
                         group=group,
                         scenes=self.scenes,
+                        pairs=self.pairs,
+                        clips=self.clips,
+                        tasks=self.tasks or None,
                         batch_size=self.batch_size,
+                        failures=0 if self.report is None else self.failures,
                         on_progress=lambda done, total, bar=bar: progress.update(  # type: ignore[misc]
                             bar, completed=done, total=total
                         ),
                     )
                 )
-        print(score_table(scores))
+        met, goals = report.goals_met(scores)
+        print(report.score_table(scores))
+        print(f"\n{report.LEGEND}\n{met} of {goals} goals are met")
+        about = {"task": self.task, "model": self.model, "scenes": self.scenes}
+        about["version"] = __version__
         if self.json is not None:
-            report = {
-                "task": self.task,
-                "model": self.model,
-                "scenes": self.scenes,
-                "version": __version__,
-                "groups": {s.group: {"scores": s.means, "answers": s.counts} for s in scores},
-            }
+            content = {**about, "groups": report.scores_to_json(scores)}
             with atomic_path(self.json) as temporary:
-                temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if self.report is not None:
+            report.write_report(self.report, scores, about)
+            print(f"wrote {self.report / report.PAGE}")
 
 
 @dataclass(frozen=True)
@@ -1135,7 +1251,19 @@ class Demo:
 
 
 Command = (
-    Ask | Info | Download | Quantize | Export | Train | Plan | Plot | Inspect | Eval | Bench | Demo
+    Ask
+    | Info
+    | Download
+    | Quantize
+    | Export
+    | Train
+    | Plan
+    | Plot
+    | Inspect
+    | Data
+    | Eval
+    | Bench
+    | Demo
 )
 
 
@@ -1306,19 +1434,6 @@ def answer_report(answer: Answer, paths: Sequence[str]) -> dict[str, Any]:
         "output_tokens": answer.output_tokens,
         "timings": {name: round(seconds, 4) for name, seconds in answer.timings.items()},
     }
-
-
-def score_table(scores: Sequence[Scores]) -> str:
-    """Scores of some art groups side by side, as a Markdown table."""
-    from nanomolmo2.evaluation.emoji import ROWS
-
-    width = max(len(title) for title, _ in ROWS.values())
-    lines = [f"| {'':<{width}} |" + "".join(f" {s.group:>8} |" for s in scores)]
-    lines.append(f"|{'-' * (width + 2)}|" + "---------:|" * len(scores))
-    for name, (title, _) in ROWS.items():
-        cells = (f"{s.means[name]:.3f}" if name in s.means else "-" for s in scores)
-        lines.append(f"| {title:<{width}} |" + "".join(f" {cell:>8} |" for cell in cells))
-    return "\n".join(lines)
 
 
 def print_layer_errors(rows: Sequence[LayerError], total: int, kept: set[str]) -> None:

@@ -692,28 +692,40 @@ def test_a_run_is_not_overwritten(refused: Refusal, tmp_path: Path) -> None:
 
 
 def test_eval(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "scores.json"
+    target, folder = tmp_path / "scores.json", tmp_path / "report"
     arguments = ["eval", "emoji", "--model", str(saved), "--scenes", "2", "--json", str(target)]
+    arguments += ["--tasks", "presence", "more", "--report", str(folder), "--failures", "3"]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert re.search(r"seen \|\s+mild \|\s+openmoji \|", out)
     report = json.loads(target.read_text(encoding="utf-8"))
     assert (report["scenes"], set(report["groups"])) == (2, {"seen", "mild", "openmoji"})
-    presence = report["groups"]["mild"]["scores"]["presence"]
-    assert report["groups"]["mild"]["answers"]["presence"] == 4
+    mild = report["groups"]["mild"]
+    assert (mild["answers"]["presence"], mild["answers"]["pairs"]) == (4, 2)
+    assert "track" not in mild["scores"] and "count" not in mild["scores"]
+    low, high = mild["intervals"]["presence"]
+    assert low <= mild["scores"]["presence"] <= high
     row = next(line for line in out.splitlines() if line.startswith("| presence"))
-    assert row.split("|")[3].strip() == f"{presence:.3f}"
+    assert row.split("|")[3].strip().startswith(f"{mild['scores']['presence']:.3f}"[1:])
+    assert re.search(r"of 6 goals are met", out)
+    assert f"wrote {folder / 'index.html'}" in out
+    assert len(list(folder.glob("pictures/mild-*"))) == 3
 
 
-def test_eval_finds_out_before_the_work_where_it_cannot_write(refused: Refusal) -> None:
-    arguments = ("eval", "emoji", "--model", "no such model", "--json")
-    assert "expected one of .json" in refused(*arguments, "scores.txt", code=2)
-    assert "nothing can be written" in refused(*arguments, "no/folder/scores.json", code=2)
+def test_eval_finds_out_before_the_work_what_it_cannot_do(refused: Refusal) -> None:
+    arguments = ("eval", "emoji", "--model", "no such model")
+    assert "expected one of .json" in refused(*arguments, "--json", "scores.txt", code=2)
+    assert "nothing can be written" in refused(*arguments, "--json", "no/folder/s.json", code=2)
+    assert "choose from presence" in refused(*arguments, "--tasks", "guess", code=2)
+    assert "--clips must be 0 or more" in refused(*arguments, "--clips", "-1", code=2)
+    (refused.folder / "full").mkdir()
+    (refused.folder / "full" / "mine.txt").touch()
+    assert "full is not empty" in refused(*arguments, "--report", "full", code=2)
 
 
 def test_choices_are_those_there_are() -> None:
     """The command line lists them itself: it must not import torch to answer --help."""
-    from nanomolmo2.data.emoji.sprites import STYLE_GROUPS
+    from nanomolmo2.evaluation.emoji import TEST_GROUPS
     from nanomolmo2.training.tiny import SCALES
 
     def choices(command: type, field: str) -> tuple[str, ...]:
@@ -721,7 +733,7 @@ def test_choices_are_those_there_are() -> None:
         return typing.get_args(hint)
 
     assert set(choices(cli.Train, "scale")) == set(SCALES)
-    assert set(choices(cli.Eval, "group")) == {*STYLE_GROUPS, "all"}
+    assert set(choices(cli.Eval, "group")) == {*TEST_GROUPS, "all"}
 
 
 # ---- demo ----

@@ -113,7 +113,7 @@ class Parquet:
 
     @cached_property
     def _file(self) -> Any:
-        parquet = _optional("pyarrow.parquet", "data", f"to read {self.path}")
+        parquet = optional_module("pyarrow.parquet", "data", f"to read {self.path}")
         try:
             return parquet.ParquetFile(self.path, memory_map=True)
         except ValueError as error:  # pyarrow's ArrowInvalid
@@ -226,7 +226,7 @@ class HubRows:
 
     @property
     def _datasets(self) -> Any:
-        return _optional("datasets", "hub-data", f"to stream {self.name} from the hub")
+        return optional_module("datasets", "hub-data", f"to stream {self.name} from the hub")
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in ("name", "subset", "split", "_size")}
@@ -334,7 +334,8 @@ def _picture_number(member: tuple[str, int, int]) -> int:
     return int(found[1]) if found and found[1] else -1
 
 
-def _optional(module: str, extra: str, purpose: str) -> Any:
+def optional_module(module: str, extra: str, purpose: str) -> Any:
+    """Import what an extra installs. Raises: ImportError naming the extra."""
     try:
         return import_module(module)
     except ImportError:

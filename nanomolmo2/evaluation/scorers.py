@@ -1,13 +1,32 @@
-"""Scores of single answers. Positions are pixels of the original picture."""
+"""Scores of single answers, 0 to 1, by task. Positions are pixels of the original picture.
+
+What a task's truth holds is told where its questions are made: `data/emoji/questions.py`,
+`pairs.py` and `clips.py`. Wherever nothing is the right answer, it must be said in the very words:
+an answer without points is not taken for one, or silence would be right.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from nanomolmo2.data.emoji.sprites import CATEGORIES, PLURALS
+from nanomolmo2.processor.points import (
+    NO_TRACKS,
+    NOTHING_THERE,
+    Point,
+    Size,
+    parse_count,
+    parse_points,
+)
 
 Box = Sequence[float]  # x0, y0, x1, y1
+Truth = Mapping[str, Any]
+
+NOTHING = "Nothing."
+DECLINED = "I do not know"
+NEAR_SECONDS = 0.26  # a point belongs to a frame if it is not further away in time than this
 
 _FORMS = {
     form: noun for n, p in zip(CATEGORIES, PLURALS, strict=True) for form, noun in ((n, n), (p, n))
@@ -18,6 +37,20 @@ _NOUN = re.compile(
 )
 
 
+class Shown(NamedTuple):
+    """What a question was about: (width, height) of its pictures, or of its video, in pixels."""
+
+    image_sizes: tuple[Size, ...] = ()
+    video_size: Size | None = None
+
+    def points(self, answer: str) -> list[Point]:
+        """Points of an answer; those of pictures that were not shown are left out."""
+        return parse_points(answer, self.image_sizes, video_size=self.video_size, problems=[])
+
+
+# ---- measures ----
+
+
 def f1(hits: int, predicted: int, expected: int) -> float:
     """Harmonic mean of precision and recall; 1 where nothing was expected and nothing predicted."""
     return 2 * hits / (predicted + expected) if predicted + expected else 1.0
@@ -26,6 +59,16 @@ def f1(hits: int, predicted: int, expected: int) -> float:
 def point_f1(points: Sequence[tuple[float, float]], boxes: Sequence[Box]) -> float:
     """F1 of points against boxes: a point hits if it lies inside a box of its own."""
     return f1(count_matches(points, boxes), len(points), len(boxes))
+
+
+def group_f1(groups: Iterable[tuple[Sequence[tuple[float, float]], Sequence[Box]]]) -> float:
+    """One F1 over several (points, boxes), where a point can only hit a box of its own group."""
+    hits = predicted = expected = 0
+    for points, boxes in groups:
+        hits += count_matches(points, boxes)
+        predicted += len(points)
+        expected += len(boxes)
+    return f1(hits, predicted, expected)
 
 
 def count_matches(points: Sequence[tuple[float, float]], boxes: Sequence[Box]) -> int:
@@ -54,3 +97,106 @@ def caption_f1(text: str, nouns: Collection[str]) -> float:
     """F1 of the set of nouns that a caption names."""
     named = nouns_in(text)
     return f1(len(named & set(nouns)), len(named), len(nouns))
+
+
+def track_f1(points: Iterable[Point], frames: Sequence[Truth]) -> float:
+    """F1 of points against boxes over all frames of a video and all objects in them.
+
+    Every point counts for the frame nearest in time; one that is further than `NEAR_SECONDS` from
+    any frame misses. Which number an object has does not matter.
+
+    Args:
+        frames: each with ``time``, seconds, and ``boxes``: one an object, None while it is hidden.
+    """
+    placed: list[list[tuple[float, float]]] = [[] for _ in frames]
+    astray: list[tuple[float, float]] = []
+    for point in points:
+        distances = [abs((point.time or 0.0) - frame["time"]) for frame in frames]
+        nearest = min(range(len(frames)), key=distances.__getitem__)
+        is_near = distances[nearest] <= NEAR_SECONDS
+        (placed[nearest] if is_near else astray).append((point.x, point.y))
+    boxes = [[box for box in frame["boxes"] if box is not None] for frame in frames]
+    return group_f1([*zip(placed, boxes, strict=True), (astray, [])])
+
+
+# ---- answers to tasks ----
+
+
+def score_task(task: str, truth: Truth, answer: str, shown: Shown) -> float:
+    """Score of an answer, 0 to 1.
+
+    Raises: ValueError for a task that is not in `SCORERS`.
+    """
+    if task not in SCORERS:
+        raise ValueError(f"no score for the task {task!r}: choose from {', '.join(SCORERS)}")
+    return SCORERS[task](truth, answer.strip(), shown)
+
+
+def _exact(truth: Truth, answer: str, shown: Shown) -> float:
+    return float(answer == truth["answer"])
+
+
+def _count(truth: Truth, answer: str, shown: Shown) -> float:
+    return float(parse_count(answer) == truth["count"])
+
+
+def _nouns(truth: Truth, answer: str, shown: Shown) -> float:
+    if not truth["counts"]:
+        return float(answer == NOTHING)
+    return caption_f1(answer, truth["counts"])
+
+
+def _declined(truth: Truth, answer: str, shown: Shown) -> float:
+    return float(answer.startswith(DECLINED))
+
+
+def _points(truth: Truth, answer: str, shown: Shown) -> float:
+    if not truth["boxes"]:
+        return float(answer == NOTHING_THERE)
+    return point_f1([(p.x, p.y) for p in shown.points(answer)], truth["boxes"])
+
+
+def _labelled_points(truth: Truth, answer: str, shown: Shown) -> float:
+    """Points of several nouns; a point with another noun's label misses."""
+    if not truth["groups"]:
+        return float(answer == NOTHING_THERE)
+    by_label: dict[str, list[tuple[float, float]]] = {}
+    for p in shown.points(answer):
+        label = (p.label or "").strip().lower()
+        by_label.setdefault(_FORMS.get(label, label), []).append((p.x, p.y))
+    groups = [(by_label.pop(group["noun"], []), group["boxes"]) for group in truth["groups"]]
+    return group_f1([*groups, *((points, []) for points in by_label.values())])
+
+
+def _track(truth: Truth, answer: str, shown: Shown) -> float:
+    if not any(box is not None for frame in truth["frames"] for box in frame["boxes"]):
+        return float(answer == NO_TRACKS)
+    return track_f1(shown.points(answer), truth["frames"])
+
+
+def _video_points(truth: Truth, answer: str, shown: Shown) -> float:
+    boxes = [box for box in truth["boxes"] if box is not None]
+    if not boxes:
+        return float(answer == NOTHING_THERE)
+    return track_f1(shown.points(answer), [{"time": truth["time"], "boxes": boxes}])
+
+
+Scorer = Callable[[Truth, str, Shown], float]
+
+SCORERS: dict[str, Scorer] = {
+    "presence": _exact,
+    "count": _count,
+    "number": _count,
+    "point": _points,
+    "points": _labelled_points,
+    "caption": _nouns,
+    "spatial": _exact,
+    "size": _exact,
+    "at": _exact,
+    "unknown": _declined,
+    "more": _exact,
+    "difference": _nouns,
+    "track": _track,
+    "appears": _exact,
+    "video_point": _video_points,
+}

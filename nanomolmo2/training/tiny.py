@@ -59,9 +59,7 @@ from nanomolmo2.training.vision_heads import (
 CONFIG = preset("tiny")
 PATCH_SIZE, POOLING_SIZE = CONFIG.vision_config.patch_size, CONFIG.connector.pooling_size
 CROP_SIZE = 64
-STYLES = tuple(
-    style for group in ("seen", "extra", "inked") for style in STYLE_GROUPS.get(group, ())
-)
+STYLES = tuple(style for group in ("seen", "extra", "inked") for style in STYLE_GROUPS[group])
 SCENES = SceneConfig(styles=STYLES)
 UNKNOWN_EVERY = 10  # steps that ask for things without emoji
 MAX_FRAMES = 16  # of a video; longer ones are thinned out
@@ -379,7 +377,7 @@ class Scale:
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(crops=700, scenes=1300, presence=300, coarse=600, fine=1100, relations=900),
+    "full": Scale(crops=1000, scenes=1600, presence=250, coarse=400, fine=800, relations=300),
     "small": Scale(crops=300, scenes=300, presence=150, coarse=150, fine=100, relations=100),
     "smoke": Scale(crops=2, scenes=2, presence=2, coarse=2, fine=2, relations=2, batch_size=4),
 }

@@ -9,12 +9,22 @@ import numpy as np
 import pytest
 
 from nanomolmo2.data.emoji import questions
-from nanomolmo2.data.emoji.questions import QUESTIONS, BranchMix, make_branches, spatial_answer
+from nanomolmo2.data.emoji.questions import (
+    UNKNOWN_ANSWER,
+    BranchMix,
+    make_branches,
+    spatial_answer,
+)
 from nanomolmo2.data.emoji.scenes import Scene, SceneObject, render_scene, train_rng
 from nanomolmo2.data.emoji.sprites import CATEGORIES, PLURALS, Sprites
+from nanomolmo2.data.emoji.wordings import TESTING, TRAINING, UNKNOWN_IN_TRAINING
 from nanomolmo2.processor.points import parse_count, parse_points
 
 SINGULAR = dict(zip(PLURALS, CATEGORIES, strict=True)) | {noun: noun for noun in CATEGORIES}
+TASKS = {
+    *("presence", "count", "number", "point", "caption", "spatial", "points", "size", "at"),
+    "unknown",
+}
 WORDS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 
 
@@ -28,7 +38,7 @@ def scenes() -> list[Scene]:
 def asked(scenes):
     """(scene, branch) pairs of all tasks."""
     rng = np.random.default_rng(0)
-    mix = BranchMix(4, 4, 4, 4, 2, 3, absent=0.4)
+    mix = BranchMix(4, 4, 4, 4, 2, 3, points=4, size=3, at=4, unknown=0.5, absent=0.4)
     return [(scene, branch) for scene in scenes for branch in make_branches(scene, rng, mix)]
 
 
@@ -69,7 +79,7 @@ def test_branches_are_one_question_and_one_answer(asked):
     for _, branch in asked:
         assert [m["role"] for m in branch.messages] == ["user", "assistant"]
         assert branch.truth["answer"] == answer(branch)
-    assert {branch.task for _, branch in asked} == set(QUESTIONS)
+    assert {branch.task for _, branch in asked} == TASKS
 
 
 def test_presence_counts_and_numbers_agree_with_the_boxes(asked):
@@ -123,7 +133,7 @@ def test_points_hit_each_object_once(asked):
 def test_snapped_points_are_multiples_and_still_inside(scenes, snap):
     rng = np.random.default_rng(1)
     for scene in scenes[:60]:
-        for branch in make_branches(scene, rng, BranchMix(0, 0, 0, 3, 0, 0, absent=0), snap):
+        for branch in make_branches(scene, rng, BranchMix(0, 0, 0, 3, *(0,) * 6, absent=0), snap):
             numbers = re.findall(r"\d+", answer(branch))[1:]
             coordinates = [int(n) for i, n in enumerate(numbers) if i % 3]
             assert coordinates and all(c % snap == 0 for c in coordinates)
@@ -135,7 +145,7 @@ def test_snapped_points_are_multiples_and_still_inside(scenes, snap):
 def test_snapping_never_leaves_the_picture():
     scene = scene_of(("dog", 191.5, 191.5), ("cat", 0.5, 0.5))
     branches = make_branches(
-        scene, np.random.default_rng(0), BranchMix(0, 0, 0, 2, 0, 0, absent=0), 50
+        scene, np.random.default_rng(0), BranchMix(0, 0, 0, 2, *(0,) * 6, absent=0), 50
     )
     assert {answer(b) for b in branches} == {
         '<points coords="1 1 1000 1000">dog</points>',
@@ -211,17 +221,18 @@ def test_what_is_left_of_the_apple(others, expected):
 
 def test_spatial_questions_need_one_reference():
     scene = scene_of(("dog", 40, 100), ("dog", 140, 100))
-    assert make_branches(scene, np.random.default_rng(0), BranchMix(0, 0, 0, 0, 0, 3)) == []
+    assert make_branches(scene, np.random.default_rng(0), BranchMix(*(0,) * 5, 3, *(0,) * 4)) == []
 
 
 def test_the_mix_sets_numbers_and_shares(scenes):
     rng = np.random.default_rng(2)
-    mix = BranchMix(presence=12, count=3, number=2, point=3, caption=1, spatial=0)
+    mix = BranchMix(12, 3, 2, 3, 1, spatial=0, points=2, size=0, at=4, unknown=0)
     branches = [b for scene in scenes for b in make_branches(scene, rng, mix)]
     tasks = Counter(b.task for b in branches)
     assert tasks == {
         task: n * len(scenes)
-        for task, n in {"presence": 12, "count": 3, "number": 2, "point": 3, "caption": 1}.items()
+        for task, n in mix.to_dict().items()
+        if isinstance(n, int) and task in TASKS and n
     }
     absent = {
         task: np.mean([b.truth["count"] == 0 for b in branches if b.task == task])
@@ -234,7 +245,7 @@ def test_the_mix_sets_numbers_and_shares(scenes):
 def test_counting_asks_for_repeated_categories_more_often_when_told(scenes):
     def share(repeated_first: float) -> float:
         rng = np.random.default_rng(3)
-        mix = BranchMix(0, 1, 0, 0, 0, 0, absent=0, repeated_first=repeated_first)
+        mix = BranchMix(0, 1, *(0,) * 8, absent=0, repeated_first=repeated_first)
         branches = [b for scene in scenes for b in make_branches(scene, rng, mix)]
         return float(np.mean([b.truth["count"] > 1 for b in branches]))
 
@@ -248,8 +259,7 @@ def test_the_wording_varies_and_starts_with_a_capital_unless_casual(scenes):
     proper = [
         b for s in scenes for b in make_branches(s, rng, BranchMix(casual=0, bare=0, spatial=4))
     ]
-    for task, wordings in QUESTIONS.items():
-        assert 6 <= len(set(wordings)) == len(wordings) <= 10
+    for task in TASKS:
         stems = {" ".join(question(b).split()[:2]) for b in proper if b.task == task}
         assert len(stems) >= 3
     assert all(question(b)[0].isupper() and question(b)[-1] in "?." for b in proper)
@@ -274,7 +284,102 @@ def test_test_questions_are_balanced_and_fixed(scenes):
             present = [b.truth["count"] > 0 for b in branches if b.task == task]
             assert sorted(present) == [False, True]
         tasks = Counter(b.task for b in branches)
-        assert tasks["caption"] == 1 and tasks["spatial"] <= 1
+        assert tasks["caption"] == tasks["points"] == tasks["at"] == tasks["unknown"] == 1
+        assert max(tasks["spatial"], tasks["size"]) <= 1
+
+
+def test_test_questions_use_wordings_that_training_does_not(scenes):
+    rng = np.random.default_rng(8)
+    for task, examples in {"caption": TESTING["caption"], "at": TESTING["at"]}.items():
+        asked = {
+            question(b) for s in scenes for b in questions.test_questions(s, rng) if b.task == task
+        }
+        shapes = {re.sub(r"\d+ \d+", "{at}", text) for text in asked}
+        assert shapes <= set(examples) and not shapes & set(TRAINING[task])
+        assert len(shapes) > 4
+
+
+def test_several_nouns_get_a_tag_each_and_everything_gets_one(asked):
+    kinds = Counter()
+    for scene, branch in asked:
+        if branch.task != "points":
+            continue
+        everything = branch.truth["nouns"] == ["everything"]
+        found: dict[str, list[tuple[float, float]]] = {}
+        for point in parse_points(answer(branch), [(192, 192)]):
+            found.setdefault(point.label, []).append((point.x, point.y))
+        if everything:
+            expected = {"everything": [o.box for o in scene.objects]}
+        else:
+            words = re.findall(r"[a-z]+", question(branch).lower())
+            assert [w for w in words if w in CATEGORIES] == branch.truth["nouns"]
+            expected = {n: boxes_of(scene, n) for n in branch.truth["nouns"]}
+            expected = {n: boxes for n, boxes in expected.items() if boxes}
+            assert list(found) == list(expected)  # in the order of the question
+        assert {n: len(points) for n, points in found.items()} == {
+            n: len(boxes) for n, boxes in expected.items()
+        }
+        for noun, points in found.items():
+            for x0, y0, x1, y1 in expected[noun]:
+                assert any(x0 < x < x1 and y0 < y < y1 for x, y in points)
+        if not expected:
+            assert answer(branch) == "There are none."
+        assert branch.truth["groups"] == [
+            {"noun": n, "boxes": [list(b) for b in boxes]} for n, boxes in expected.items()
+        ]
+        kinds[everything, len(expected)] += 1
+    assert kinds[True, 1] > 100 and min(kinds[False, n] for n in range(4)) > 5
+
+
+def test_sizes_are_compared_only_where_they_differ_clearly(asked):
+    kinds = Counter()
+    for scene, branch in asked:
+        if branch.task != "size":
+            continue
+        areas = {o.category: (o.box[2] - o.box[0]) * (o.box[3] - o.box[1]) for o in scene.objects}
+        chosen = {noun: areas[noun] for noun in branch.truth["nouns"]}
+        text = question(branch).lower()
+        wants_large = any(word in text for word in ("larg", "big"))
+        assert wants_large != ("small" in text)
+        best = (max if wants_large else min)(chosen, key=chosen.__getitem__)
+        assert answer(branch) == f"The {best}."
+        extreme = re.search("largest|biggest|smallest", text) is not None
+        if extreme:
+            assert chosen == areas
+        else:
+            assert all(noun in text for noun in chosen) and len(chosen) == 2
+        kinds[extreme, wants_large] += 1
+    assert len(kinds) == 4 and min(kinds.values()) > 10
+
+
+def test_places_are_on_a_thing_or_clearly_beside_all(asked):
+    nothing = 0
+    for scene, branch in asked:
+        if branch.task != "at":
+            continue
+        x, y = (
+            int(v) * 192 / 1000 for v in re.search(r"(\d{3}) (\d{3})", question(branch)).groups()
+        )
+        inside = {
+            o.category
+            for o in scene.objects
+            if o.box[0] - 1 < x < o.box[2] + 1 and o.box[1] - 1 < y < o.box[3] + 1
+        }
+        if answer(branch) == "Nothing.":
+            assert not inside and branch.truth["found"] is None
+            nothing += 1
+        else:
+            (noun,) = named_things(answer(branch))
+            assert noun in inside and branch.truth["found"] == noun
+    assert nothing > 30
+
+
+def test_things_without_emoji_are_refused_with_what_is_known(asked):
+    refused = [branch for _, branch in asked if branch.task == "unknown"]
+    assert len(refused) > 40
+    for branch in refused:
+        assert answer(branch) == UNKNOWN_ANSWER and branch.truth["noun"] in UNKNOWN_IN_TRAINING
+    assert all(noun in UNKNOWN_ANSWER for noun in CATEGORIES)
 
 
 def test_a_snap_without_meaning_is_refused(scenes):

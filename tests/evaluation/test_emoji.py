@@ -2,91 +2,262 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
 from nanomolmo2.convert.pretrained import load
+from nanomolmo2.data.emoji.questions import PLURAL
+from nanomolmo2.data.emoji.sprites import STYLE_GROUPS, article
 from nanomolmo2.evaluation import emoji
-from nanomolmo2.evaluation.emoji import ROWS, score
+from nanomolmo2.evaluation.emoji import CLIP_TASKS, ROWS, SCENE_TASKS, TEST_GROUPS, make_exam, score
+from nanomolmo2.evaluation.scorers import SCORERS
+from nanomolmo2.models import NanoMolmo2
+from nanomolmo2.processor.collate import collate
+from nanomolmo2.processor.crops import MultiCrop
+from nanomolmo2.processor.processor import Processor, ProcessorConfig, VideoConfig
+from tests.small_model import small_config, small_processor
+
+BLINDNESS = ("blind", "same_point", "same_presence", "always_one")
 
 
-def answered(answer, group="seen", scenes=25):
-    pictures, asked = emoji._questions(group, scenes, seed=5)
-    for one in asked:
+@pytest.fixture(scope="module")
+def exam():
+    return make_exam("seen", 40, 15, 15, seed=5)
+
+
+def answered(exam, answer, failures=0):
+    for one in exam.asked:
         one.answer = answer(one)
-    return score(group, pictures, asked)
+    return score(exam, failures)
 
 
 def truth(one):
     if not one.probe:
         return one.branch.truth["answer"]
-    return f'<points coords="1 1 {one.scene:03d} 999">{one.branch.truth["noun"]}</points>'
+    return f'<points coords="1 1 {one.example:03d} 999">{one.branch.truth["noun"]}</points>'
 
 
-def test_the_truth_scores_one_and_is_not_blind():
-    scores = answered(truth)
+def test_the_truth_scores_one_and_is_not_blind(exam):
+    scores = answered(exam, truth, failures=5)
     for name in ROWS:
-        blind = name in ("same_point", "same_presence", "always_one")
-        assert scores.means[name] == (0 if blind else 1), name
+        right = 0 if name in BLINDNESS else 1
+        assert scores.means[name] == right, name
+        assert scores.intervals[name] == (right, right), name
         assert scores.counts[name] > 0
+    assert scores.failures == []
 
 
-def test_a_blind_model_is_found_out():
+def test_a_blind_model_is_found_out(exam):
     """Same point for every noun, always yes, always one: totals alone would look fair."""
+    point = '<points coords="1 1 500 500">dog</points>'
 
     def blind(one):
         return {
             "presence": "Yes.",
-            "count": 'Counting the <points coords="1 1 500 500">dog</points> shows a total of 1.',
+            "count": f"Counting the {point} shows a total of 1.",
             "number": "1",
-            "point": f'<points coords="1 1 500 500">{one.branch.truth.get("noun")}</points>',
-            "caption": "A dog.",
-            "spatial": "Nothing.",
-        }[one.branch.task]
+            "point": point,
+        }.get(one.branch.task, "A dog.")
 
-    scores = answered(blind)
-    assert scores.means["same_point"] == 1
-    assert scores.means["same_presence"] == 1
-    assert scores.means["always_one"] == 1
+    scores = answered(exam, blind)
+    for name in BLINDNESS:
+        assert scores.means[name] == 1, name
     assert scores.means["presence"] == 0.5
     assert scores.means["count_many"] == scores.means["count_zero"] == 0
     assert scores.means["point_absent"] == 0
 
 
-def test_silence_scores_nothing():
-    scores = answered(lambda one: "")
-    for name in (
-        "presence",
-        "count",
-        "number",
-        "point_f1",
-        "point_absent",
-        "caption_f1",
-        "spatial",
-    ):
+def test_one_blindness_is_enough(exam):
+    """Points move with the noun, yes and no do not: the row of both counts the picture."""
+    scores = answered(exam, lambda one: "Yes." if one.branch.task == "presence" else truth(one))
+    assert scores.means["same_point"] == 0
+    assert scores.means["same_presence"] == scores.means["blind"] == 1
+    assert scores.counts["blind"] == scores.counts["same_presence"] > scores.counts["same_point"]
+
+
+def test_silence_scores_nothing(exam):
+    scores = answered(exam, lambda one: "")
+    for name in set(ROWS) - {*BLINDNESS}:
         assert scores.means[name] == 0, name
 
 
+def test_both_questions_about_pairs_make_their_row(exam):
+    scores = answered(exam, lambda one: truth(one) if one.branch.task == "more" else "")
+    assert scores.means["more"] == 1 and scores.means["difference"] == 0
+    assert scores.means["pairs"] == 0.5
+    assert scores.counts["pairs"] == scores.counts["more"] + scores.counts["difference"]
+
+
+def test_failures_are_shared_out_worst_first(exam):
+    """Of every task one before a second; half right comes after all wrong."""
+
+    def partly(one):
+        answer = truth(one)
+        if one.branch.task in ("presence", "size"):
+            return "Perhaps."
+        return answer + " A car." if one.branch.task == "caption" and one.example % 2 else ""
+
+    failures = answered(exam, partly, failures=20).failures
+    tasks = [failure.branch.task for failure in failures]
+    assert len(failures) == 20
+    assert set(tasks) == set(SCORERS)
+    assert tasks == sorted(tasks, key=list(SCORERS).index)
+    assert [f.name for f in failures[:2]] == ["scene 0", "scene 0"]
+    every = answered(exam, partly, failures=1000).failures
+    captions = [failure.score for failure in every if failure.branch.task == "caption"]
+    assert captions == sorted(captions)
+    assert captions[0] == 0 < captions[-1] < 1
+
+
 def test_test_sets_are_fixed_and_apart():
-    first, again = (emoji._questions("mild", 3, seed=0) for _ in range(2))
-    assert [a.branch for a in first[1]] == [a.branch for a in again[1]]
-    assert all((x.image == y.image).all() for x, y in zip(first[0], again[0], strict=True))
-    other, _ = emoji._questions("mild", 3, seed=1)
-    assert not any((x.image == y.image).all() for x, y in zip(first[0], other, strict=True))
+    first, again = (make_exam("mild", 3, 2, 2) for _ in range(2))
+    assert [a.branch for a in first.asked] == [a.branch for a in again.asked]
+    for one, two in zip(first.examples, again.examples, strict=True):
+        assert np.array_equal(pixels(one), pixels(two))
+    other = make_exam("mild", 3, 2, 2, seed=1)
+    for one, two in zip(first.examples, other.examples, strict=True):
+        assert not np.array_equal(pixels(one), pixels(two))
+
+
+def pixels(example):
+    return np.stack(example.images or example.video.frames)
+
+
+def test_tasks_choose_questions_and_change_none(exam):
+    some = make_exam("seen", 40, 15, 15, seed=5, tasks=("count", "track"))
+    assert {a.branch.task for a in some.asked} == {"count", "track"}
+    assert {name.split()[0] for name in some.names} == {"scene", "clip"}
+    for task in ("count", "track"):
+        branches = [[a.branch for a in e.asked if a.branch.task == task] for e in (exam, some)]
+        assert branches[0] == branches[1]
+
+
+def test_only_groups_that_training_never_draws_test_beside_the_seen_one():
+    """Their order is part of the seeds."""
+    assert TEST_GROUPS == ("seen", "mild", "openmoji") == tuple(STYLE_GROUPS)[:3]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"group": "oil"}, "art group"), ({"scenes": 0}, "scenes")]
+    ("options", "message"),
+    [
+        ({"group": "oil"}, "art group"),
+        ({"scenes": 0}, "scenes"),
+        ({"tasks": ["count", "guess"]}, "no task 'guess': choose from presence, count"),
+        ({"clips": 3}, "takes pictures only"),
+        ({"tasks": ["track"]}, "takes pictures only"),
+    ],
 )
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        emoji.evaluate(None, None, **options)
+        emoji.evaluate(None, small_processor(), **options)
+
+
+@pytest.fixture(scope="module")
+def watcher():
+    """A model with random weights that takes pictures and videos."""
+    processor = small_processor()
+    config = dataclasses.replace(processor.config, video=VideoConfig(max_frames=16))
+    torch.manual_seed(3)
+    return NanoMolmo2(small_config(processor)).eval(), Processor(config, processor.tokenizer)
+
+
+def in_crops(processor):
+    """4 x 4 patches a crop, as in the Molmo2 design."""
+    config = ProcessorConfig.molmo2(
+        multicrop=MultiCrop(max_crops=2, image_size=64, patch_size=16, overlap_margins=(1, 1)),
+        video=VideoConfig(max_frames=8, pooling_size=2),
+    )
+    return Processor(config, processor.tokenizer)
+
+
+@pytest.mark.parametrize("crops", [False, True], ids=["whole", "crops"])
+@torch.no_grad()
+def test_answers_in_batches_are_those_given_one_by_one(watcher, monkeypatch, crops):
+    """One picture, two pictures, a video: every answer is about its own."""
+    monkeypatch.setattr(emoji, "MAX_NEW_TOKENS", {"unknown": 3})
+    monkeypatch.setattr(emoji, "DEFAULT_MAX_NEW_TOKENS", 6)
+    model, processor = watcher
+    if crops:
+        processor = in_crops(processor)
+    exam = make_exam("seen", 3, 2, 2)
+    seen = []
+    emoji.answer_all(model, processor, exam, 4, lambda *numbers: seen.append(numbers))
+    assert seen[-1] == (len(exam.asked), len(exam.asked))
+    for one in exam.asked:
+        example = exam.examples[one.example]
+        question = one.branch.messages[:1]
+        encoded = processor.encode(question, example.images, video=example.video)
+        batch = collate([encoded], processor.pad_token_id)
+        ids = model.generate(
+            batch.input_ids,
+            batch.pixel_values,
+            image_token_pooling=batch.image_token_pooling,
+            max_new_tokens=3 if one.branch.task == "unknown" else 6,
+        )
+        assert one.answer == processor.decode(ids[0, batch.input_ids.shape[1] :]), question
+    assert len({one.answer for one in exam.asked}) > 5
+
+
+def test_every_picture_is_encoded_once(watcher, monkeypatch):
+    monkeypatch.setattr(emoji, "MAX_NEW_TOKENS", {})
+    monkeypatch.setattr(emoji, "DEFAULT_MAX_NEW_TOKENS", 1)
+    model, processor = watcher
+    encoded = []
+    encode = model.encode_images
+    monkeypatch.setattr(
+        model, "encode_images", lambda images: encoded.append(len(images)) or encode(images)
+    )
+    emoji.answer_all(model, processor, make_exam("seen", 3, 2, 2), 5)
+    assert sum(encoded) == 3 + 2 * 2 + 2 * 8
+    assert max(encoded) == 5
+
+
+def test_true_answers_are_shorter_than_the_limits(exam):
+    """But for refusals, which are known by their first words."""
+    tokenizer = small_processor().tokenizer
+    for one in exam.asked:
+        if not one.probe and one.branch.task != "unknown":
+            length = len(tokenizer.encode_text(one.branch.truth["answer"]))
+            assert length < emoji._max_new_tokens(one.branch.task)
+
+
+def test_a_model_of_pictures_is_not_asked_about_videos():
+    torch.manual_seed(0)
+    processor = small_processor()
+    model = NanoMolmo2(small_config(processor)).eval()
+    tasks = [task for task in SCORERS if task not in SCENE_TASKS] + ["presence"]
+    scores = emoji.evaluate(model, processor, scenes=2, tasks=tasks)
+    assert scores.counts["presence"] == 4 and scores.counts["pairs"] == 4
+    assert not {*CLIP_TASKS} & {*scores.means}
+    assert {*scores.means} == {*scores.intervals}
+
+
+PLAIN = {
+    "presence": "Is there {a}?",
+    "count": "How many {many} are there?",
+    "point": "Point to the {one}.",
+    "caption": "Describe this picture.",
+}
 
 
 def test_the_bundled_model_sees():
-    """The shipped file on 30 of its test scenes; docs/tiny.md has the scores on all of them."""
+    """The shipped file on 30 of its test scenes, asked plainly.
+
+    docs/tiny.md has the scores on all of them, in wordings that training never used.
+    """
     model, processor = load("tiny", dtype=torch.float32)
-    scores = emoji.evaluate(model, processor, group="seen", scenes=30).means
+    exam = make_exam("seen", 30, tasks=tuple(PLAIN))
+    for one in exam.asked:
+        noun = one.branch.truth.get("noun", "dog")
+        words = {"a": f"{article(noun)} {noun}", "one": noun, "many": PLURAL[noun]}
+        question = PLAIN[one.branch.task].format(**words)
+        messages = [{"role": "user", "content": question}]
+        one.branch = dataclasses.replace(one.branch, messages=messages)
+    emoji.answer_all(model, processor, exam, 64)
+    scores = score(exam).means
     for name, floor in (
         ("presence", 0.85),
         ("count", 0.70),

@@ -17,6 +17,7 @@ import numpy as np
 from nanomolmo2.config import Config
 from nanomolmo2.data.emoji.questions import PLURAL, exchange
 from nanomolmo2.data.emoji.scenes import (
+    TEST_GROUPS,
     TEST_STREAM,
     Drawing,
     SceneConfig,
@@ -228,9 +229,9 @@ def _snapped(center: tuple[float, float], size: tuple[int, int], snap: int) -> t
 
 def test_clip(index: int, group: str, seed: int = 0, sprites: Sprites | None = None) -> Example:
     """Clip number ``index`` of 8 frames of the fixed test set of an art group."""
-    if group not in STYLE_GROUPS:
-        raise ValueError(f"unknown art group {group!r}; choose from {', '.join(STYLE_GROUPS)}")
-    words = [TEST_STREAM, CLIP_STREAM, seed, list(STYLE_GROUPS).index(group), index]
+    if group not in TEST_GROUPS:
+        raise ValueError(f"unknown art group {group!r}; tests have {', '.join(TEST_GROUPS)}")
+    words = [TEST_STREAM, CLIP_STREAM, seed, TEST_GROUPS.index(group), index]
     rng = np.random.default_rng(words)
     config = ClipConfig()
     config = replace(config, scene=replace(config.scene, styles=STYLE_GROUPS[group]))

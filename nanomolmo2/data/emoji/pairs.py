@@ -13,6 +13,7 @@ import numpy as np
 from nanomolmo2.config import Config
 from nanomolmo2.data.emoji.questions import PLURAL, caption_counts, exchange, listed
 from nanomolmo2.data.emoji.scenes import (
+    TEST_GROUPS,
     TEST_STREAM,
     Scene,
     SceneConfig,
@@ -111,9 +112,9 @@ def ask_about_pair(
 
 def test_pair(index: int, group: str, seed: int = 0, sprites: Sprites | None = None) -> Example:
     """Pair number ``index`` of the fixed test set of an art group, with two questions of a kind."""
-    if group not in STYLE_GROUPS:
-        raise ValueError(f"unknown art group {group!r}; choose from {', '.join(STYLE_GROUPS)}")
-    words = [TEST_STREAM, PAIR_STREAM, seed, list(STYLE_GROUPS).index(group), index]
+    if group not in TEST_GROUPS:
+        raise ValueError(f"unknown art group {group!r}; tests have {', '.join(TEST_GROUPS)}")
+    words = [TEST_STREAM, PAIR_STREAM, seed, TEST_GROUPS.index(group), index]
     rng = np.random.default_rng(words)
     config = PairConfig(replace(SceneConfig(), styles=STYLE_GROUPS[group]), more=2, difference=2)
     pair = render_pair(rng, sprites or Sprites.load(), config)

@@ -350,6 +350,11 @@ class _Asker:
                 if self.scene.instance_map[int(near[1]), int(near[0])] == index:
                     x, y = near
                     break
+            else:  # the centre will do, unless something else covers it
+                if self.scene.instance_map[int(y), int(x)] not in (index, -1):
+                    rows, columns = np.nonzero(self.scene.instance_map == index)
+                    nearest = np.argmin(np.hypot(columns + 0.5 - x, rows + 0.5 - y))
+                    x, y = columns[nearest] + 0.5, rows[nearest] + 0.5
             found = o.category
         x, y = (min(SCALE - 1, round(v / side * SCALE)) for v, side in ((x, width), (y, height)))
         answer = sentence(counted(found, 1)) if found else NOTHING_ANSWER

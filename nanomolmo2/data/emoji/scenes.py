@@ -1,28 +1,31 @@
-"""Pictures with a few emoji on a plain background, and exactly what is where.
+"""Pictures with a few emoji on a background, and exactly what is where.
 
-Positions are pixels, x right and y down from the top-left corner; a pixel covers [i, i + 1).
+`SceneConfig` says what they look like; `SETTINGS` are named ones, from easy to hard. Positions are
+pixels, x right and y down from the top-left corner; a pixel covers [i, i + 1).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
 
 from nanomolmo2.config import Config
+from nanomolmo2.data.emoji.backgrounds import draw_clutter, draw_photo
 from nanomolmo2.data.emoji.sprites import CATEGORIES, LEVELS_PX, STYLE_GROUPS, Sprites
 
 TRAIN_STREAM, TEST_STREAM = 1, 2  # first word of every seed: no test scene can turn up in training
 VISIBLE_ALPHA = 96  # of 255: a pixel belongs to an object from here on
-MAX_OVERLAP = 0.1  # shared part of two boxes, of the smaller one
-MAX_FILLING = (
-    0.5  # sum of the squared sizes, of the picture: beyond this, sizes shrink to make room
-)
+TEST_GROUPS = ("seen", "mild", "openmoji")  # of `STYLE_GROUPS`; any others are for training only
+MAX_OBJECTS = 127  # that an int8 map can number
 NUM_PLACES = 32  # positions tried for an object before it shrinks,
 NUM_TRIES = 20  # and how often it does before the scene is begun anew
 COUNT_WEIGHTS = (0.12, 0.18, 0.2, 0.2, 0.16, 0.14)  # 1, 2, ... objects; further ones like the last
+
+Background = Literal["plain", "photo"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,13 @@ class SceneConfig(Config):
         repeats: share of the scenes of two or more objects in which a category occurs more than
             once.
         max_degrees: largest rotation to either side.
+        max_overlap: shared part of two boxes, of the smaller one, stays below this, up to 1.
+        min_visible: share of an object's pixels, 0 to 1, that must stay in view. Above 0, boxes are
+            those of the pixels in view; at 0 they reach under a covering corner.
+        max_filling: sum of the objects' squared sizes, of the picture: beyond this, they shrink.
+        clutter: most shapes, lines and scribbles behind the objects; at least half as many.
+        background: plain colours and patterns, or pieces of photos.
+        photos: folder of the pictures to take pieces of; empty: textures are made up.
     """
 
     size: int = 192
@@ -50,6 +60,12 @@ class SceneConfig(Config):
     mixed_styles: float = 0.5
     repeats: float = 0.47
     max_degrees: float = 15
+    max_overlap: float = 0.1
+    min_visible: float = 0.0
+    max_filling: float = 0.5
+    clutter: int = 0
+    background: Background = "plain"
+    photos: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_objects <= self.max_objects:
@@ -57,6 +73,8 @@ class SceneConfig(Config):
                 f"min_objects ({self.min_objects}) to max_objects ({self.max_objects}) must be a "
                 f"range that starts at 1 or more"
             )
+        if self.max_objects > MAX_OBJECTS:
+            raise ValueError(f"max_objects is {self.max_objects}, expected at most {MAX_OBJECTS}")
         if not 8 <= self.min_px <= self.max_px <= self.size / 2:
             raise ValueError(
                 f"min_px ({self.min_px}) to max_px ({self.max_px}) must be a range between 8 and "
@@ -71,11 +89,40 @@ class SceneConfig(Config):
         known = [s for group in STYLE_GROUPS.values() for s in group]
         if not self.styles or not set(self.styles) <= set(known):
             raise ValueError(f"styles are {self.styles}; choose from {', '.join(known)}")
+        for name, low, value, high in (
+            ("max_overlap", 0.02, self.max_overlap, 1),  # with none, full pictures find no room
+            ("min_visible", 0, self.min_visible, 1),
+            ("max_filling", 0.1, self.max_filling, 4),
+            ("clutter", 0, self.clutter, 1000),
+        ):
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}, expected {low} to {high}")
+        if self.background not in get_args(Background):
+            raise ValueError(f"background is {self.background!r}, expected plain or photo")
+        if self.photos and self.background != "photo":
+            raise ValueError(f"photos ({self.photos}) are for background='photo' only")
+
+
+# Wide ones are for models that look at crops: small things in a large picture.
+SETTINGS: dict[str, SceneConfig] = {
+    "easy": SceneConfig(),
+    "crowded": SceneConfig(min_objects=7, max_objects=20, min_px=20, max_px=44, repeats=0.8),
+    "occluded": SceneConfig(
+        min_objects=3, max_objects=8, min_px=32, max_overlap=0.5, min_visible=0.4, max_filling=0.9
+    ),
+    "clutter": SceneConfig(clutter=24),
+    "photos": SceneConfig(background="photo"),
+    "wide384": SceneConfig(size=384, max_objects=10, min_px=24),
+    "wide768": SceneConfig(size=768, max_objects=20, min_px=24, max_px=96),
+}
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One emoji: ``box`` (x0, y0, x1, y1) around its visible pixels, ``center`` of the box."""
+    """One emoji: ``box`` (x0, y0, x1, y1) around its pixels, ``center`` of the box.
+
+    Whether the box holds pixels that another one covers: see ``min_visible`` of `SceneConfig`.
+    """
 
     category: str
     style: str
@@ -98,6 +145,19 @@ class Scene:
     instance_map: np.ndarray
 
 
+def setting(name: str, size: int | None = None) -> SceneConfig:
+    """A named config of `SETTINGS`.
+
+    Args:
+        size: another side of the picture, pixels; the emoji keep theirs.
+    Raises: ValueError for an unknown name, and a size in which the emoji find no room.
+    """
+    if name not in SETTINGS:
+        raise ValueError(f"unknown setting {name!r}; choose from {', '.join(SETTINGS)}")
+    config = SETTINGS[name]
+    return config if size is None else replace(config, size=size)
+
+
 def train_rng(seed: int, *key: int) -> np.random.Generator:
     """Random numbers for training, never those of `test_scene`; ``key``: worker, step, ..."""
     return np.random.default_rng([TRAIN_STREAM, seed, *key])
@@ -108,32 +168,50 @@ def render_scene(
 ) -> Scene:
     """Draw a scene. The same ``rng`` state and config give the same scene, bit by bit."""
     config = config or SceneConfig()
-    chosen = choose_objects(rng, sprites, config)
+    while True:
+        scene = draw_scene(rng, sprites, config, choose_objects(rng, sprites, config))
+        if scene is not None:
+            return scene
+
+
+def draw_scene(
+    rng: np.random.Generator,
+    sprites: Sprites,
+    config: SceneConfig,
+    chosen: list[tuple[int, str]],
+) -> Scene | None:
+    """Draw a scene of these (category index, style); None where they found no room."""
     sizes = rng.uniform(config.min_px, config.max_px, len(chosen))
-    room = MAX_FILLING * config.size**2 / float(np.sum(sizes**2))
+    room = config.max_filling * config.size**2 / float(np.sum(sizes**2))
     sizes = np.clip(sizes * math.sqrt(min(1.0, room)), config.min_px, config.max_px)
 
-    canvas = draw_background(rng, config.size)
+    canvas = draw_canvas(rng, config)
     instance_map = np.full((config.size, config.size), -1, np.int8)
-    objects: list[SceneObject] = []
     boxes = np.empty((0, 4))
-    for (category, style), size in zip(
-        chosen, sorted(map(float, sizes), reverse=True), strict=True
+    pixels = np.empty(0)  # of each object, covered ones too
+    for number, ((category, style), size) in enumerate(
+        zip(chosen, sorted(map(float, sizes), reverse=True), strict=True)
     ):
         for _ in range(NUM_TRIES):
-            drawing = _Drawing.of(rng, sprites, category, style, size, config.max_degrees)
-            place = find_place(rng, drawing.visible_size, config.size, boxes)
+            drawing = Drawing.of(rng, sprites, category, style, size, config.max_degrees)
+            needed = config.min_visible * pixels
+            places = find_places(rng, drawing.visible_size, config.size, boxes, config.max_overlap)
+            free = (p for p in places if _leaves(instance_map, needed, drawing, p))
+            place = next(free, None)
             if place is not None:
                 break
             size = max(config.min_px, 0.85 * size)
-        else:  # the earlier objects lie badly: start again
-            return render_scene(rng, sprites, config)
-        drawing.paste(canvas, place, instance_map, len(objects))
-        x0, y0 = map(float, place)
-        x1, y1 = x0 + drawing.visible_size[0], y0 + drawing.visible_size[1]
+        else:  # the earlier objects lie badly
+            return None
+        drawing.paste(canvas, place, instance_map, number)
+        boxes = np.vstack([boxes, (*place, *np.add(place, drawing.visible_size))])
+        pixels = np.append(pixels, drawing.visible.sum())
+    if config.min_visible:
+        boxes = np.array([box_of(instance_map == i) for i in range(len(chosen))], float)
+    objects = []
+    for (category, style), (x0, y0, x1, y1) in zip(chosen, boxes.tolist(), strict=True):
         center = ((x0 + x1) / 2, (y0 + y1) / 2)
         objects.append(SceneObject(CATEGORIES[category], style, (x0, y0, x1, y1), center))
-        boxes = np.vstack([boxes, (x0, y0, x1, y1)])
     return Scene(canvas, tuple(objects), instance_map)
 
 
@@ -152,7 +230,7 @@ def render_crop(
     (category, style), *_ = choose_objects(rng, sprites, config, count=1)
     canvas = draw_background(rng, size)
     px = float(rng.uniform(config.min_px, config.max_px))
-    drawing = _Drawing.of(rng, sprites, category, style, px, config.max_degrees)
+    drawing = Drawing.of(rng, sprites, category, style, px, config.max_degrees)
     width, height = drawing.visible_size
     reach = size / 5
     left = round((size - width) / 2 + rng.uniform(-reach, reach))
@@ -172,9 +250,9 @@ def test_scene(
 
     ``config`` may change sizes and counts; its styles are replaced by those of the group.
     """
-    if group not in STYLE_GROUPS:
-        raise ValueError(f"unknown art group {group!r}; choose from {', '.join(STYLE_GROUPS)}")
-    rng = np.random.default_rng([TEST_STREAM, seed, list(STYLE_GROUPS).index(group), index])
+    if group not in TEST_GROUPS:
+        raise ValueError(f"unknown art group {group!r}; tests have {', '.join(TEST_GROUPS)}")
+    rng = np.random.default_rng([TEST_STREAM, seed, TEST_GROUPS.index(group), index])
     config = replace(config or SceneConfig(), styles=STYLE_GROUPS[group])
     return render_scene(rng, sprites or Sprites.load(), config)
 
@@ -206,10 +284,14 @@ def choose_objects(
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
-def find_place(
-    rng: np.random.Generator, visible_size: tuple[int, int], size: int, boxes: np.ndarray
-) -> tuple[int, int] | None:
-    """A random (left, top) where a box of this size hardly covers the others (n, 4), or None."""
+def find_places(
+    rng: np.random.Generator,
+    visible_size: tuple[int, int],
+    size: int,
+    boxes: np.ndarray,
+    max_overlap: float,
+) -> list[tuple[int, int]]:
+    """Random (left, top) where a box of this size overlaps none of the others (n, 4) too much."""
     width, height = visible_size
     x0 = rng.integers(0, size - width + 1, (NUM_PLACES, 1))
     y0 = rng.integers(0, size - height + 1, (NUM_PLACES, 1))
@@ -217,12 +299,29 @@ def find_place(
     shared_y = np.minimum(y0 + height, boxes[:, 3]) - np.maximum(y0, boxes[:, 1])
     shared = np.maximum(shared_x, 0) * np.maximum(shared_y, 0)  # (NUM_PLACES, n)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    free = np.flatnonzero((shared < MAX_OVERLAP * np.minimum(areas, width * height)).all(axis=1))
-    return (int(x0[free[0], 0]), int(y0[free[0], 0])) if len(free) else None
+    free = (shared < max_overlap * np.minimum(areas, width * height)).all(axis=1)
+    return list(zip(x0[free, 0].tolist(), y0[free, 0].tolist(), strict=True))
+
+
+def _leaves(
+    instance_map: np.ndarray, needed: np.ndarray, drawing: Drawing, place: tuple[int, int]
+) -> bool:
+    """Whether a drawing at ``place`` leaves as many pixels of each object in view as it needs."""
+    if not needed.any():
+        return True
+    after = instance_map.copy()
+    drawing.mark(after, place, len(needed))
+    return bool((np.bincount(after[after >= 0], minlength=len(needed) + 1)[:-1] >= needed).all())
+
+
+def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """(x0, y0, x1, y1) around the pixels of a mask (H, W)."""
+    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 @dataclass(frozen=True)
-class _Drawing:
+class Drawing:
     """A sprite turned, scaled and recoloured."""
 
     rgb: np.ndarray  # float32 (n, n, 3), 0 to 255, multiplied by alpha
@@ -240,7 +339,7 @@ class _Drawing:
         style: str,
         px: float,
         max_degrees: float,
-    ) -> _Drawing:
+    ) -> Drawing:
         """Vary a sprite; its longer side is ``px`` before it is turned."""
         angle = math.radians(rng.uniform(-max_degrees, max_degrees))
         mirror = 1 if rng.random() < 0.5 else -1
@@ -276,17 +375,27 @@ class _Drawing:
         instance: int = -1,
     ) -> None:
         """Draw onto ``canvas`` with the visible part's top-left corner at ``place`` (left, top)."""
+        target, part = self._parts(canvas, place)
+        mixed = canvas[target] * (1 - self.alpha[part]) + self.rgb[part]
+        canvas[target] = np.clip(mixed, 0, 255)
+        if instance_map is not None:
+            self.mark(instance_map, place, instance)
+
+    def mark(self, instance_map: np.ndarray, place: tuple[int, int], instance: int) -> None:
+        """Write ``instance`` where the drawing at ``place`` would be seen."""
+        target, part = self._parts(instance_map, place)
+        instance_map[target][self.visible[part]] = instance
+
+    def _parts(
+        self, canvas: np.ndarray, place: tuple[int, int]
+    ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        """Where the drawing lies on the canvas, and which part of it does."""
         left, top = place[0] - self.offset[0], place[1] - self.offset[1]
         height, width = canvas.shape[:2]
         side = len(self.visible)
         x0, y0 = max(left, 0), max(top, 0)
         x1, y1 = min(left + side, width), min(top + side, height)
-        target = np.s_[y0:y1, x0:x1]
-        part = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
-        mixed = canvas[target] * (1 - self.alpha[part]) + self.rgb[part]
-        canvas[target] = np.clip(mixed, 0, 255)
-        if instance_map is not None:
-            instance_map[target][self.visible[part]] = instance
+        return np.s_[y0:y1, x0:x1], np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
 
 
 def _recolouring(rng: np.random.Generator) -> np.ndarray:
@@ -304,6 +413,18 @@ def _recolouring(rng: np.random.Generator) -> np.ndarray:
     matrix[:3] = contrast * (axis + saturation * turn).T
     matrix[3] = 0.5 * (1 - contrast) + brightness
     return matrix
+
+
+def draw_canvas(rng: np.random.Generator, config: SceneConfig) -> np.ndarray:
+    """What lies behind the emoji, uint8 (size, size, 3)."""
+    if config.background == "photo":
+        canvas = draw_photo(rng, config.size, config.photos)
+    else:
+        canvas = draw_background(rng, config.size)
+    if config.clutter:
+        number = int(rng.integers((config.clutter + 1) // 2, config.clutter + 1))
+        canvas = draw_clutter(rng, canvas, number)
+    return canvas
 
 
 def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
