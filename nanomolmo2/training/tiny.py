@@ -59,7 +59,8 @@ from nanomolmo2.training.vision_heads import (
 CONFIG = preset("tiny")
 PATCH_SIZE, POOLING_SIZE = CONFIG.vision_config.patch_size, CONFIG.connector.pooling_size
 CROP_SIZE = 64
-STYLES = tuple(style for group in ("seen", "extra", "inked") for style in STYLE_GROUPS[group])
+# The vendors twice: they are drawn twice as often as a style of the other groups.
+STYLES = tuple(s for group in ("seen", "seen", "extra", "inked") for s in STYLE_GROUPS[group])
 SCENES = SceneConfig(styles=STYLES)
 UNKNOWN_EVERY = 10  # steps that ask for things without emoji
 MAX_FRAMES = 16  # of a video; longer ones are thinned out
