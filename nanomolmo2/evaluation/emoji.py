@@ -21,7 +21,7 @@ from nanomolmo2.data.emoji.clips import test_clip as render_test_clip
 from nanomolmo2.data.emoji.pairs import test_pair as render_test_pair
 from nanomolmo2.data.emoji.questions import EVERYTHING, caption_counts
 from nanomolmo2.data.emoji.questions import test_questions as ask_test_questions
-from nanomolmo2.data.emoji.scenes import Scene
+from nanomolmo2.data.emoji.scenes import TEST_GROUPS, Scene
 from nanomolmo2.data.emoji.scenes import test_scene as render_test_scene
 from nanomolmo2.data.emoji.sprites import Sprites
 from nanomolmo2.data.example import Branch, Example
@@ -33,7 +33,6 @@ from nanomolmo2.processor.collate import collate
 from nanomolmo2.processor.points import parse_count
 from nanomolmo2.processor.processor import Encoded, Processor
 
-TEST_GROUPS = ("seen", "mild", "openmoji")  # of `STYLE_GROUPS`; any others are for training only
 QUESTION_STREAM = 3  # first word of the questions' seeds; scenes use 1 and 2
 
 PAIR_TASKS = ("more", "difference")

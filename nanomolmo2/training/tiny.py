@@ -379,7 +379,7 @@ class Scale:
 
 SCALES: dict[str, Scale] = {
     "full": Scale(crops=1000, scenes=1600, presence=250, coarse=400, fine=800, relations=300),
-    "small": Scale(crops=300, scenes=300, presence=150, coarse=150, fine=100, relations=100),
+    "small": Scale(crops=300, scenes=300, presence=120, coarse=100, fine=80, relations=0),
     "smoke": Scale(crops=2, scenes=2, presence=2, coarse=2, fine=2, relations=2, batch_size=4),
 }
 

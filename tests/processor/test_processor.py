@@ -1,7 +1,9 @@
 """Processor: ids, labels and pixels of conversations and message trees; text back."""
 
 import pickle
+import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -359,6 +361,23 @@ def test_videos_in_the_messages_and_beside_them(crops):
             call()
 
 
+def test_frames_without_crops_are_pictures_with_times(molmo2):
+    """Token by token the pictures of the processor, and before each the time of the frame."""
+    config = replace(molmo2.config, video=VideoConfig(max_frames=2))
+    frames = Processor(config, molmo2.tokenizer)
+    encoded = frames.encode([user("x")], video=CLIP)
+    assert encoded.frame_times == CLIP.times and encoded.video_size == (120, 60)
+    pictures = frames.encode([user("x")], list(CLIP.frames))
+    assert np.array_equal(encoded.pixel_values, pictures.pixel_values)
+    assert encoded.image_token_pooling is None and encoded.image_sizes == ()
+    num_tokens = [int((e.input_ids == frames.image_token_id).sum()) for e in (encoded, pictures)]
+    assert num_tokens[0] == num_tokens[1] == len(CLIP.frames) * config.image_tokens
+    text = frames.decode(encoded.input_ids, skip_special_tokens=False)
+    assert re.findall(r"\d\.\d", text) == [f"{time:.1f}" for time in CLIP.times]
+    thinned = frames.encode([user("x")], video=(list(CLIP.frames), list(CLIP.times)))
+    assert thinned.frame_times == (CLIP.times[0], CLIP.times[-1])
+
+
 def test_processors_of_pictures_refuse_videos(molmo2):
     with pytest.raises(ValueError, match="takes pictures only"):
         molmo2.encode([user("x")], video=CLIP)
@@ -573,7 +592,7 @@ def test_a_tokenizer_without_the_tokens_of_the_config():
         ({"image_std": (1.0, 0.0, 1.0)}, "image_std"),
         ({"rescale_factor": 0.0}, "rescale_factor"),
         ({"stop_tokens": ()}, "stop_tokens is empty"),
-        ({"video": VideoConfig()}, "video is set and multicrop is not"),
+        ({"video": VideoConfig()}, "video is set, and neither multicrop nor image_tokens"),
         ({"multicrop": MultiCrop()}, "image_size is 384, but multicrop says 378"),
         ({"multicrop": MultiCrop(), "image_size": 378}, "resample is 'bicubic', but multicrop"),
     ],
