@@ -41,7 +41,7 @@ from nanomolmo2.data.emoji.vocabulary import (
     noun_ids,
     plural_ids,
 )
-from nanomolmo2.models import NanoMolmo2, preset
+from nanomolmo2.models import NanoMolmo2, NanoMolmo2Config, preset
 from nanomolmo2.models.language_model import Attention
 from nanomolmo2.processor.collate import collate
 from nanomolmo2.processor.processor import Encoded, Processor, ProcessorConfig, VideoConfig
@@ -59,6 +59,7 @@ from nanomolmo2.training.vision_heads import (
 CONFIG = preset("tiny")
 PATCH_SIZE, POOLING_SIZE = CONFIG.vision_config.patch_size, CONFIG.connector.pooling_size
 CROP_SIZE = 64
+CROP_RATES = OptimConfig(lr=2e-3, matrix_lr=0.02)  # of the encoder
 # The vendors twice: they are drawn twice as often as a style of the other groups.
 STYLES = tuple(s for group in ("seen", "seen", "extra", "inked") for s in STYLE_GROUPS[group])
 SCENES = SceneConfig(styles=STYLES)
@@ -80,17 +81,25 @@ def tiny_processor() -> Processor:
 class Learner(nn.Module):
     """The model and the heads that only training needs."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(
+        self, seed: int, config: NanoMolmo2Config = CONFIG, *, matcher: bool = True
+    ) -> None:
+        """
+        Args:
+            config: ``tiny``'s, but for what changes no shape.
+            matcher: whether attention starts as a search for equal content; changes nothing else.
+        """
         super().__init__()
         self.processor = tiny_processor()
         torch.manual_seed(seed)
-        self.model = NanoMolmo2(CONFIG)
-        config = self.model.config
+        self.model = NanoMolmo2(config)
         torch.manual_seed(seed + 1)  # from here on numbers depend on the vocabulary no more
         self.heads = VisionHeads(config.vision_config.hidden_size, config.llm_config.hidden_size)
         tokenizer = build_tokenizer()
         self.noun_ids = noun_ids(tokenizer)
         self._initialise(plural_ids(tokenizer))
+        if matcher:
+            self._match()
 
     @torch.no_grad()
     def _initialise(self, plurals: dict[int, int]) -> None:
@@ -99,7 +108,10 @@ class Learner(nn.Module):
         for category, plural in plurals.items():  # "wolves" starts as "wolf"
             embedding[plural] = embedding[self.noun_ids[category]]
         self.clear_placeholder()
-        # Queries start as the keys of their group: attention begins as a search for equal content.
+
+    @torch.no_grad()
+    def _match(self) -> None:
+        """Start queries as the keys of their group: attention begins as a search for the same."""
         for module in self.model.llm.modules():
             if isinstance(module, Attention):
                 heads = module.k_proj.weight.unflatten(0, (-1, module.head_dim))
@@ -114,6 +126,10 @@ class Learner(nn.Module):
     def noun_embeddings(self) -> Tensor:
         """(C, D) rows of the nouns."""
         return self.model.llm.embed_tokens.weight[self.noun_ids]
+
+    def visual_targets(self) -> Tensor:
+        """(C, D) what visual tokens are to point along where a noun's emoji is."""
+        return self.noun_embeddings().detach()
 
     def patches(self, pixel_values: Tensor) -> Tensor:
         """(B, N, Dv) features of the encoder's last block."""
@@ -130,8 +146,16 @@ class CropStage(Stage):
 
     name = "crops"
 
-    def __init__(self, learner: Learner, seed: int, steps: int, batch_size: int = 128) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        seed: int,
+        steps: int,
+        batch_size: int = 128,
+        rates: OptimConfig = CROP_RATES,
+    ) -> None:
         self.learner, self.seed, self.steps, self.batch_size = learner, seed, steps, batch_size
+        self.rates = rates
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         rng, sprites = train_rng(self.seed, 0, step), Sprites.load()
@@ -141,7 +165,7 @@ class CropStage(Stage):
 
     def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
         return {
-            "vision": (self.learner.model.vision_encoder, OptimConfig(lr=2e-3, matrix_lr=0.02)),
+            "vision": (self.learner.model.vision_encoder, self.rates),
             "heads": (self.learner.heads.patch_class, OptimConfig(lr=2e-3, matrix_lr=0.0)),
         }
 
@@ -185,7 +209,7 @@ class SceneStage(Stage):
         images, labels = batch
         patches = self.learner.patches(images)
         tokens = self.learner.model.connector(patches)
-        return self.learner.heads(patches, tokens, self.learner.noun_embeddings().detach(), labels)
+        return self.learner.heads(patches, tokens, self.learner.visual_targets(), labels)
 
 
 @dataclass(frozen=True)
@@ -221,10 +245,14 @@ class QuestionStage(Stage):
         self.learner, self.seed, self.steps, self.plan = learner, seed, steps, plan
         self.batch_size, self.name, self.scores = batch_size, plan.name, evaluate
 
-    def batch(self, step: int) -> tuple[Batch, SceneLabels | None]:
+    def encode(self, step: int) -> tuple[list[Encoded], list[Scene]]:
+        """The examples of a step, and the pictures in them; none of videos."""
         kind = self.plan.kinds[step % len(self.plan.kinds)]
         make = {"s": self._scenes, "p": self._pairs, "c": self._clips}[kind]
-        encoded, scenes = make(step)
+        return make(step)
+
+    def batch(self, step: int) -> tuple[Batch, SceneLabels | None]:
+        encoded, scenes = self.encode(step)
         batch = collate(encoded, self.learner.processor.pad_token_id)
         if not scenes:
             return batch, None
@@ -315,7 +343,7 @@ class QuestionStage(Stage):
             return loss, metrics
         # The dense losses go on, so that the visual tokens keep what the decoder reads off them.
         dense, dense_metrics = self.learner.heads(
-            patches, tokens, self.learner.noun_embeddings().detach(), labels
+            patches, tokens, self.learner.visual_targets(), labels
         )
         return loss + dense, {**metrics, **dense_metrics}
 

@@ -1,0 +1,569 @@
+"""What each idea in the recipe of `tiny` is worth: short runs, each without one of them.
+
+    python scripts/ablate_tiny.py --vision runs/tiny --out runs/ablations --page docs/ablations.md
+
+    decoder    presence and coarse again, from the vision of a finished scenes stage; every run has
+               the same steps, pictures and seed as the baseline, and is asked about the same scenes
+    optimiser  the crops stage from nothing, with Muon and with AdamW
+    cost       the same questions in other batches: seconds a step, at the same loss
+
+Each run has a folder with its settings and its log. A line of OUT/results.jsonl is a finished run;
+those are skipped, and one that was stopped goes on, when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, without install
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from benchmarks.harness import take_turns
+from benchmarks.report import put_into
+from nanomolmo2.batch import Batch
+from nanomolmo2.config import read_json_object
+from nanomolmo2.data.emoji.questions import BranchMix, make_branches
+from nanomolmo2.data.emoji.scenes import train_rng
+from nanomolmo2.data.emoji.vocabulary import build_tokenizer, plural_ids
+from nanomolmo2.data.packing import Packer, join
+from nanomolmo2.evaluation.emoji import Scores, evaluate
+from nanomolmo2.files import atomic_path, sha256_of
+from nanomolmo2.processor import Encoded, collate
+from nanomolmo2.training import tiny
+from nanomolmo2.training.checkpoint import ABOUT, FILE, FOLDER
+from nanomolmo2.training.loop import LoopConfig, Stage, run
+from nanomolmo2.training.optim import OptimConfig
+
+RESULTS, SETTINGS = "results.jsonl", "settings.json"
+VISION_STAGES = {1: "scenes", 2: "presence"}  # by number; presence leaves vision as it is
+TASKS = ("presence", "count", "point")  # asked of the decoder runs
+COLUMNS = {
+    "presence": "presence",
+    "count_many": "count, two or more",
+    "point_f1": "point F1",
+    "blind": "blindness",
+}
+TEST_CROPS = 8  # batches that no step has learned from
+QUESTIONS_A_BATCH = 32  # of rows with one question each
+ROW_TOKENS, ROWS_A_BATCH = 1024, 4  # of packed rows
+
+
+@dataclass(frozen=True)
+class Options:
+    """Short runs of tiny's recipe, each without one of its ideas.
+
+    Attributes:
+        out: folder of the results and of all runs.
+        vision: a run of `nanomolmo2 train tiny` behind its scenes stage, or one checkpoint of it;
+            only the decoder runs need it.
+        only: names of the runs to do; all if none are given.
+        seed: of all runs; the one that the vision was trained with.
+        presence_steps: of the decoder runs.
+        coarse_steps: of the decoder runs, behind those.
+        pictures: a step of the decoder and cost runs.
+        scenes: of the test set "seen" that the decoder runs are asked about.
+        crop_steps: of the optimiser runs.
+        crops: a step of the optimiser runs.
+        rounds: of the cost runs, after one to warm up.
+        workers: processes that prepare data; 0 = none.
+        page: a page that the table is put into, between its marks.
+        quiet: no progress bars.
+    """
+
+    out: Path
+    vision: Path | None = None
+    only: tuple[str, ...] = ()
+    seed: int = 0
+    presence_steps: int = 100
+    coarse_steps: int = 100
+    pictures: int = 16
+    scenes: int = 200
+    crop_steps: int = 300
+    crops: int = 64
+    rounds: int = 5
+    workers: int = 1
+    page: Path | None = None
+    quiet: bool = False
+
+    def loop(self) -> LoopConfig:
+        """How runs are carried out."""
+        return LoopConfig(
+            log_every=1, save_every=50, keep=1, workers=self.workers, quiet=self.quiet
+        )
+
+
+# ---- decoder: presence and coarse on given vision ----
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What a run of the decoder does, by default all as the recipe.
+
+    Attributes:
+        title: for the table.
+        aligned: nouns keep the embeddings that the visual tokens were trained to point along.
+        matcher: queries start as keys.
+        image_mask: visual tokens see each other in both directions.
+        presence: questions of the presence stage.
+        snap: thousandths that points are rounded to in the coarse stage.
+    """
+
+    title: str
+    aligned: bool = True
+    matcher: bool = True
+    image_mask: bool = True
+    presence: BranchMix = tiny.PRESENCE.mix
+    snap: int = tiny.COARSE.snap
+
+    def learner(self, seed: int) -> tiny.Learner:
+        """Model and heads at the start of the presence stage, but for the vision."""
+        config = replace(tiny.CONFIG, bidirectional_image_attention=self.image_mask)
+        kind = tiny.Learner if self.aligned else Unaligned
+        return kind(seed, config, matcher=self.matcher)
+
+    def stages(self, learner: tiny.Learner, options: Options) -> list[Stage]:
+        """The presence and the coarse stage."""
+        presence = replace(tiny.PRESENCE, mix=self.presence)
+        coarse = replace(tiny.COARSE, snap=self.snap)
+        steps = (options.presence_steps, options.coarse_steps)
+        return [
+            tiny.QuestionStage(learner, options.seed, n, plan, options.pictures)
+            for n, plan in zip(steps, (presence, coarse), strict=True)
+        ]
+
+
+class Unaligned(tiny.Learner):
+    """Nouns are drawn anew; visual tokens go on pointing along the embeddings of before."""
+
+    @torch.no_grad()
+    def __init__(self, seed: int, config: Any = tiny.CONFIG, *, matcher: bool = True) -> None:
+        super().__init__(seed, config, matcher=matcher)
+        embedding = self.model.llm.embed_tokens.weight
+        self.before = embedding[self.noun_ids]  # a copy
+        generator = torch.Generator().manual_seed(seed + 2)
+        embedding[self.noun_ids] = 0.1 * torch.randn(self.before.shape, generator=generator)
+        for category, plural in plural_ids(build_tokenizer()).items():
+            embedding[plural] = embedding[self.noun_ids[category]]
+
+    def visual_targets(self) -> Tensor:
+        return self.before
+
+
+DECODER = {
+    "baseline": Ablation("the recipe"),
+    "alignment": Ablation("visual tokens not aligned with words", aligned=False),
+    "presence": Ablation("no presence stage: coarse's questions there", presence=tiny.COARSE.mix),
+    "branches": Ablation(
+        "two presence questions a picture", presence=replace(tiny.PRESENCE.mix, presence=2)
+    ),
+    "matcher": Ablation("queries do not start as keys", matcher=False),
+    "snapping": Ablation("coarse points in thousandths, not on a grid", snap=1),
+    "mask": Ablation("visual tokens see only those before them", image_mask=False),
+}
+
+
+def find_vision(folder: Path) -> Path:
+    """The newest checkpoint of a run that has the vision of the scenes stage, or the one given.
+
+    Reads only, so that the run may still be going on.
+    Raises: ValueError if there is none, or it is damaged.
+    """
+    own = folder / FOLDER
+    found = [folder] if (folder / ABOUT).exists() else sorted(own.glob("[0-9]*"), reverse=True)
+    for checkpoint in found:
+        about = read_json_object(checkpoint / ABOUT)
+        if about["stage"] in VISION_STAGES:
+            if sha256_of(checkpoint / FILE) != about["sha256"][FILE]:
+                raise ValueError(f"{checkpoint / FILE} is not as it was written: take another")
+            return checkpoint
+    raise ValueError(
+        f"{folder} has no checkpoint of the scenes or the presence stage: a run keeps its newest "
+        f"only, so copy one aside while it is in them, and give the copy"
+    )
+
+
+def load_vision(learner: tiny.Learner, checkpoint: Path) -> None:
+    """Take all but the decoder from a checkpoint.
+
+    Raises: ValueError if its visual tokens were taught the nouns of another seed.
+    """
+    values = torch.load(checkpoint / FILE, weights_only=True, map_location="cpu")["weights"]
+    nouns = values["model.llm.embed_tokens.weight"][learner.noun_ids]
+    alike = F.normalize(nouns, dim=-1) @ F.normalize(learner.visual_targets(), dim=-1).T
+    if (alike.argmax(-1) == torch.arange(len(nouns))).float().mean() < 0.5:
+        raise ValueError(
+            f"the nouns of {checkpoint} have other embeddings than those of this seed: give the "
+            f"--seed that it was trained with"
+        )
+    decoder = "model.llm."
+    vision = {name: value for name, value in values.items() if not name.startswith(decoder)}
+    missing, unexpected = learner.load_state_dict(vision, strict=False)
+    if wrong := unexpected + [name for name in missing if not name.startswith(decoder)]:
+        raise ValueError(f"{checkpoint} has another shape of model: {wrong[0]} does not fit")
+
+
+def run_decoder(name: str, options: Options, folder: Path) -> dict[str, Any]:
+    """Scores behind the coarse stage."""
+    ablation = DECODER[name]
+    learner = ablation.learner(options.seed)
+    assert options.vision is not None
+    load_vision(learner, find_vision(options.vision))
+    run(learner, ablation.stages(learner, options), folder, options.loop(), resume=True)
+    scores: Scores = evaluate(
+        learner.model, learner.processor, scenes=options.scenes, pairs=0, clips=0, tasks=TASKS
+    )
+    return {"scores": scores.means, "counts": scores.counts, "intervals": scores.intervals}
+
+
+# ---- optimiser: the crops stage ----
+
+OPTIMISERS = {
+    "muon": tiny.CROP_RATES,
+    # Its best rate is not Muon's, so it gets several.
+    "adamw-5e-4": replace(tiny.CROP_RATES, lr=5e-4, matrix_lr=0.0),
+    "adamw-1e-3": replace(tiny.CROP_RATES, lr=1e-3, matrix_lr=0.0),
+    "adamw-2e-3": replace(tiny.CROP_RATES, lr=2e-3, matrix_lr=0.0),
+}
+
+
+def optimiser_title(rates: OptimConfig) -> str:
+    """For the table."""
+    if rates.matrix_lr:
+        return f"Muon at {rates.matrix_lr:g}, AdamW at {rates.lr:g} for the rest"
+    return f"AdamW at {rates.lr:g}"
+
+
+def crop_stage(name: str, learner: tiny.Learner, options: Options) -> tiny.CropStage:
+    """The crops stage of a run."""
+    rates = OPTIMISERS[name]
+    return tiny.CropStage(learner, options.seed, options.crop_steps, options.crops, rates)
+
+
+@torch.no_grad()
+def run_optimiser(name: str, options: Options, folder: Path) -> dict[str, Any]:
+    """Accuracy on the crops of steps that were not taken."""
+    learner = tiny.Learner(options.seed)
+    stage = crop_stage(name, learner, options)
+    with torch.enable_grad():
+        run(learner, [stage], folder, options.loop(), resume=True)
+    learner.eval()
+    test = range(options.crop_steps, options.crop_steps + TEST_CROPS)
+    accuracies = [stage.loss(stage.batch(step))[1]["accuracy"] for step in test]
+    return {"accuracy": statistics.mean(accuracies), "crops": TEST_CROPS * options.crops}
+
+
+# ---- cost: the same questions, laid out otherwise ----
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """Two ways to learn the same answers: batches whose gradients are summed."""
+
+    sides: dict[str, list[Batch]]
+    steps: int
+    questions: int
+
+
+def tree_layouts(learner: tiny.Learner, options: Options) -> Layouts:
+    """A coarse step: all questions about a picture in a row, and a row for each question."""
+    processor, plan = learner.processor, tiny.COARSE
+    mix = replace(plan.mix, unknown=0)  # as in most steps
+    rng = train_rng(options.seed, 100 + plan.stream, 0)
+    trees, rows = [], []
+    for scene in tiny.render_scenes(options.seed, plan.stream, 0, options.pictures):
+        branches = [b.messages for b in make_branches(scene, rng, mix, plan.snap)]
+        trees.append(processor.encode_tree([scene.image], branches))
+        rows += [processor.encode_tree([scene.image], [branch]) for branch in branches]
+    rows.sort(key=lambda row: len(row.input_ids))  # so that they need little padding
+    sides = {
+        "a tree for each picture": [_collate(learner, trees)],
+        "a row for each question": _batches(learner, rows, QUESTIONS_A_BATCH),
+    }
+    return Layouts(sides, 1, len(rows))
+
+
+def packing_layouts(learner: tiny.Learner, options: Options) -> Layouts:
+    """Fine steps, one of each kind in turn: padded to the longest of a step, and packed.
+
+    Step 0 is left out: it is one of the few that ask for unknown things.
+    """
+    plan = tiny.FINE
+    steps = len(plan.kinds)
+    stage = tiny.QuestionStage(learner, options.seed, steps, plan, options.pictures)
+    by_step = [stage.encode(step)[0] for step in range(1, steps + 1)]
+    examples = [Example(e) for step in by_step for e in step]
+    packer: Packer[Example] = Packer(
+        max_tokens=max(ROW_TOKENS, *(e.tokens for e in examples)),
+        max_crops=sum(e.crops for e in examples),
+        pool=len(examples),
+    )
+    for example in examples:
+        packer.add(example)
+    packed = []
+    while packer.waiting:
+        packed.append(join([example.encoded for example in packer.take()]))
+    sides = {
+        "rows padded to the longest": [_collate(learner, encoded) for encoded in by_step],
+        "packed rows": _batches(learner, packed, ROWS_A_BATCH),
+    }
+    return Layouts(sides, steps, sum(e.branches for e in examples))
+
+
+@dataclass(frozen=True)
+class Example:
+    """An encoded message tree, as `Packer` takes it."""
+
+    encoded: Encoded
+
+    @property
+    def tokens(self) -> int:
+        return len(self.encoded.input_ids)
+
+    @property
+    def crops(self) -> int:
+        pixels = self.encoded.pixel_values
+        return 0 if pixels is None else len(pixels)
+
+    @property
+    def branches(self) -> int:
+        assert self.encoded.subsegment_ids is not None
+        return len(set(self.encoded.subsegment_ids.tolist())) - 1  # the prefix is none
+
+
+def _collate(learner: tiny.Learner, rows: Sequence[Encoded]) -> Batch:
+    return collate(rows, learner.processor.pad_token_id)
+
+
+def _batches(learner: tiny.Learner, rows: Sequence[Encoded], size: int) -> list[Batch]:
+    return [_collate(learner, rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+LAYOUTS: dict[str, Callable[[tiny.Learner, Options], Layouts]] = {
+    "trees": tree_layouts,
+    "packing": packing_layouts,
+}
+
+
+def run_cost(name: str, options: Options, folder: Path) -> dict[str, Any]:
+    """Seconds of forward and backward; the sides take turns, the median counts.
+
+    Raises: ValueError if the sides do not have the same loss.
+    """
+    learner = tiny.Learner(options.seed)
+    layouts = LAYOUTS[name](learner, options)
+    losses: dict[str, float] = {}
+
+    def learn(side: str, batches: Sequence[Batch]) -> Callable[[], None]:
+        def work() -> None:
+            learner.zero_grad()
+            total = 0.0
+            for batch in batches:
+                inputs: dict[str, Any] = batch.tensors()
+                loss = learner.model.loss(**inputs, reduction="sum")
+                loss.backward()
+                total += loss.item()
+            losses[side] = total
+
+        return work
+
+    work = {side: learn(side, batches) for side, batches in layouts.sides.items()}
+    times = take_turns(work, options.rounds)
+    ours, *others = losses.values()
+    if not all(math.isclose(ours, other, rel_tol=1e-3) for other in others):
+        raise ValueError(f"the sides do not learn the same: their losses are {losses}")
+    seconds = {side: statistics.median(values) for side, values in times.items()}
+    return {
+        "seconds_per_step": {side: value / layouts.steps for side, value in seconds.items()},
+        "questions_per_second": {s: layouts.questions / value for s, value in seconds.items()},
+        "real_tokens": {side: share_of_real(b) for side, b in layouts.sides.items()},
+        "losses": losses,
+    }
+
+
+def share_of_real(batches: Sequence[Batch]) -> float:
+    """How much of the batches is no padding."""
+    masks = [batch.attention_mask for batch in batches if batch.attention_mask is not None]
+    return sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+
+
+# ---- all of them ----
+
+
+@dataclass(frozen=True)
+class Part:
+    """Runs of one kind, and the options that change their numbers."""
+
+    names: tuple[str, ...]
+    do: Callable[[str, Options, Path], dict[str, Any]]
+    options: tuple[str, ...]
+
+
+PARTS = (
+    Part(
+        tuple(DECODER),
+        run_decoder,
+        ("seed", "presence_steps", "coarse_steps", "pictures", "scenes"),
+    ),
+    Part(tuple(OPTIMISERS), run_optimiser, ("seed", "crop_steps", "crops")),
+    Part(tuple(LAYOUTS), run_cost, ("seed", "pictures", "rounds")),
+)
+NAMES = tuple(name for part in PARTS for name in part.names)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do the runs that are not done, then print the table."""
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    try:
+        ablate(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    text = table(read_results(options.out))
+    print(text)
+    if options.page is not None:
+        put_into(options.page, text)
+    return 0
+
+
+def ablate(options: Options) -> None:
+    """Do the runs that are not done.
+
+    Raises: ValueError for unknown names, no vision where it is needed, and a folder whose runs
+        have other settings.
+    """
+    if unknown := [name for name in options.only if name not in NAMES]:
+        raise ValueError(f"no run {unknown[0]!r}: choose from {', '.join(NAMES)}")
+    chosen = [n for n in NAMES if n in (options.only or NAMES)]
+    vision = None
+    if set(chosen) & set(DECODER):
+        if options.vision is None:
+            raise ValueError(
+                "the runs of the decoder start from trained vision: give --vision, a run of "
+                "`nanomolmo2 train tiny` behind its scenes stage"
+            )
+        checkpoint = find_vision(options.vision)
+        options = replace(options, vision=checkpoint)  # whatever the run there does meanwhile
+        vision = sha256_of(checkpoint / FILE)
+        about = read_json_object(checkpoint / ABOUT)
+        stage = VISION_STAGES[about["stage"]]
+        print(f"vision: {checkpoint}, {stage} step {about['step']}", file=sys.stderr)
+    for part in PARTS:
+        settings = {name: getattr(options, name) for name in part.options}
+        if part.do is run_decoder:
+            settings["vision"] = vision
+        for name in part.names:
+            if name in chosen:
+                _do(name, part, options, settings)
+
+
+def _do(name: str, part: Part, options: Options, settings: dict[str, Any]) -> None:
+    folder = options.out / name
+    if (folder / SETTINGS).exists():
+        found = read_json_object(folder / SETTINGS)
+        if found != settings:
+            raise ValueError(
+                f"{folder} was begun with {found}, and is now to have {settings}: give the same "
+                f"options, or another --out"
+            )
+    else:
+        with atomic_path(folder / SETTINGS) as aside:
+            aside.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    results = read_results(options.out)
+    if name in results:
+        return
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    results[name] = {"name": name, "settings": settings, **part.do(name, options, folder)}
+    with atomic_path(options.out / RESULTS) as aside:
+        lines = [json.dumps(result) + "\n" for result in results.values()]
+        aside.write_text("".join(lines), encoding="utf-8")
+    shutil.rmtree(
+        folder / FOLDER, ignore_errors=True
+    )  # the log stays, weights are no longer needed
+
+
+def read_results(out: Path) -> dict[str, dict[str, Any]]:
+    """Finished runs by name."""
+    if not (out / RESULTS).exists():
+        return {}
+    lines = (out / RESULTS).read_text(encoding="utf-8").splitlines()
+    return {result["name"]: result for result in map(json.loads, lines)}
+
+
+# ---- the page ----
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown of the finished runs: a table for each kind."""
+    parts = []
+    if done := [results[name] for name in DECODER if name in results]:
+        s = done[0]["settings"]
+        parts.append(
+            f"{s['presence_steps']} steps of presence and {s['coarse_steps']} of coarse, "
+            f"{s['pictures']} pictures each, seed {s['seed']}; {s['scenes']} test scenes of seen "
+            f"art, with 95 % intervals:"
+        )
+        rows = [
+            [result["name"], DECODER[result["name"]].title, *(_cell(result, c) for c in COLUMNS)]
+            for result in done
+        ]
+        parts.append(_markdown(["run", "what is different", *COLUMNS.values()], rows))
+    if done := [results[name] for name in OPTIMISERS if name in results]:
+        s = done[0]["settings"]
+        parts.append(
+            f"{s['crop_steps']} steps of {s['crops']} crops, seed {s['seed']}; accuracy on "
+            f"{done[0]['crops']} new ones:"
+        )
+        rows = [
+            [r["name"], optimiser_title(OPTIMISERS[r["name"]]), f"{r['accuracy']:.3f}"]
+            for r in done
+        ]
+        parts.append(_markdown(["run", "encoder learns with", "crop accuracy"], rows))
+    if done := [results[name] for name in LAYOUTS if name in results]:
+        s = done[0]["settings"]
+        parts.append(
+            f"{s['pictures']} pictures a step, forward and backward, median of {s['rounds']} "
+            f"rounds:"
+        )
+        rows = [
+            [
+                result["name"],
+                side,
+                f"{seconds:.3g}",
+                f"{result['questions_per_second'][side]:.3g}",
+                f"{result['real_tokens'][side]:.0%}",
+            ]
+            for result in done
+            for side, seconds in result["seconds_per_step"].items()
+        ]
+        head = ["run", "layout", "seconds a step", "questions a second", "not padding"]
+        parts.append(_markdown(head, rows))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def _cell(result: dict[str, Any], row: str) -> str:
+    """A score with its interval; a dash where the test scenes had no such question."""
+    if row not in result["scores"]:
+        return "-"
+    low, high = result["intervals"][row]
+    return f"{result['scores'][row]:.3f} ({low:.2f} to {high:.2f})"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

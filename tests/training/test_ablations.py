@@ -1,0 +1,250 @@
+"""Each ablation runs, and takes away what it says and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanomolmo2.data.emoji.vocabulary import build_tokenizer, plural_ids
+from nanomolmo2.evaluation import emoji
+from nanomolmo2.models.attention import sequence_mask
+from nanomolmo2.training import tiny
+from nanomolmo2.training.checkpoint import ABOUT, FILE
+from nanomolmo2.training.loop import LoopConfig
+from scripts import ablate_tiny
+from scripts.ablate_tiny import DECODER, LAYOUTS, NAMES, OPTIMISERS, Options
+
+QUIET = LoopConfig(log_every=1, save_every=1, workers=0, quiet=True)
+SMALL = (
+    *("--presence-steps", "1", "--coarse-steps", "1", "--pictures", "1", "--scenes", "1"),
+    *("--crop-steps", "1", "--crops", "2", "--rounds", "1", "--workers", "0", "--quiet"),
+)
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped behind its scenes stage."""
+    folder = tmp_path_factory.mktemp("vision")
+    tiny.train_tiny(folder, scale="smoke", config=replace(QUIET, stop_after=4))
+    return folder
+
+
+def weights(name: str) -> dict[str, torch.Tensor]:
+    return DECODER[name].learner(0).state_dict()
+
+
+def plans(name: str) -> list[tiny.QuestionPlan]:
+    """Of the presence and the coarse stage."""
+    learner = DECODER[name].learner(0)
+    stages = DECODER[name].stages(learner, Options(Path("unused"), pictures=2))
+    assert [stage.steps for stage in stages] == [100, 100]
+    return [stage.plan for stage in stages if isinstance(stage, tiny.QuestionStage)]
+
+
+# ---- what is different ----
+
+
+def test_the_baseline_is_the_recipe() -> None:
+    expected = tiny.Learner(0).state_dict()
+    for name, value in weights("baseline").items():
+        assert torch.equal(value, expected[name]), name
+    assert plans("baseline") == [tiny.PRESENCE, tiny.COARSE]
+
+
+def test_without_alignment_only_nouns_are_drawn_anew() -> None:
+    table = "model.llm.embed_tokens.weight"
+    before, after = weights("baseline"), weights("alignment")
+    assert all(torch.equal(after[name], before[name]) for name in before if name != table)
+    learner = DECODER["alignment"].learner(0)
+    plurals = plural_ids(build_tokenizer())
+    changed = {*learner.noun_ids, *plurals.values()}
+    for row in range(len(before[table])):
+        assert torch.equal(after[table][row], before[table][row]) == (row not in changed)
+    for category, plural in plurals.items():
+        assert torch.equal(after[table][plural], after[table][learner.noun_ids[category]])
+    new, old = learner.noun_embeddings(), before[table][learner.noun_ids]
+    assert torch.cosine_similarity(new, old).abs().max() < 0.5
+    assert new.std().item() == pytest.approx(old.std().item(), rel=0.1)
+
+
+def test_without_alignment_the_dense_losses_do_not_align_again() -> None:
+    """Coarse trains vision, with nouns as its aim: those of before."""
+    learner = DECODER["alignment"].learner(0)
+    aligned = DECODER["baseline"].learner(0)
+    assert torch.equal(learner.visual_targets(), aligned.visual_targets())
+    assert torch.equal(aligned.visual_targets(), aligned.noun_embeddings())
+
+
+def test_without_presence_first_coarse_questions_are_asked_from_the_start() -> None:
+    first, coarse = plans("presence")
+    assert first.mix == tiny.COARSE.mix
+    assert first == replace(tiny.PRESENCE, mix=first.mix)  # as many steps, the same pictures
+    assert coarse == tiny.COARSE
+
+
+def test_few_branches() -> None:
+    first, coarse = plans("branches")
+    assert (first.mix.presence, tiny.PRESENCE.mix.presence) == (2, 16)
+    assert first.mix == replace(tiny.PRESENCE.mix, presence=2)
+    assert coarse == tiny.COARSE
+
+
+def test_snapping() -> None:
+    first, coarse = plans("snapping")
+    assert (coarse.snap, tiny.COARSE.snap) == (1, 50)
+    assert (first, coarse) == (tiny.PRESENCE, replace(tiny.COARSE, snap=1))
+
+
+def test_without_matcher_only_queries_differ() -> None:
+    before, after = weights("baseline"), weights("matcher")
+    for name, value in before.items():
+        assert torch.equal(after[name], value) == ("llm" not in name or "q_proj" not in name), name
+
+
+def test_the_mask_is_causal_over_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A visual token is not changed by those behind it, and in the recipe it is."""
+    seen = {}
+
+    def keep(length, **values):
+        seen["image"] = values["image_tokens"]
+        return sequence_mask(length, **values)
+
+    monkeypatch.setattr("nanomolmo2.models.nanomolmo2.sequence_mask", keep)
+    for name, whole in (("baseline", True), ("mask", False)):
+        learner = DECODER[name].learner(0)
+        assert learner.model.config.bidirectional_image_attention == whole
+        stage = DECODER[name].stages(learner, Options(Path("unused"), pictures=1))[0]
+        stage.loss(stage.batch(0))
+        assert (seen["image"] is not None) == whole
+    assert tiny.CONFIG.bidirectional_image_attention
+
+
+def test_the_optimisers() -> None:
+    learner = tiny.Learner(0)
+    for name, rates in OPTIMISERS.items():
+        stage = ablate_tiny.crop_stage(name, learner, Options(Path("unused")))
+        assert set(stage.optimizers().parts) == ({"adamw", "muon"} if name == "muon" else {"adamw"})
+        assert (rates.lr, rates.matrix_lr) == (
+            (2e-3, 0.02) if name == "muon" else (float(name.removeprefix("adamw-")), 0)
+        )
+
+
+def test_the_layouts_ask_the_same() -> None:
+    learner, options = tiny.Learner(0), Options(Path("unused"), pictures=2)
+    trees = LAYOUTS["trees"](learner, options)
+    tree, rows = trees.sides.values()
+    assert sum(len(b.input_ids) for b in tree) == 2
+    assert sum(len(b.input_ids) for b in rows) == trees.questions > 10
+    packing = LAYOUTS["packing"](learner, options)
+    padded, packed = packing.sides.values()
+    assert packing.steps == len(padded) == len(tiny.FINE.kinds)
+    for one, other in ((tree, rows), (padded, packed)):
+        labels = [
+            sorted(i for b in side for i in b.labels[b.labels >= 0].tolist())
+            for side in (one, other)
+        ]
+        assert labels[0] == labels[1]
+    assert max(b.input_ids.shape[1] for b in packed) <= ablate_tiny.ROW_TOKENS
+
+
+def test_layouts_with_another_loss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(learner: tiny.Learner, options: Options) -> ablate_tiny.Layouts:
+        stage = tiny.QuestionStage(learner, 0, 2, tiny.PRESENCE, batch_size=1)
+        sides = {str(step): [stage.batch(step)[0]] for step in range(2)}
+        return ablate_tiny.Layouts(sides, 1, 16)
+
+    monkeypatch.setitem(LAYOUTS, "trees", wrong)
+    with pytest.raises(ValueError, match="the sides do not learn the same"):
+        ablate_tiny.run_cost("trees", Options(Path("unused"), rounds=1), Path("unused"))
+
+
+# ---- the script ----
+
+
+@pytest.mark.slow
+def test_all_runs(vision: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """One step of each; lines and logs stay, and what is done is not done again."""
+    monkeypatch.setattr(emoji, "DEFAULT_MAX_NEW_TOKENS", 4)  # untrained, it never ends by itself
+    monkeypatch.setattr(tiny, "FINE", replace(tiny.FINE, kinds="cs"))  # fewer to time
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table -->\n<!-- end of table -->\n")
+    out = tmp_path / "out"
+    command = ["--vision", str(vision), "--out", str(out), "--page", str(page), *SMALL]
+    assert ablate_tiny.main(command) == 0, capsys.readouterr().err
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == list(NAMES)
+    for name in (*DECODER, *OPTIMISERS):
+        assert (out / name / "log.jsonl").exists()
+        assert not (out / name / "checkpoints").exists()
+    for line in lines:
+        if line["name"] in DECODER:
+            assert {"presence", "blind"} <= set(line["scores"])
+            assert len(line["settings"]["vision"]) == 64
+    text = page.read_text()
+    assert all(f"| {name} |" in text for name in NAMES)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("a finished run began again")
+
+    monkeypatch.setattr(ablate_tiny, "run", fail)
+    monkeypatch.setattr(ablate_tiny, "take_turns", fail)
+    assert ablate_tiny.main(command) == 0
+    assert ablate_tiny.main([*command, "--seed", "1"]) == 1
+    assert "give the same options, or another --out" in capsys.readouterr().err
+
+
+def test_a_stopped_run_goes_on(vision: Path, tmp_path: Path, monkeypatch) -> None:
+    done = []
+
+    def scores(model, processor, **_):
+        done.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        raise KeyboardInterrupt if len(done) == 1 else ValueError
+
+    monkeypatch.setattr(ablate_tiny, "evaluate", scores)
+    command = ["--vision", str(vision), "--out", str(tmp_path), "--only", "baseline", *SMALL]
+    with pytest.raises(KeyboardInterrupt):
+        ablate_tiny.main(command)
+    log = (tmp_path / "baseline" / "log.jsonl").read_bytes()
+    assert not (tmp_path / "results.jsonl").exists()
+    assert ablate_tiny.main(command) == 1
+    assert torch.equal(*done)  # read from the checkpoint
+    assert (tmp_path / "baseline" / "log.jsonl").read_bytes() == log
+
+
+def test_runs_start_with_the_vision_of_the_checkpoint(vision: Path) -> None:
+    checkpoint = ablate_tiny.find_vision(vision)
+    assert json.loads((checkpoint / ABOUT).read_text())["stage"] == 1
+    assert ablate_tiny.find_vision(checkpoint) == checkpoint
+    stored = torch.load(checkpoint / FILE, weights_only=True)["weights"]
+    fresh = tiny.Learner(0).state_dict()
+    for ablation in DECODER.values():
+        learner = ablation.learner(0)
+        decoder = {n: p.clone() for n, p in learner.state_dict().items() if "model.llm." in n}
+        ablate_tiny.load_vision(learner, checkpoint)
+        for name, value in learner.state_dict().items():
+            assert torch.equal(value, decoder.get(name, stored[name])), name
+    changed = "model.vision_encoder.patch_embedding.weight"
+    assert not torch.equal(stored[changed], fresh[changed])
+
+
+def test_wrong_vision_is_refused(vision: Path, tmp_path: Path, capsys) -> None:
+    checkpoint = ablate_tiny.find_vision(vision)
+    with pytest.raises(ValueError, match="--seed that it was trained with"):
+        ablate_tiny.load_vision(tiny.Learner(1), checkpoint)
+    with pytest.raises(ValueError, match="no checkpoint of the scenes or the presence stage"):
+        ablate_tiny.find_vision(tmp_path)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    with open(damaged / FILE, "ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(ValueError, match="is not as it was written"):
+        ablate_tiny.find_vision(damaged)
+    assert ablate_tiny.main(["--out", str(tmp_path / "o"), "--only", "baseline"]) == 1
+    assert "give --vision" in capsys.readouterr().err
+    assert ablate_tiny.main(["--out", str(tmp_path / "o"), "--only", "sleep"]) == 1
+    assert "no run 'sleep': choose from baseline, alignment" in capsys.readouterr().err
