@@ -41,6 +41,7 @@ from nanomolmo2.data.emoji.vocabulary import (
     noun_ids,
     plural_ids,
 )
+from nanomolmo2.data.example import Branch
 from nanomolmo2.models import NanoMolmo2, NanoMolmo2Config, preset
 from nanomolmo2.models.language_model import Attention
 from nanomolmo2.processor.collate import collate
@@ -63,6 +64,8 @@ CROP_RATES = OptimConfig(lr=2e-3, matrix_lr=0.02)  # of the encoder
 # The vendors twice: they are drawn twice as often as a style of the other groups.
 STYLES = tuple(s for group in ("seen", "seen", "extra", "inked") for s in STYLE_GROUPS[group])
 SCENES = SceneConfig(styles=STYLES)
+ROW_FRAME, BRANCH_FRAME = 4, 3  # most tokens around the pictures, and around a branch
+ROW_LENGTH = 384  # tokens of a scene and its questions: what goes beyond is left out
 UNKNOWN_EVERY = 10  # steps that ask for things without emoji
 MAX_FRAMES = 16  # of a video; longer ones are thinned out
 
@@ -267,8 +270,22 @@ class QuestionStage(Stage):
         encoded = []
         for scene in scenes:
             branches = make_branches(scene, rng, mix, plan.snap)
+            branches = self._fitting([branches[i] for i in rng.permutation(len(branches))])
             encoded.append(processor.encode_tree([scene.image], [b.messages for b in branches]))
         return encoded, scenes
+
+    def _fitting(self, branches: list[Branch]) -> list[Branch]:
+        """The first branches that fit into a row: without, a quarter of a step is padding."""
+        tokenizer = self.learner.processor.tokenizer
+        room = ROW_LENGTH - CONFIG.num_visual_tokens - ROW_FRAME
+        fitting: list[Branch] = []
+        for branch in branches:
+            texts = [str(message["content"]) for message in branch.messages]
+            room -= sum(len(tokenizer.encode_text(text)) for text in texts) + BRANCH_FRAME
+            if room < 0:
+                break
+            fitting.append(branch)
+        return fitting
 
     def _pairs(self, step: int) -> tuple[list[Encoded], list[Scene]]:
         """Half as many pairs as a step has pictures."""
@@ -406,7 +423,7 @@ class Scale:
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(crops=1000, scenes=1600, presence=250, coarse=400, fine=800, relations=300),
+    "full": Scale(crops=1000, scenes=1600, presence=250, coarse=400, fine=2000, relations=500),
     "small": Scale(crops=300, scenes=300, presence=120, coarse=100, fine=80, relations=0),
     "smoke": Scale(crops=2, scenes=2, presence=2, coarse=2, fine=2, relations=2, batch_size=4),
 }

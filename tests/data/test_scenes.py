@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nanomolmo2.data.emoji import scenes
-from nanomolmo2.data.emoji.scenes import SceneConfig, render_crop, render_scene, train_rng
+from nanomolmo2.data.emoji.backgrounds import draw_clutter, draw_photo
+from nanomolmo2.data.emoji.scenes import (
+    SETTINGS,
+    TEST_GROUPS,
+    SceneConfig,
+    render_crop,
+    render_scene,
+    setting,
+    train_rng,
+)
 from nanomolmo2.data.emoji.sprites import CATEGORIES, STYLE_GROUPS, Sprites
+
+# Of the first version's scenes, as `digest` makes them.
+TEST_DIGESTS = {
+    "seen": "9ba1fce0a68704b7",
+    "mild": "472e68a04811ccce",
+    "openmoji": "1353c43907681647",
+}
+TRAIN_DIGEST = "d6b0dde2f0d8bc88"
+FULL_DIGEST = "6f14a1f7cc62bfb3"
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +134,13 @@ def test_drawings_are_mirrored_half_of_the_time_and_turned_whole(sprites):
     upright = np.asarray(sprites.images[guitar, "noto"][0])[..., 3] / 255
     mirrored = 0
     for _ in range(40):
-        drawn = scenes._Drawing.of(rng, sprites, guitar, "noto", 94, 0).alpha[..., 0]
+        drawn = scenes.Drawing.of(rng, sprites, guitar, "noto", 94, 0).alpha[..., 0]
         distances = [np.abs(drawn - a).mean() for a in (upright, upright[:, ::-1])]
         assert min(distances) < 0.02 < 0.2 < max(distances)
         mirrored += int(np.argmin(distances))
     assert 10 <= mirrored <= 30
     for _ in range(40):  # turning cuts nothing off
-        turned = scenes._Drawing.of(rng, sprites, guitar, "noto", 94, 15).alpha
+        turned = scenes.Drawing.of(rng, sprites, guitar, "noto", 94, 15).alpha
         assert turned.sum() == pytest.approx(upright.sum(), rel=0.02)
 
 
@@ -138,7 +159,7 @@ def test_a_full_picture_still_holds_all_its_objects(sprites):
     assert all(len(render_scene(rng, sprites, config).objects) == 8 for _ in range(30))
 
 
-@pytest.mark.parametrize("group", STYLE_GROUPS)
+@pytest.mark.parametrize("group", TEST_GROUPS)
 def test_test_scenes_use_the_styles_of_their_group_only(sprites, group):
     found = {
         o.style for i in range(60) for o in scenes.test_scene(i, group, sprites=sprites).objects
@@ -174,9 +195,152 @@ def test_test_scenes_take_sizes_and_counts_from_a_config(sprites):
     assert {o.style for o in scene.objects} == {"twemoji"}
 
 
-def test_an_unknown_group_is_named():
-    with pytest.raises(ValueError, match=r"'far'.*seen, mild, openmoji"):
-        scenes.test_scene(0, "far")
+@pytest.mark.parametrize("group", ["far", "extra", "inked"])
+def test_only_test_groups_have_test_scenes(group):
+    with pytest.raises(ValueError, match=rf"'{group}'.*seen, mild, openmoji"):
+        scenes.test_scene(0, group)
+
+
+def digest(drawn: Iterable[scenes.Scene]) -> str:
+    found = hashlib.sha256()
+    for scene in drawn:
+        found.update(scene.image.tobytes() + scene.instance_map.tobytes())
+        found.update(repr([(o.category, o.style, o.box, o.center) for o in scene.objects]).encode())
+    return found.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("group", TEST_GROUPS)
+def test_the_published_test_scenes_never_change(sprites, group):
+    """Digests of the first version's pictures; scores are only comparable on the same ones."""
+    drawn = (scenes.test_scene(i, group, sprites=sprites) for i in range(40))
+    assert digest(drawn) == TEST_DIGESTS[group]
+
+
+def test_training_scenes_never_change(sprites):
+    rng = train_rng(0)
+    assert digest(render_scene(rng, sprites) for _ in range(60)) == TRAIN_DIGEST
+    full = SceneConfig(min_objects=8, max_objects=8, min_px=30, max_px=90)
+    drawn = (render_scene(train_rng(1, i), sprites, full) for i in range(15))
+    assert digest(drawn) == FULL_DIGEST
+
+
+# ---- harder settings ----
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_draw_what_they_say(sprites, name):
+    config = setting(name)
+    drawn = [render_scene(train_rng(2, i), sprites, config) for i in range(12)]
+    counts = [len(scene.objects) for scene in drawn]
+    assert config.min_objects <= min(counts) <= max(counts) <= config.max_objects
+    assert max(counts) >= config.max_objects / 2
+    for scene in drawn:
+        assert scene.image.shape == (config.size, config.size, 3)
+        assert scene.image.dtype == np.uint8 and scene.image.flags.writeable
+        assert set(np.unique(scene.instance_map)) - {-1} == set(range(len(scene.objects)))
+    again = render_scene(train_rng(2, 0), sprites, config)
+    assert digest([again]) == digest(drawn[:1])
+
+
+def test_crowded_scenes_hold_up_to_twenty(sprites):
+    rng = train_rng(6)
+    drawn = [render_scene(rng, sprites, setting("crowded")) for _ in range(120)]
+    assert {len(scene.objects) for scene in drawn} == set(range(7, 21))
+    assert max(max(Counter(o.category for o in s.objects).values()) for s in drawn) > 9
+
+
+def test_occluded_objects_stay_in_view_and_have_boxes_of_what_is_seen(sprites, monkeypatch):
+    config, rng = setting("occluded"), train_rng(7)
+    pixels: list[int] = []  # of the drawings of a scene, covered ones too
+    paste = scenes.Drawing.paste
+
+    def spy(self, canvas, place, instance_map, number):
+        del pixels[number:]
+        pixels.append(int(self.visible.sum()))
+        paste(self, canvas, place, instance_map, number)
+
+    monkeypatch.setattr(scenes.Drawing, "paste", spy)
+    shares = []
+    for _ in range(60):
+        scene = render_scene(rng, sprites, config)
+        for i, o in enumerate(scene.objects):
+            mask = scene.instance_map == i
+            assert o.box == scenes.box_of(mask)
+            assert o.center == ((o.box[0] + o.box[2]) / 2, (o.box[1] + o.box[3]) / 2)
+            shares.append(mask.sum() / pixels[i])
+    assert min(shares) >= config.min_visible
+    assert min(shares) < 0.6 and np.mean(np.array(shares) < 0.95) > 0.1  # many are covered
+
+
+def test_clutter_lies_behind(sprites):
+    """With and without it the same things lie in the same places."""
+    config = SceneConfig(clutter=24)
+    changed = []
+    for seed in range(10):
+        rng, plain = train_rng(8, seed), train_rng(8, seed)
+        chosen = scenes.choose_objects(rng, sprites, config)
+        scenes.choose_objects(plain, sprites, SceneConfig())
+        rng.uniform(config.min_px, config.max_px, len(chosen))
+        plain.uniform(config.min_px, config.max_px, len(chosen))
+        before = scenes.draw_background(plain, config.size)
+        canvas = scenes.draw_canvas(rng, config)
+        changed.append((canvas != before).any(-1).mean())
+        scene = render_scene(train_rng(8, seed), sprites, config)
+        free = scene.instance_map < 0
+        kept = (scene.image == canvas).all(-1)
+        assert kept[free].mean() > 0.9  # all but soft edges and see-through parts
+        assert kept[~free].mean() < 0.1
+    assert 0.03 < np.mean(changed) < 0.5
+
+
+def test_no_clutter_changes_nothing():
+    canvas = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    np.testing.assert_array_equal(draw_clutter(train_rng(0), canvas, 0), canvas)
+
+
+def test_photos_are_pieces_of_the_pictures_of_a_folder(tmp_path):
+    """Red grows to the right and green down, so a piece shows where it was cut."""
+    x, y = np.meshgrid(np.linspace(0, 255, 300), np.linspace(0, 255, 200))
+    picture = np.stack([x, y, 0 * x], axis=-1).astype(np.uint8)
+    (tmp_path / "more").mkdir()
+    Image.fromarray(picture).save(tmp_path / "more" / "ramp.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    rng, mirrored, widths = train_rng(9), 0, []
+    for _ in range(40):
+        piece = draw_photo(rng, 64, str(tmp_path)).astype(int)
+        assert piece.shape == (64, 64, 3)
+        rise = piece[:, -1, 0].mean() - piece[:, 0, 0].mean()
+        mirrored += rise < 0
+        widths.append(abs(rise) / 255 * 300)
+        assert piece[-1, :, 1].mean() > piece[0, :, 1].mean()
+    assert 8 <= mirrored <= 32
+    assert 70 < min(widths) < 120 < 160 < max(widths) < 201
+
+
+def test_made_up_photos_differ_and_have_structure_at_every_scale():
+    drawn = [draw_photo(train_rng(10, i), 96).astype(float) for i in range(8)]
+    assert len({picture.tobytes() for picture in drawn}) == 8
+    coarse = [p.reshape(6, 16, 6, 16, 3).mean((1, 3)).std() for p in drawn]
+    fine = [np.abs(np.diff(p, axis=1)).mean() for p in drawn]
+    assert np.median(coarse) > 10 and np.median(fine) > 1
+
+
+def test_folders_without_pictures_are_named(tmp_path):
+    for folder, message in ((tmp_path, "holds no pictures"), (tmp_path / "no", "no folder")):
+        with pytest.raises(ValueError, match=message):
+            draw_photo(train_rng(0), 64, str(folder))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"a\.png"):
+        draw_photo(train_rng(0), 64, str(tmp_path / "broken"))
+
+
+def test_a_setting_takes_another_size_and_unknown_ones_are_named():
+    assert setting("crowded", 384) == replace(SETTINGS["crowded"], size=384)
+    with pytest.raises(ValueError, match=r"'hard'.*easy, crowded"):
+        setting("hard")
+    with pytest.raises(ValueError, match="do not fit"):
+        setting("wide768", 192)
 
 
 def test_crops_show_one_category_at_the_offset_they_say(sprites):
@@ -210,6 +374,13 @@ def test_crops_show_one_category_at_the_offset_they_say(sprites):
         ({"max_objects": 40}, "do not fit"),
         ({"styles": ("comic",)}, "comic.*noto"),
         ({"styles": ()}, "choose from"),
+        ({"size": 768, "max_objects": 128}, "at most 127"),
+        ({"max_overlap": 0.0}, "max_overlap"),
+        ({"min_visible": 1.5}, "min_visible"),
+        ({"max_filling": 0.0}, "max_filling"),
+        ({"clutter": -1}, "clutter"),
+        ({"background": "sea"}, "plain or photo"),
+        ({"photos": "holiday"}, "background='photo'"),
     ],
 )
 def test_configs_that_cannot_work_are_refused(change, message):
@@ -218,5 +389,6 @@ def test_configs_that_cannot_work_are_refused(change, message):
 
 
 def test_configs_go_to_json_and_back():
-    config = SceneConfig(max_objects=3, styles=("noto", "fxemoji"))
-    assert SceneConfig.from_dict(config.to_dict()) == config
+    styled = SceneConfig(max_objects=3, styles=("noto", "fxemoji"))
+    for config in (*SETTINGS.values(), styled):
+        assert SceneConfig.from_dict(config.to_dict()) == config
