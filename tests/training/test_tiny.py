@@ -61,7 +61,56 @@ def test_frozen_vision_gets_no_gradient(plan, learns):
     model = learner.model
     for part in (model.vision_encoder, model.connector):
         assert all((p.grad is not None) == learns for p in part.parameters())
-    assert all(p.grad is not None for p in model.llm.parameters())
+    matcher = ("q_proj", "k_proj", "q_norm", "k_norm")
+    for name, p in model.llm.named_parameters():
+        frozen = plan.first and any(part in name for part in matcher)
+        assert (p.grad is None) == frozen, name
+
+
+def test_the_first_questions_move_no_noun():
+    """Vision is aligned with them, and the first steps of Adam have full size in all directions."""
+    learner = tiny.Learner(0)
+    stage = QuestionStage(learner, 0, 2, tiny.PRESENCE, batch_size=2)
+    stage.begin()
+    nouns, table = learner.noun_embeddings().clone(), learner.model.llm.embed_tokens.weight
+    optimizers = stage.optimizers()
+    before = table.clone()
+    for step in range(2):
+        optimizers.set_rates(step, 2)
+        stage.gradients(stage.batch(step))
+        optimizers.step()
+    assert torch.equal(nouns, learner.noun_embeddings())
+    assert not torch.equal(before, table)
+
+
+def test_words_look_at_pictures_from_the_start():
+    """In the first layer a word's score for a visual token rises by about 2."""
+    learner = tiny.Learner(0)
+    model = learner.model
+    generator = torch.Generator().manual_seed(1)
+    common = torch.randn(256, generator=generator)
+    visual = 0.1 * (common + torch.randn(1, 36, 256, generator=generator))
+    words = torch.tensor([[learner.noun_ids[i] for i in range(20)]])
+
+    def scores():
+        layer = model.llm.layers[0]
+        x = torch.cat([visual, model.llm.embed_tokens(words)], dim=1)
+        x = layer.input_layernorm(x)
+        attention = layer.self_attn
+        q, k = (
+            norm(projection(x).unflatten(-1, (-1, 64)))
+            for projection, norm in (
+                (attention.q_proj, attention.q_norm),
+                (attention.k_proj, attention.k_norm),
+            )
+        )
+        return torch.einsum("bqhd,bkhd->bhqk", q[:, 36:, :2], k[:, :36, :1].expand(-1, -1, 2, -1))
+
+    with torch.no_grad():
+        before = scores().mean() / 8
+        learner.look_at_pictures(visual)
+        after = scores().mean() / 8
+    assert 1 < after - before < 4
 
 
 def test_batches_depend_on_seed_and_step_only():
