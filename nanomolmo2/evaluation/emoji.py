@@ -24,6 +24,7 @@ from nanomolmo2.data.emoji.questions import test_questions as ask_test_questions
 from nanomolmo2.data.emoji.scenes import TEST_GROUPS, Scene
 from nanomolmo2.data.emoji.scenes import test_scene as render_test_scene
 from nanomolmo2.data.emoji.sprites import Sprites
+from nanomolmo2.data.emoji.write import QUESTION_STREAM
 from nanomolmo2.data.example import Branch, Example
 from nanomolmo2.evaluation.intervals import bootstrap_interval
 from nanomolmo2.evaluation.scorers import SCORERS, Shown, score_task
@@ -33,14 +34,13 @@ from nanomolmo2.processor.collate import collate
 from nanomolmo2.processor.points import parse_count
 from nanomolmo2.processor.processor import Encoded, Processor
 
-QUESTION_STREAM = 3  # first word of the questions' seeds; scenes use 1 and 2
-
 PAIR_TASKS = ("more", "difference")
 CLIP_TASKS = ("track", "appears", "video_point")
 SCENE_TASKS = tuple(task for task in SCORERS if task not in PAIR_TASKS + CLIP_TASKS)
 
 # Where an answer is cut off, in tokens; true answers of `tiny` are all shorter.
-MAX_NEW_TOKENS = {"track": 320, "points": 160, "unknown": 16}  # a refusal is known by its beginning
+# Enough for twenty objects; a refusal is known by its beginning.
+MAX_NEW_TOKENS = {"track": 320, "points": 224, "point": 192, "count": 192, "unknown": 16}
 DEFAULT_MAX_NEW_TOKENS = 96
 
 

@@ -186,7 +186,7 @@ def test_a_scene_follows_from_seed_and_number_alone():
 
 
 def test_the_mix_says_what_is_asked():
-    mix = BranchMix(presence=0, count=2, number=0, point=1, caption=0, spatial=0)
+    mix = BranchMix(0, 2, 0, 1, *(0,) * 6)
     scene = SceneConfig(size=96, max_objects=2, min_px=20, max_px=40)
     config = SourceConfig("emoji", emoji=EmojiConfig(length=5, mix=mix, scene=scene))
     example = open_source(config)[0]
@@ -195,7 +195,7 @@ def test_the_mix_says_what_is_asked():
 
 
 def test_a_scene_that_allows_no_question_is_not_left_out_silently():
-    mix = BranchMix(presence=0, count=0, number=0, point=0, caption=0, spatial=0)
+    mix = BranchMix(*(0,) * 10)
     source = open_source(SourceConfig("emoji", emoji=EmojiConfig(mix=mix)))
     with pytest.raises(BadExample, match="no answer: emoji, example 3"):
         source[3]
