@@ -36,7 +36,7 @@ MAX_MEAN_LENGTH = {
     "caption": (8, 11),
     "spatial": (11, 4),
     "size": (12, 3),
-    "at": (12, 4),
+    "at": (13, 4),
     "unknown": (16, 130),
 }
 
