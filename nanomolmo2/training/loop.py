@@ -12,7 +12,8 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class Stage(ABC):
         """The loss of a batch, and metrics to log."""
         raise NotImplementedError
 
-    def batches(self, steps: range, state: Any, workers: int) -> Iterator[tuple[Any, Any]]:
+    def batches(self, steps: range, state: Any, workers: int) -> Generator[tuple[Any, Any]]:
         """The data of some steps, each with the state that leads on behind it.
 
         Args:
@@ -213,11 +214,17 @@ class _Run:
         if found is not None:
             self.checkpoints.restore(found, self.learner, optimizers)
         end = int(min(stage.steps, position.step + last - position.done))
-        batches = stage.batches(range(position.step, end), position.data, config.workers)
         self.learner.train()
         self.log.start_clock()
         stopping = False
-        with self.log.progress(stage.name, stage.steps, position.step) as bar:
+        # Closed by hand: workers that an error in flight still refers to would outlive the loop,
+        # and do not hear the signals by which Python ends its children.
+        with (
+            closing(
+                stage.batches(range(position.step, end), position.data, config.workers)
+            ) as batches,
+            self.log.progress(stage.name, stage.steps, position.step) as bar,
+        ):
             while position.step < end and not stopping:
                 started = time.monotonic()
                 try:

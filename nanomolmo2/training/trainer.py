@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,7 +278,7 @@ class RecipeStage(Stage):
     def components(self) -> Mapping[str, tuple[nn.Module | Selection, OptimConfig]]:
         return components(self.model, self.recipe.train, self.recipe.optimisers)
 
-    def batches(self, steps: range, state: Any, workers: int) -> Iterator[tuple[Any, Any]]:
+    def batches(self, steps: range, state: Any, workers: int) -> Generator[tuple[Any, Any]]:
         self.loader.workers = 1 if workers else 0
         if state is not None:
             self.loader.load_state_dict(state)

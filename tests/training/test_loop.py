@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +169,23 @@ def test_a_signal_ends_the_run_behind_its_step(tmp_path, number, code):
     _, whole = train(tmp_path / "whole")
     assert same(whole, resumed)
     assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+def test_a_stopped_process_ends_though_nobody_catches_it(tmp_path):
+    """The error on its way out refers to the loop's variables, the workers among them."""
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from tests.training.test_loop import Toy, ToyStage, run, LoopConfig\n"
+        "toy = Toy()\n"
+        "stop = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None\n"
+        "stages = [ToyStage(toy, 'one', 1000, stop)]\n"
+        "run(toy, stages, Path(sys.argv[1]), LoopConfig(workers=1, quiet=True))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "Stopped: stopped by a signal; all 3 steps" in done.stderr
 
 
 def test_the_newest_checkpoints_stay_and_the_best(tmp_path):
