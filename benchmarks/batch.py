@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-
 import torch
 
 from benchmarks.decode import our_steps
-from benchmarks.harness import Row, Sizes, in_mode, language_model, main, take_turns
+from benchmarks.harness import Row, Sizes, gain, in_mode, language_model, main, take_turns
 
 ROWS = 4
 TARGETS = {"float32": None, "fp16-weights": 3.0, "int8": 3.0}
@@ -22,20 +20,19 @@ def measure(sizes: Sizes) -> list[Row]:
         room = sizes.steps + 8
         sides = {"one": our_steps(model, ids[:1], room), "four": our_steps(model, ids, room)}
         times = take_turns(sides, sizes.steps)
-        gains = [ROWS * a / b for a, b in zip(times["one"], times["four"], strict=True)]
-        row = Row(
-            name=f"decode of {ROWS} rows at {sizes.prompt} tokens, {mode}",
-            ours=ROWS / statistics.median(times["four"]),
-            unit="tokens/s",
-            peer_name="ours, one row",
-            peer=1 / statistics.median(times["one"]),
-            ratio=statistics.median(gains),
-            low=min(gains),
-            high=max(gains),
-            target=target,
-            at_least=True,
+        rates = {"one": [1 / s for s in times["one"]], "four": [ROWS / s for s in times["four"]]}
+        name = f"decode of {ROWS} rows at {sizes.prompt} tokens, {mode}"
+        rows.append(
+            gain(
+                name,
+                rates,
+                "four",
+                "one",
+                target=target,
+                unit="tokens/s",
+                peer_name="ours, one row",
+            )
         )
-        rows.append(row)
     return rows
 
 

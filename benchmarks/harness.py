@@ -156,6 +156,32 @@ def compare(
     )
 
 
+def gain(
+    name: str,
+    rates: Mapping[str, Sequence[float]],
+    ours: str,
+    peer: str,
+    *,
+    unit: str,
+    peer_name: str,
+    target: float | None,
+) -> Row:
+    """A row of amounts a second, of every side in every round: the greater, the better."""
+    gains = [a / b for a, b in zip(rates[ours], rates[peer], strict=True)]
+    return Row(
+        name=name,
+        ours=statistics.median(rates[ours]),
+        unit=unit,
+        peer_name=peer_name,
+        peer=statistics.median(rates[peer]),
+        ratio=statistics.median(gains),
+        low=min(gains),
+        high=max(gains),
+        target=target,
+        at_least=True,
+    )
+
+
 class Missing(Exception):
     """A peer is not installed: the message says how to get it. The other benchmarks go on."""
 

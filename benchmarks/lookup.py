@@ -8,7 +8,6 @@ a draft is accepted exactly where it agrees with that text. `tiny` writes its ow
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,7 +17,7 @@ import torch
 from tokenizers import decoders, models
 from torch import Tensor
 
-from benchmarks.harness import Row, Sizes, Times, in_mode, language_model, main, take_turns
+from benchmarks.harness import Row, Sizes, Times, gain, in_mode, language_model, main, take_turns
 from nanomolmo2.data.emoji.questions import test_questions as ask_test_questions
 from nanomolmo2.data.emoji.scenes import test_scene as render_test_scene
 from nanomolmo2.data.emoji.sprites import Sprites
@@ -74,7 +73,9 @@ def scripted(sizes: Sizes, llm: LanguageModel, mode: str) -> list[Row]:
     times = take_turns({name: side(name, 1 + i) for i, name in enumerate(SIDES)}, sizes.rounds)
     counted = {name: numbers[1:] for name, numbers in tokens.items()}
     return [
-        gain(f"pointing answers at {sizes.prompt} tokens, {mode}, {name}", counted, times, name)
+        beside_plain(
+            f"pointing answers at {sizes.prompt} tokens, {mode}, {name}", counted, times, name
+        )
         for name in list(SIDES)[1:]
     ]
 
@@ -179,7 +180,7 @@ def tiny(sizes: Sizes) -> Row:
     times = take_turns({name: side(name) for name in names}, rounds)
     assert texts[names[0]] == texts[names[1]], "lookup changed an answer"
     counted = {name: numbers[1:] for name, numbers in tokens.items()}
-    return gain("pointing answers of tiny", counted, times, names[1])
+    return beside_plain("pointing answers of tiny", counted, times, names[1])
 
 
 def question(number: int, sprites: Sprites) -> tuple[np.ndarray, str]:
@@ -189,24 +190,14 @@ def question(number: int, sprites: Sprites) -> tuple[np.ndarray, str]:
     return scene.image, next(b.messages[0]["content"] for b in branches if b.task == "point")
 
 
-def gain(name: str, tokens: dict[str, list[int]], times: Times, side: str) -> Row:
+def beside_plain(name: str, tokens: dict[str, list[int]], times: Times, side: str) -> Row:
     """Tokens a second of a side over those without lookup, round by round."""
-    plain, ours = (
-        [n / s for n, s in zip(tokens[side], times[side], strict=True)] for side in ("plain", side)
-    )
-    gains = [b / a for a, b in zip(plain, ours, strict=True)]
-    return Row(
-        name=name,
-        ours=statistics.median(ours),
-        unit="tokens/s",
-        peer_name="ours, plain",
-        peer=statistics.median(plain),
-        ratio=statistics.median(gains),
-        low=min(gains),
-        high=max(gains),
-        target=None if side == "lookup" else TARGET,
-        at_least=True,
-    )
+    rates = {
+        one: [n / s for n, s in zip(tokens[one], times[one], strict=True)]
+        for one in ("plain", side)
+    }
+    target = None if side == "lookup" else TARGET
+    return gain(name, rates, side, "plain", target=target, unit="tokens/s", peer_name="ours, plain")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ question and pads the rows of a batch to the longest.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.harness import Row, Sizes, main, take_turns
+from benchmarks.harness import Row, Sizes, gain, main, take_turns
 from nanomolmo2.batch import Batch
 from nanomolmo2.convert.pretrained import load
 from nanomolmo2.data.emoji.source import EmojiConfig, EmojiScenes
@@ -64,19 +63,17 @@ def measure(sizes: Sizes) -> list[Row]:
     sides = {"trees": learn(model, batches(packed, 2))}
     sides["single"] = learn(model, batches(single, QUESTIONS_A_BATCH))
     times = take_turns(sides, sizes.rounds)
-    gains = [b / a for a, b in zip(times["trees"], times["single"], strict=True)]
+    rates = {side: [pictures / s for s in seconds] for side, seconds in times.items()}
+    name = "training of tiny, packed message trees"
     return [
-        Row(
-            name="training of tiny, packed message trees",
-            ours=pictures / statistics.median(times["trees"]),
+        gain(
+            name,
+            rates,
+            "trees",
+            "single",
+            target=3.0,
             unit="pictures/s",
             peer_name="ours, a row a question",
-            peer=pictures / statistics.median(times["single"]),
-            ratio=statistics.median(gains),
-            low=min(gains),
-            high=max(gains),
-            target=3.0,
-            at_least=True,
         )
     ]
 

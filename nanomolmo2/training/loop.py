@@ -214,17 +214,13 @@ class _Run:
         if found is not None:
             self.checkpoints.restore(found, self.learner, optimizers)
         end = int(min(stage.steps, position.step + last - position.done))
+        batches = stage.batches(range(position.step, end), position.data, config.workers)
         self.learner.train()
         self.log.start_clock()
         stopping = False
         # Closed by hand: workers that an error in flight still refers to would outlive the loop,
         # and do not hear the signals by which Python ends its children.
-        with (
-            closing(
-                stage.batches(range(position.step, end), position.data, config.workers)
-            ) as batches,
-            self.log.progress(stage.name, stage.steps, position.step) as bar,
-        ):
+        with closing(batches), self.log.progress(stage.name, stage.steps, position.step) as bar:
             while position.step < end and not stopping:
                 started = time.monotonic()
                 try:
