@@ -475,7 +475,7 @@ class Scale:
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(crops=2500, scenes=3000, presence=250, coarse=400, fine=1000, relations=400),
+    "full": Scale(crops=2500, scenes=1800, presence=300, coarse=300, fine=650, relations=250),
     "small": Scale(crops=300, scenes=300, presence=120, coarse=100, fine=80, relations=0),
     "smoke": Scale(crops=2, scenes=2, presence=2, coarse=2, fine=2, relations=2, batch_size=4),
 }
