@@ -3,6 +3,8 @@
 Stages, in the order in which each makes the next one easy:
 
     crops     vision encoder: name the emoji of a small crop
+    varied    the same with drawings stretched, sheared and recoloured, as in all that follows:
+              what is known by heart gives way to what other artists draw alike
     scenes    + connector: every visual token points along the embedding of the noun centred in its
               cell, and holds size and position of the object
     presence  decoder on frozen vision: many short yes/no questions a picture teach it to look for
@@ -63,7 +65,9 @@ CROP_SIZE = 64
 CROP_RATES = OptimConfig(lr=2e-3, matrix_lr=0.02)  # of the encoder
 # The vendors twice: they are drawn twice as often as a style of the other groups.
 STYLES = tuple(s for group in ("seen", "seen", "extra", "inked") for s in STYLE_GROUPS[group])
-SCENES = SceneConfig(styles=STYLES)
+PLAIN = SceneConfig(styles=STYLES)
+SCENES = replace(PLAIN, variation=3.0)
+VARIED_RATES = OptimConfig(lr=1e-3, matrix_lr=0.01, warmup_steps=20, final_ratio=0.02)
 ROW_FRAME, BRANCH_FRAME = 4, 3  # most tokens around the pictures, and around a branch
 ROW_LENGTH = 384  # tokens of a scene and its questions: what goes beyond is left out
 UNKNOWN_EVERY = 10  # steps that ask for things without emoji
@@ -184,8 +188,6 @@ def normalise(images: np.ndarray) -> Tensor:
 class CropStage(Stage):
     """Name the emoji of a crop."""
 
-    name = "crops"
-
     def __init__(
         self,
         learner: Learner,
@@ -193,13 +195,15 @@ class CropStage(Stage):
         steps: int,
         batch_size: int = 128,
         rates: OptimConfig = CROP_RATES,
+        varied: bool = False,
     ) -> None:
         self.learner, self.seed, self.steps, self.batch_size = learner, seed, steps, batch_size
-        self.rates = rates
+        self.rates, self.name, self.stream = rates, *(("varied", 6) if varied else ("crops", 0))
+        self.scene = SCENES if varied else PLAIN
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        rng, sprites = train_rng(self.seed, 0, step), Sprites.load()
-        crops = [render_crop(rng, sprites, SCENES, CROP_SIZE) for _ in range(self.batch_size)]
+        rng, sprites = train_rng(self.seed, self.stream, step), Sprites.load()
+        crops = [render_crop(rng, sprites, self.scene, CROP_SIZE) for _ in range(self.batch_size)]
         images = normalise(np.stack([image for image, _, _ in crops]))
         return images, torch.tensor([category for _, category, _ in crops])
 
@@ -342,7 +346,7 @@ class QuestionStage(Stage):
     def _clips(self, step: int) -> tuple[list[Encoded], list[Scene]]:
         """Videos of as many frames, together, as a step has pictures."""
         processor = self.learner.processor
-        scene = SceneConfig(styles=STYLES, min_px=36, max_px=64)
+        scene = replace(SCENES, min_px=36, max_px=64)
         long = step // len(self.plan.kinds) % 2
         config = ClipConfig(scene, max_frames=MAX_FRAMES if long else 8)
         rng, sprites = train_rng(self.seed, 300 + self.plan.stream, step), Sprites.load()
@@ -466,6 +470,7 @@ class Scale:
     """Steps of each stage, and pictures a step (four times as many crops)."""
 
     crops: int
+    varied: int
     scenes: int
     presence: int
     coarse: int
@@ -475,9 +480,9 @@ class Scale:
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(crops=2500, scenes=1800, presence=300, coarse=300, fine=650, relations=250),
-    "small": Scale(crops=300, scenes=300, presence=120, coarse=100, fine=80, relations=0),
-    "smoke": Scale(crops=2, scenes=2, presence=2, coarse=2, fine=2, relations=2, batch_size=4),
+    "full": Scale(2500, 1500, scenes=1500, presence=300, coarse=300, fine=700, relations=250),
+    "small": Scale(400, 0, scenes=300, presence=150, coarse=110, fine=0, relations=0),
+    "smoke": Scale(2, 2, scenes=2, presence=2, coarse=2, fine=2, relations=2, batch_size=4),
 }
 
 Evaluate = Callable[[NanoMolmo2, Processor], dict[str, float]]
@@ -492,6 +497,7 @@ def tiny_stages(
     sizes = SCALES[scale]
     stages: list[Stage] = [
         CropStage(learner, seed, sizes.crops, 4 * sizes.batch_size),
+        CropStage(learner, seed, sizes.varied, 4 * sizes.batch_size, VARIED_RATES, varied=True),
         SceneStage(learner, seed, sizes.scenes, sizes.batch_size),
     ]
     for plan in (PRESENCE, COARSE, FINE, RELATIONS):

@@ -42,6 +42,8 @@ class SceneConfig(Config):
         repeats: share of the scenes of two or more objects in which a category occurs more than
             once.
         max_degrees: largest rotation to either side.
+        variation: how far the colours of a drawing are moved, in parts of a usual small change;
+            above 1, it is stretched and sheared as well, so that shapes must be learned.
         max_overlap: shared part of two boxes, of the smaller one, stays below this, up to 1.
         min_visible: share of an object's pixels, 0 to 1, that must stay in view. Above 0, boxes are
             those of the pixels in view; at 0 they reach under a covering corner.
@@ -60,6 +62,7 @@ class SceneConfig(Config):
     mixed_styles: float = 0.5
     repeats: float = 0.47
     max_degrees: float = 15
+    variation: float = 1.0
     max_overlap: float = 0.1
     min_visible: float = 0.0
     max_filling: float = 0.5
@@ -90,6 +93,7 @@ class SceneConfig(Config):
         if not self.styles or not set(self.styles) <= set(known):
             raise ValueError(f"styles are {self.styles}; choose from {', '.join(known)}")
         for name, low, value, high in (
+            ("variation", 0, self.variation, 10),
             ("max_overlap", 0.02, self.max_overlap, 1),  # with none, full pictures find no room
             ("min_visible", 0, self.min_visible, 1),
             ("max_filling", 0.1, self.max_filling, 4),
@@ -193,7 +197,7 @@ def draw_scene(
         zip(chosen, sorted(map(float, sizes), reverse=True), strict=True)
     ):
         for _ in range(NUM_TRIES):
-            drawing = Drawing.of(rng, sprites, category, style, size, config.max_degrees)
+            drawing = Drawing.of(rng, sprites, category, style, size, config)
             needed = config.min_visible * pixels
             places = find_places(rng, drawing.visible_size, config.size, boxes, config.max_overlap)
             free = (p for p in places if _leaves(instance_map, needed, drawing, p))
@@ -230,7 +234,7 @@ def render_crop(
     (category, style), *_ = choose_objects(rng, sprites, config, count=1)
     canvas = draw_background(rng, size)
     px = float(rng.uniform(config.min_px, config.max_px))
-    drawing = Drawing.of(rng, sprites, category, style, px, config.max_degrees)
+    drawing = Drawing.of(rng, sprites, category, style, px, config)
     width, height = drawing.visible_size
     reach = size / 5
     left = round((size - width) / 2 + rng.uniform(-reach, reach))
@@ -338,10 +342,10 @@ class Drawing:
         category: int,
         style: str,
         px: float,
-        max_degrees: float,
+        config: SceneConfig,
     ) -> Drawing:
-        """Vary a sprite; its longer side is ``px`` before it is turned."""
-        angle = math.radians(rng.uniform(-max_degrees, max_degrees))
+        """Vary a sprite; its longer side is ``px`` before it is turned (and stretched)."""
+        angle = math.radians(rng.uniform(-config.max_degrees, config.max_degrees))
         mirror = 1 if rng.random() < 0.5 else -1
         level = max(i for i, side in enumerate(LEVELS_PX) if side >= px or i == 0)
         source = sprites.images[category, style][level]
@@ -350,6 +354,8 @@ class Drawing:
         cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
         # PIL wants the way back: the source position of each drawn pixel, around both centres.
         a, b, d, e = mirror * cos, mirror * sin, -sin, cos
+        if config.variation > 1:
+            (a, b), (d, e) = _stretch(rng, config.variation) @ ((a, b), (d, e))
         half = source.width / 2
         matrix = (a, b, half - (a + b) * side / 2, d, e, half - (d + e) * side / 2)
         turned = source.transform(
@@ -360,7 +366,7 @@ class Drawing:
         columns, rows = np.flatnonzero(visible.any(0)), np.flatnonzero(visible.any(1))
         left, top = int(columns[0]), int(rows[0])
         return cls(
-            rgb=rgba.astype(np.float32) @ _recolouring(rng),
+            rgb=rgba.astype(np.float32) @ _recolouring(rng, config.variation),
             alpha=rgba[..., 3:].astype(np.float32) / 255,
             visible=visible,
             offset=(left, top),
@@ -398,13 +404,24 @@ class Drawing:
         return np.s_[y0:y1, x0:x1], np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
 
 
-def _recolouring(rng: np.random.Generator) -> np.ndarray:
-    """A random small change of hue, saturation, contrast and brightness: float32 (4, 3).
+def _stretch(rng: np.random.Generator, variation: float) -> np.ndarray:
+    """A random change of shape, (2, 2): nothing gets larger, so a drawing stays in its square."""
+    shear = variation * rng.uniform(-0.05, 0.05)
+    width, height = 1 + abs(shear) + variation * rng.uniform(0, 0.1, 2)
+    return np.array([[width, shear], [shear, height]])
+
+
+def _recolouring(rng: np.random.Generator, variation: float) -> np.ndarray:
+    """A random change of hue, saturation, contrast and brightness, small at 1: float32 (4, 3).
 
     A row vector (r, g, b, a), colours multiplied by alpha, times this matrix is the new (r, g, b).
     """
     hue, saturation = rng.normal(0, math.radians(6)), rng.uniform(0.8, 1.15)
     contrast, brightness = rng.uniform(0.85, 1.15), rng.uniform(-0.07, 0.07)
+    if variation != 1:
+        hue, brightness = variation * hue, brightness * min(variation, 2)
+        saturation = max(0.0, 1 + variation * (saturation - 1))
+        contrast = max(0.4, 1 + min(variation, 2) * (contrast - 1))
     # Rotation around the grey axis (Rodrigues); saturation scales the distance from that axis.
     axis = np.full((3, 3), 1 / 3)
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
