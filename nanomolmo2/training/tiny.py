@@ -503,7 +503,7 @@ def tiny_stages(
     for plan in (PRESENCE, COARSE, FINE, RELATIONS):
         steps = getattr(sizes, plan.name)
         stages.append(QuestionStage(learner, seed, steps, plan, sizes.batch_size, evaluate))
-    return stages
+    return [stage for stage in stages if stage.steps]
 
 
 def train_tiny(

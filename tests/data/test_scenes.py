@@ -134,13 +134,15 @@ def test_drawings_are_mirrored_half_of_the_time_and_turned_whole(sprites):
     upright = np.asarray(sprites.images[guitar, "noto"][0])[..., 3] / 255
     mirrored = 0
     for _ in range(40):
-        drawn = scenes.Drawing.of(rng, sprites, guitar, "noto", 94, 0).alpha[..., 0]
+        drawn = scenes.Drawing.of(
+            rng, sprites, guitar, "noto", 94, SceneConfig(max_degrees=0)
+        ).alpha[..., 0]
         distances = [np.abs(drawn - a).mean() for a in (upright, upright[:, ::-1])]
         assert min(distances) < 0.02 < 0.2 < max(distances)
         mirrored += int(np.argmin(distances))
     assert 10 <= mirrored <= 30
     for _ in range(40):  # turning cuts nothing off
-        turned = scenes.Drawing.of(rng, sprites, guitar, "noto", 94, 15).alpha
+        turned = scenes.Drawing.of(rng, sprites, guitar, "noto", 94, SceneConfig()).alpha
         assert turned.sum() == pytest.approx(upright.sum(), rel=0.02)
 
 
@@ -392,3 +394,23 @@ def test_configs_go_to_json_and_back():
     styled = SceneConfig(max_objects=3, styles=("noto", "fxemoji"))
     for config in (*SETTINGS.values(), styled):
         assert SceneConfig.from_dict(config.to_dict()) == config
+
+
+def test_varied_drawings_are_new_shapes_with_exact_boxes():
+    usual, varied = SceneConfig(), SceneConfig(variation=3.0)
+    assert not np.array_equal(crop_of(usual), crop_of(varied))
+    assert np.array_equal(crop_of(varied), crop_of(varied))
+    for seed in range(10):
+        scene = render_scene(np.random.default_rng(seed), Sprites.load(), varied)
+        for number, one in enumerate(scene.objects):
+            rows, columns = np.nonzero(scene.instance_map == number)
+            x0, y0, x1, y1 = one.box
+            assert x0 <= columns.min() and columns.max() < x1
+            assert y0 <= rows.min() and rows.max() < y1
+            assert max(x1 - x0, y1 - y0) <= 1.3 * varied.max_px
+    with pytest.raises(ValueError, match="variation is 11, expected 0 to 10"):
+        SceneConfig(variation=11)
+
+
+def crop_of(config):
+    return render_crop(np.random.default_rng(3), Sprites.load(), config)[0]

@@ -103,7 +103,7 @@ def render_clip(
     count = int(rng.integers(1, config.max_objects + 1))
     for category, style in choose_objects(rng, sprites, config.scene, count):
         px = float(rng.uniform(config.scene.min_px, config.scene.max_px))
-        drawing = Drawing.of(rng, sprites, category, style, px, config.scene.max_degrees)
+        drawing = Drawing.of(rng, sprites, category, style, px, config.scene)
         for _ in range(NUM_PATHS):
             boxes = _path(rng, config, num_frames, drawing.visible_size)
             if not any(_covered(boxes, other.boxes) for other in objects):
