@@ -1,4 +1,4 @@
-"""Curves of training runs as one picture: loss, loss by task, gradient norms, speed."""
+"""Curves of training runs as one picture: loss, accuracy, gradient norms, speed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from nanomolmo2.training.metrics import read_log
 PANELS = {
     "loss": lambda name: name == "loss",
     "loss by task": lambda name: name.startswith("loss_") or name.endswith("_loss"),
+    "share that is right": lambda name: (
+        not name.startswith("evaluation/") and ("accuracy" in name or name.endswith("_f1"))
+    ),
     "gradient norm by part": lambda name: name.startswith("grad_norm_"),
     "tokens a second": lambda name: name == "tokens_per_second",
     "share of padding, and of time waiting for data": lambda name: name in ("padding", "data_wait"),
