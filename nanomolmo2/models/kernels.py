@@ -52,7 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         if x.numel() * len(weight) < _WORTH_A_FUNCTION:
             return F.linear(x, weight, bias)
-        product: Tensor = _Product.apply(x, weight, bias)
+        product: Tensor = (_ShortProduct if _short else _Product).apply(x, weight, bias)
         return product
     return _onednn(x, weight, bias)
 
@@ -82,6 +82,51 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             db = dy.sum(dim=0)
         return dx, dw, db
+
+
+class _ShortProduct(torch.autograd.Function):
+    """The same, multiplied in bfloat16: what goes in is rounded, what comes out is float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        short, short_weight = x.bfloat16(), weight.bfloat16()
+        ctx.save_for_backward(short, short_weight)
+        y = F.linear(short, short_weight).float()
+        return y if bias is None else y + bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = dw = db = None
+        dy = dy.reshape(-1, dy.shape[-1])  # (M, N)
+        if ctx.needs_input_grad[2]:
+            db = dy.sum(dim=0)
+        dy = dy.bfloat16()
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).float().view(x.shape)
+        if ctx.needs_input_grad[1]:
+            dw = (dy.t() @ x.reshape(-1, x.shape[-1])).float()
+        return dx, dw, db
+
+
+_short = False  # set by `bfloat16_products`
+
+
+@contextlib.contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Layers that learn in float32 multiply in bfloat16, on CPUs with instructions for that.
+
+    Their products take less than half the time. Weights, gradients and all between the layers stay
+    float32; with autocast they would not, which costs a small model more time than it saves.
+    Without such instructions (AVX-512 BF16) nothing changes.
+    """
+    global _short
+    before, _short = _short, bool(torch.cpu._is_avx512_bf16_supported())
+    try:
+        yield
+    finally:
+        _short = before
 
 
 class Linear(nn.Linear):

@@ -45,6 +45,7 @@ from nanomolmo2.data.emoji.vocabulary import (
 )
 from nanomolmo2.data.example import Branch
 from nanomolmo2.models import NanoMolmo2, NanoMolmo2Config, preset
+from nanomolmo2.models.kernels import bfloat16_products
 from nanomolmo2.models.language_model import Attention
 from nanomolmo2.processor.collate import collate
 from nanomolmo2.processor.processor import Encoded, Processor, ProcessorConfig, VideoConfig
@@ -480,7 +481,7 @@ class Scale:
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(2500, 1500, scenes=1500, presence=300, coarse=300, fine=700, relations=250),
+    "full": Scale(2500, 1500, scenes=1500, presence=300, coarse=500, fine=1000, relations=300),
     "small": Scale(400, 0, scenes=300, presence=150, coarse=110, fine=0, relations=0),
     "smoke": Scale(2, 2, scenes=2, presence=2, coarse=2, fine=2, relations=2, batch_size=4),
 }
@@ -524,7 +525,8 @@ def train_tiny(
     out = Path(out)
     learner = Learner(seed)
     stages = tiny_stages(learner, seed, scale, evaluate)
-    finished = run(learner, stages, out, config, resume=resume)
+    with bfloat16_products():
+        finished = run(learner, stages, out, config, resume=resume)
     if finished:
         save_tiny(learner, out / "model")
     return finished

@@ -277,6 +277,34 @@ def test_its_gradients_are_torchs(bias: bool, frozen: str, monkeypatch: pytest.M
         assert torch.allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_in_bfloat16(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_WORTH_A_FUNCTION", 0)
+    x, weight, dy = random(2, 7, 40), random(24, 40, seed=1), random(2, 7, 24, seed=2)
+    leaves = [x, weight, *([random(24, seed=3)] if bias else [])]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def both_ways() -> list[Tensor]:
+        y = kernels.linear(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    expected = both_ways()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    with kernels.bfloat16_products():
+        found = both_ways()
+        with torch.no_grad():  # who does not learn stays exact
+            assert torch.equal(kernels.linear(*leaves), expected[0])
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.01 * other.norm()
+    assert not torch.equal(found[0], expected[0])
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with kernels.bfloat16_products():
+        assert all(map(torch.equal, both_ways(), expected))
+    assert all(map(torch.equal, both_ways(), expected))
+
+
 def test_small_learners_autocast_and_other_dtypes_take_torchs_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
