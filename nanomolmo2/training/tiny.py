@@ -5,6 +5,7 @@ Stages, in the order in which each makes the next one easy:
     crops     vision encoder: name the emoji of a small crop
     varied    the same with drawings stretched, sheared and recoloured, as in all that follows:
               what is known by heart gives way to what other artists draw alike
+    mosaics   the same for each patch of nine emoji side by side: patches learn to look near by
     scenes    + connector: every visual token points along the embedding of the noun centred in its
               cell, and holds size and position of the object
     presence  decoder on frozen vision: many short yes/no questions a picture teach it to look for
@@ -36,7 +37,14 @@ from nanomolmo2.batch import IGNORED_LABEL, Batch
 from nanomolmo2.data.emoji.clips import ClipConfig, ask_about_clip, render_clip
 from nanomolmo2.data.emoji.pairs import PairConfig, ask_about_pair, render_pair
 from nanomolmo2.data.emoji.questions import BranchMix, make_branches
-from nanomolmo2.data.emoji.scenes import Scene, SceneConfig, render_crop, render_scene, train_rng
+from nanomolmo2.data.emoji.scenes import (
+    Scene,
+    SceneConfig,
+    render_crop,
+    render_mosaic,
+    render_scene,
+    train_rng,
+)
 from nanomolmo2.data.emoji.sprites import STYLE_GROUPS, Sprites
 from nanomolmo2.data.emoji.vocabulary import (
     build_tokenizer,
@@ -221,6 +229,35 @@ class CropStage(Stage):
         accuracy = (logits.argmax(-1) == categories).float().mean()
         loss = F.cross_entropy(logits, categories) + 0.1 * scale_loss(patches, FEATURE_RMS)
         return loss, {"accuracy": accuracy.item()}
+
+
+class MosaicStage(Stage):
+    """Name what each patch of a mosaic of emoji shows."""
+
+    name = "mosaics"
+
+    def __init__(self, learner: Learner, seed: int, steps: int, batch_size: int = 32) -> None:
+        self.learner, self.seed, self.steps, self.batch_size = learner, seed, steps, batch_size
+
+    def batch(self, step: int) -> tuple[Tensor, SceneLabels]:
+        rng, sprites = train_rng(self.seed, 7, step), Sprites.load()
+        mosaics = [render_mosaic(rng, sprites, SCENES) for _ in range(self.batch_size)]
+        images = normalise(np.stack([mosaic.image for mosaic in mosaics]))
+        return images, label_scenes(mosaics, PATCH_SIZE, PATCH_SIZE * POOLING_SIZE)
+
+    def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
+        model, heads = self.learner.model, self.learner.heads
+        rates = OptimConfig(lr=2e-3, matrix_lr=0.02, warmup_steps=20, final_ratio=0.05)
+        return {
+            "vision": (model.vision_encoder, rates),
+            "heads": (heads.patch_class, replace(rates, matrix_lr=0.0)),
+        }
+
+    def loss(self, batch: tuple[Tensor, SceneLabels]) -> tuple[Tensor, dict[str, float]]:
+        images, labels = batch
+        patches = self.learner.patches(images)
+        loss, metrics = self.learner.heads.patch_loss(patches, labels)
+        return loss + 0.1 * scale_loss(patches, FEATURE_RMS), metrics
 
 
 def render_scenes(seed: int, stage: int, step: int, batch_size: int) -> list[Scene]:
@@ -472,6 +509,7 @@ class Scale:
 
     crops: int
     varied: int
+    mosaics: int
     scenes: int
     presence: int
     coarse: int
@@ -481,9 +519,9 @@ class Scale:
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(2500, 1500, scenes=1500, presence=300, coarse=500, fine=1000, relations=300),
-    "small": Scale(400, 0, scenes=300, presence=150, coarse=110, fine=0, relations=0),
-    "smoke": Scale(2, 2, scenes=2, presence=2, coarse=2, fine=2, relations=2, batch_size=4),
+    "full": Scale(2500, 1500, 1000, 700, presence=300, coarse=500, fine=850, relations=200),
+    "small": Scale(0, 0, 600, 100, presence=150, coarse=110, fine=0, relations=0),
+    "smoke": Scale(2, 2, 2, 2, presence=2, coarse=2, fine=2, relations=2, batch_size=4),
 }
 
 Evaluate = Callable[[NanoMolmo2, Processor], dict[str, float]]
@@ -499,6 +537,7 @@ def tiny_stages(
     stages: list[Stage] = [
         CropStage(learner, seed, sizes.crops, 4 * sizes.batch_size),
         CropStage(learner, seed, sizes.varied, 4 * sizes.batch_size, VARIED_RATES, varied=True),
+        MosaicStage(learner, seed, sizes.mosaics, sizes.batch_size),
         SceneStage(learner, seed, sizes.scenes, sizes.batch_size),
     ]
     for plan in (PRESENCE, COARSE, FINE, RELATIONS):

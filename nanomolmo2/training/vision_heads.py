@@ -119,6 +119,14 @@ class VisionHeads(nn.Module):
         """(..., Dv) -> logits (..., C + 1), 0 is the background."""
         return self.patch_class(F.layer_norm(features, features.shape[-1:]))
 
+    def patch_loss(self, patches: Tensor, labels: SceneLabels) -> tuple[Tensor, dict[str, float]]:
+        """What each patch (B, N, Dv) shows; how often it is right where it shows an object."""
+        logits = self.classify(patches)
+        targets = labels.patch_class
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), self.class_weights)
+        right = (logits.argmax(-1) == targets)[targets > 0]
+        return loss, {"patch_accuracy": right.float().mean().item()}
+
     def forward(
         self, patches: Tensor, tokens: Tensor, noun_embeddings: Tensor, labels: SceneLabels
     ) -> tuple[Tensor, dict[str, float]]:
@@ -128,7 +136,7 @@ class VisionHeads(nn.Module):
             patches: (B, N, Dv) encoder features. tokens: (B, n, D) connector output.
             noun_embeddings: (C, D), the decoder's rows for the categories.
         """
-        patch_logits = self.classify(patches)
+        patch_loss, metrics = self.patch_loss(patches, labels)
         t = F.rms_norm(tokens, tokens.shape[-1:])
         centred = labels.cell_class != NO_LABEL
         noun_logits = t[centred] @ F.normalize(noun_embeddings, dim=-1).T
@@ -138,9 +146,7 @@ class VisionHeads(nn.Module):
         on_object = labels.patch_class > 0
         on_object_features = F.layer_norm(patches[on_object], patches.shape[-1:])
         losses = {
-            "patch": F.cross_entropy(
-                patch_logits.flatten(0, 1), labels.patch_class.flatten(), self.class_weights
-            ),
+            "patch": patch_loss,
             "object": 2 * F.binary_cross_entropy_with_logits(object_logits, centred.float()),
             "noun": F.cross_entropy(noun_logits, labels.cell_class[centred]),
             "digits": F.cross_entropy(digit_logits.flatten(0, 1), digits.flatten()),
@@ -152,11 +158,9 @@ class VisionHeads(nn.Module):
             "scale": 0.1 * (scale_loss(patches, FEATURE_RMS) + scale_loss(tokens, TOKEN_RMS)),
         }
         with torch.no_grad():
-            right = patch_logits.argmax(-1) == labels.patch_class
             found = object_logits > 0
             hits = (found & centred).sum()
-            metrics = {f"{name}_loss": loss.item() for name, loss in losses.items()}
-            metrics["patch_accuracy"] = float(right[on_object].float().mean())
+            metrics |= {f"{name}_loss": loss.item() for name, loss in losses.items()}
             metrics["noun_accuracy"] = float(
                 (noun_logits.argmax(-1) == labels.cell_class[centred]).float().mean()
             )

@@ -25,7 +25,8 @@ def test_all_stages_run_and_leave_a_model_that_loads(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     stages = [line["stage"] for line in lines if "loss" in line]
     assert list(dict.fromkeys(stages)) == [
-        *("crops", "varied", "scenes", "presence", "coarse", "fine", "relations")
+        *("crops", "varied", "mosaics", "scenes"),
+        *("presence", "coarse", "fine", "relations"),
     ]
     assert len(scored) == 4
     model, _ = load(str(tmp_path / "model"))
