@@ -19,7 +19,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from nanomolmo2.data.emoji.vocabulary import build_tokenizer, plural_ids
 from nanomolmo2.data.packing import Packer, join
 from nanomolmo2.evaluation.emoji import Scores, evaluate
 from nanomolmo2.files import atomic_path, sha256_of
+from nanomolmo2.models.kernels import bfloat16_products
 from nanomolmo2.processor import Encoded, collate
 from nanomolmo2.training import tiny
 from nanomolmo2.training.checkpoint import ABOUT, FILE, FOLDER
@@ -47,7 +48,9 @@ from nanomolmo2.training.loop import LoopConfig, Stage, run
 from nanomolmo2.training.optim import OptimConfig
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
-VISION_STAGES = {1: "scenes", 2: "presence"}  # by number; presence leaves vision as it is
+STAGES = [field.name for field in fields(tiny.Scale)]
+# By number; presence leaves vision as it is.
+VISION_STAGES = {STAGES.index(name): name for name in ("scenes", "presence")}
 TASKS = ("presence", "count", "point")  # asked of the decoder runs
 COLUMNS = {
     "presence": "presence",
@@ -220,7 +223,8 @@ def run_decoder(name: str, options: Options, folder: Path) -> dict[str, Any]:
     learner = ablation.learner(options.seed)
     assert options.vision is not None
     load_vision(learner, find_vision(options.vision))
-    run(learner, ablation.stages(learner, options), folder, options.loop(), resume=True)
+    with bfloat16_products():
+        run(learner, ablation.stages(learner, options), folder, options.loop(), resume=True)
     scores: Scores = evaluate(
         learner.model, learner.processor, scenes=options.scenes, pairs=0, clips=0, tasks=TASKS
     )
@@ -256,7 +260,7 @@ def run_optimiser(name: str, options: Options, folder: Path) -> dict[str, Any]:
     """Accuracy on the crops of steps that were not taken."""
     learner = tiny.Learner(options.seed)
     stage = crop_stage(name, learner, options)
-    with torch.enable_grad():
+    with torch.enable_grad(), bfloat16_products():
         run(learner, [stage], folder, options.loop(), resume=True)
     learner.eval()
     test = range(options.crop_steps, options.crop_steps + TEST_CROPS)

@@ -30,7 +30,7 @@ SMALL = (
 def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped behind its scenes stage."""
     folder = tmp_path_factory.mktemp("vision")
-    tiny.train_tiny(folder, scale="smoke", config=replace(QUIET, stop_after=4))
+    tiny.train_tiny(folder, scale="smoke", config=replace(QUIET, stop_after=8))
     return folder
 
 
@@ -218,7 +218,7 @@ def test_a_stopped_run_goes_on(vision: Path, tmp_path: Path, monkeypatch) -> Non
 
 def test_runs_start_with_the_vision_of_the_checkpoint(vision: Path) -> None:
     checkpoint = ablate_tiny.find_vision(vision)
-    assert json.loads((checkpoint / ABOUT).read_text())["stage"] == 1
+    assert json.loads((checkpoint / ABOUT).read_text())["stage"] == 3
     assert ablate_tiny.find_vision(checkpoint) == checkpoint
     stored = torch.load(checkpoint / FILE, weights_only=True)["weights"]
     fresh = tiny.Learner(0).state_dict()
