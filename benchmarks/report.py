@@ -22,6 +22,7 @@ ORDER = (
     "lookup",
     "llama",
     "load",
+    "ask",
     "train",
     "trees",
     "packing",
