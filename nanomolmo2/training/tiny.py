@@ -488,7 +488,7 @@ FINE = QuestionPlan(
     mix=BranchMix(presence=3, count=2, number=1, point=3, spatial=3, unknown=1),
     snap=10,
     llm_rate=1.5e-3,
-    vision_rate=0.004,
+    vision_rate=0.0015,
     final_ratio=0.02,
     kinds="sspssc",
 )
