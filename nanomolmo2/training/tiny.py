@@ -519,7 +519,7 @@ class Scale:
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(2500, 1500, 1000, 700, presence=300, coarse=400, fine=800, relations=200),
+    "full": Scale(2500, 1500, 1000, 700, presence=450, coarse=400, fine=800, relations=200),
     "small": Scale(300, 0, 300, 150, presence=150, coarse=110, fine=0, relations=0),
     "smoke": Scale(2, 2, 2, 2, presence=2, coarse=2, fine=2, relations=2, batch_size=4),
 }
