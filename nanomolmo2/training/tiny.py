@@ -13,8 +13,6 @@ Stages, in the order in which each makes the next one easy:
     coarse    decoder, all questions about one picture, points on a grid of 50 thousandths
     fine      all weights, also pairs of pictures and videos, on a grid of 10 thousandths, until the
               rates are near zero
-    relations decoder on frozen vision: many questions about what lies where, which need two things
-              to be found and compared, between some of all the others
 
 Artwork: the vendors of the group "seen", line drawings and icons of the group "extra", and the
 seen drawings with dark outlines ("inked"), so that shapes are learned and not one way of drawing.
@@ -485,19 +483,10 @@ COARSE = QuestionPlan(
 FINE = QuestionPlan(
     name="fine",
     stream=4,
-    mix=BranchMix(presence=3, count=2, number=1, point=3, spatial=3, unknown=1),
+    mix=BranchMix(presence=3, count=2, number=1, point=3, spatial=4, unknown=1),
     snap=10,
     llm_rate=1.5e-3,
     vision_rate=0.0015,
-    final_ratio=0.02,
-    kinds="sspssc",
-)
-RELATIONS = QuestionPlan(
-    name="relations",
-    stream=5,
-    mix=BranchMix(presence=2, count=2, number=1, point=2, spatial=6, unknown=1),
-    snap=10,
-    llm_rate=1.5e-3,
     final_ratio=0.02,
     kinds="sspssc",
 )
@@ -514,14 +503,13 @@ class Scale:
     presence: int
     coarse: int
     fine: int
-    relations: int
     batch_size: int = 32
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(2500, 1500, 1000, 700, presence=450, coarse=400, fine=800, relations=200),
-    "small": Scale(300, 0, 300, 150, presence=150, coarse=110, fine=0, relations=0),
-    "smoke": Scale(2, 2, 2, 2, presence=2, coarse=2, fine=2, relations=2, batch_size=4),
+    "full": Scale(2500, 1500, 1000, 700, presence=450, coarse=400, fine=750),
+    "small": Scale(300, 0, 300, 150, presence=150, coarse=110, fine=0),
+    "smoke": Scale(2, 2, 2, 2, presence=2, coarse=2, fine=2, batch_size=4),
 }
 
 Evaluate = Callable[[NanoMolmo2, Processor], dict[str, float]]
@@ -540,7 +528,7 @@ def tiny_stages(
         MosaicStage(learner, seed, sizes.mosaics, sizes.batch_size),
         SceneStage(learner, seed, sizes.scenes, sizes.batch_size),
     ]
-    for plan in (PRESENCE, COARSE, FINE, RELATIONS):
+    for plan in (PRESENCE, COARSE, FINE):
         steps = getattr(sizes, plan.name)
         stages.append(QuestionStage(learner, seed, steps, plan, sizes.batch_size, evaluate))
     return stages
