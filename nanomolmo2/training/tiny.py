@@ -483,7 +483,7 @@ COARSE = QuestionPlan(
 FINE = QuestionPlan(
     name="fine",
     stream=4,
-    mix=BranchMix(presence=3, count=2, number=1, point=3, spatial=4, unknown=1),
+    mix=BranchMix(presence=3, count=2, number=1, point=3, spatial=3, unknown=1),
     snap=10,
     llm_rate=1.5e-3,
     vision_rate=0.0015,
