@@ -10,7 +10,9 @@ Stages, in the order in which each makes the next one easy:
               cell, and holds size and position of the object
     presence  decoder on frozen vision: many short yes/no questions a picture teach it to look for
               the noun that was asked
-    coarse    decoder, all questions about one picture, points on a grid of 50 thousandths
+    coarse    decoder, all questions about one picture, points on a grid of 50 thousandths, at a
+              high rate: it learns to speak, and loses the nouns again
+    nouns     mostly presence once more, in all wordings, at a low rate
     fine      all weights, also pairs of pictures and videos, on a grid of 10 thousandths, until the
               rates are near zero
 
@@ -480,12 +482,21 @@ COARSE = QuestionPlan(
     snap=50,
     llm_rate=2e-3,
 )
+# With new words the loss is large, and whatever looked at pictures is rewritten. Once the decoder
+# has them, it learns to look in a few steps, but only at a low rate (docs/log.md).
+NOUNS = QuestionPlan(
+    name="nouns",
+    stream=5,
+    mix=BranchMix(12, 1, 0, 1, *(0,) * 6, bare=0.5),
+    snap=50,
+    llm_rate=3e-4,
+)
 FINE = QuestionPlan(
     name="fine",
     stream=4,
-    mix=BranchMix(presence=3, count=2, number=1, point=3, spatial=3, unknown=1),
+    mix=BranchMix(presence=4, count=3, number=1, point=3, spatial=3, unknown=1),
     snap=10,
-    llm_rate=1.5e-3,
+    llm_rate=6e-4,
     vision_rate=0.0015,
     final_ratio=0.02,
     kinds="sspssc",
@@ -502,14 +513,15 @@ class Scale:
     scenes: int
     presence: int
     coarse: int
+    nouns: int
     fine: int
     batch_size: int = 32
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(2500, 1500, 1000, 700, presence=450, coarse=400, fine=750),
-    "small": Scale(300, 0, 300, 150, presence=150, coarse=110, fine=0),
-    "smoke": Scale(2, 2, 2, 2, presence=2, coarse=2, fine=2, batch_size=4),
+    "full": Scale(2500, 1500, 1000, 700, presence=450, coarse=400, nouns=180, fine=520),
+    "small": Scale(300, 0, 300, 150, presence=150, coarse=110, nouns=0, fine=0),
+    "smoke": Scale(2, 2, 2, 2, presence=2, coarse=2, nouns=2, fine=2, batch_size=4),
 }
 
 Evaluate = Callable[[NanoMolmo2, Processor], dict[str, float]]
@@ -528,7 +540,7 @@ def tiny_stages(
         MosaicStage(learner, seed, sizes.mosaics, sizes.batch_size),
         SceneStage(learner, seed, sizes.scenes, sizes.batch_size),
     ]
-    for plan in (PRESENCE, COARSE, FINE):
+    for plan in (PRESENCE, COARSE, NOUNS, FINE):
         steps = getattr(sizes, plan.name)
         stages.append(QuestionStage(learner, seed, steps, plan, sizes.batch_size, evaluate))
     return stages
