@@ -13,8 +13,7 @@ Stages, in the order in which each makes the next one easy:
     coarse    decoder, all questions about one picture, points on a grid of 50 thousandths, at a
               high rate: it learns to speak, and loses the nouns again
     nouns     mostly presence once more, in all wordings, at a low rate
-    fine      all weights, also pairs of pictures and videos, on a grid of 10 thousandths, until the
-              rates are near zero
+    fine      all weights, also pairs of pictures and videos, until the rates are near zero
 
 Artwork: the vendors of the group "seen", line drawings and icons of the group "extra", and the
 seen drawings with dark outlines ("inked"), so that shapes are learned and not one way of drawing.
@@ -495,7 +494,7 @@ FINE = QuestionPlan(
     name="fine",
     stream=4,
     mix=BranchMix(presence=4, count=3, number=1, point=3, spatial=3, unknown=1),
-    snap=10,
+    snap=50,
     llm_rate=6e-4,
     vision_rate=0.0015,
     final_ratio=0.02,
