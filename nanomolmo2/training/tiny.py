@@ -518,7 +518,7 @@ class Scale:
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(2500, 1500, 1000, 700, presence=450, coarse=400, nouns=180, fine=520),
+    "full": Scale(2500, 1500, 1000, 800, presence=450, coarse=300, nouns=150, fine=2000),
     "small": Scale(300, 0, 300, 150, presence=150, coarse=110, nouns=0, fine=0),
     "smoke": Scale(2, 2, 2, 2, presence=2, coarse=2, nouns=2, fine=2, batch_size=4),
 }

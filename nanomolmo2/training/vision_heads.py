@@ -2,9 +2,10 @@
 
 Heads that exist only in training. They ask the visual tokens for what the decoder will need to
 read off them: the noun of the object whose centre lies in the token's cell, in the direction of
-that noun's own embedding, its size, and the digits of its position. Every patch of an object is
-also asked where the object's centre is and how large it is: without that, the token beside the
-centre often claims the object too, and it is counted twice.
+that noun's own embedding, its size, and the digits of its position. Every token tells its row and
+column: names do not depend on places, and would let them fade. Every patch of an object is also
+asked where the object's centre is and how large it is: without that, the token beside the centre
+often claims the object too, and it is counted twice.
 
 B scenes, N patches, n visual tokens (cells), D llm width, C categories.
 """
@@ -103,13 +104,16 @@ class VisionHeads(nn.Module):
 
     class_weights: Tensor
 
-    def __init__(self, vision_dim: int, llm_dim: int) -> None:
+    def __init__(self, vision_dim: int, llm_dim: int, side: int = 6) -> None:
+        """``side``: cells a row, and rows."""
         super().__init__()
+        self.side = side
         self.patch_class = nn.Linear(vision_dim, len(CATEGORIES) + 1)
         self.patch_box = nn.Linear(vision_dim, 4)
         self.cell_object = nn.Linear(llm_dim, 1)
         self.cell_digits = nn.Linear(llm_dim, 40)
         self.cell_box = nn.Linear(llm_dim, 4)
+        self.cell_place = nn.Linear(llm_dim, 2 * side)
         # Most patches are background: unweighted, they keep the head from looking at objects.
         weights = torch.ones(len(CATEGORIES) + 1)
         weights[0] = BACKGROUND_WEIGHT
@@ -145,10 +149,14 @@ class VisionHeads(nn.Module):
         object_logits = self.cell_object(t)[..., 0]
         on_object = labels.patch_class > 0
         on_object_features = F.layer_norm(patches[on_object], patches.shape[-1:])
+        place_logits = self.cell_place(t).unflatten(-1, (2, self.side))  # row, column
+        cells = torch.arange(t.shape[1], device=t.device)
+        places = torch.stack([cells // self.side, cells % self.side], dim=-1).expand(len(t), -1, -1)
         losses = {
             "patch": patch_loss,
             "object": 2 * F.binary_cross_entropy_with_logits(object_logits, centred.float()),
             "noun": F.cross_entropy(noun_logits, labels.cell_class[centred]),
+            "place": 2 * F.cross_entropy(place_logits.flatten(0, 2), places.flatten()),
             "digits": F.cross_entropy(digit_logits.flatten(0, 1), digits.flatten()),
             "patch_box": F.smooth_l1_loss(
                 self.patch_box(on_object_features), labels.patch_box[on_object], beta=0.25
@@ -165,5 +173,6 @@ class VisionHeads(nn.Module):
                 (noun_logits.argmax(-1) == labels.cell_class[centred]).float().mean()
             )
             metrics["object_f1"] = float(2 * hits / (found.sum() + centred.sum()).clamp(min=1))
+            metrics["place_accuracy"] = float((place_logits.argmax(-1) == places).float().mean())
             metrics["digit_accuracy"] = float((digit_logits.argmax(-1) == digits).float().mean())
         return sum(losses.values(), torch.zeros(())), metrics
