@@ -73,8 +73,7 @@ CROP_SIZE = 64
 CROP_RATES = OptimConfig(lr=2e-3, matrix_lr=0.02)  # of the encoder
 # The vendors twice: they are drawn twice as often as a style of the other groups.
 STYLES = tuple(s for group in ("seen", "seen", "extra", "inked") for s in STYLE_GROUPS[group])
-PLAIN = SceneConfig(styles=STYLES)
-SCENES = replace(PLAIN, variation=3.0)
+SCENES = SceneConfig(styles=STYLES, variation=3.0)
 VARIED_RATES = OptimConfig(lr=1e-3, matrix_lr=0.01, warmup_steps=20, final_ratio=0.02)
 ROW_FRAME, BRANCH_FRAME = 4, 3  # most tokens around the pictures, and around a branch
 ROW_LENGTH = 384  # tokens of a scene and its questions: what goes beyond is left out
@@ -97,14 +96,21 @@ class Learner(nn.Module):
     """The model and the heads that only training needs."""
 
     def __init__(
-        self, seed: int, config: NanoMolmo2Config = CONFIG, *, matcher: bool = True
+        self,
+        seed: int,
+        config: NanoMolmo2Config = CONFIG,
+        scenes: SceneConfig = SCENES,
+        *,
+        matcher: bool = True,
     ) -> None:
         """
         Args:
             config: ``tiny``'s, but for what changes no shape.
+            scenes: what the pictures look like that it learns from.
             matcher: whether attention starts as a search for equal content; changes nothing else.
         """
         super().__init__()
+        self.scenes = scenes
         self.processor = tiny_processor()
         torch.manual_seed(seed)
         self.model = NanoMolmo2(config)
@@ -207,7 +213,7 @@ class CropStage(Stage):
     ) -> None:
         self.learner, self.seed, self.steps, self.batch_size = learner, seed, steps, batch_size
         self.rates, self.name, self.stream = rates, *(("varied", 6) if varied else ("crops", 0))
-        self.scene = SCENES if varied else PLAIN
+        self.scene = learner.scenes if varied else replace(learner.scenes, variation=1.0)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         rng, sprites = train_rng(self.seed, self.stream, step), Sprites.load()
@@ -240,7 +246,7 @@ class MosaicStage(Stage):
 
     def batch(self, step: int) -> tuple[Tensor, SceneLabels]:
         rng, sprites = train_rng(self.seed, 7, step), Sprites.load()
-        mosaics = [render_mosaic(rng, sprites, SCENES) for _ in range(self.batch_size)]
+        mosaics = [render_mosaic(rng, sprites, self.learner.scenes) for _ in range(self.batch_size)]
         images = normalise(np.stack([mosaic.image for mosaic in mosaics]))
         return images, label_scenes(mosaics, PATCH_SIZE, PATCH_SIZE * POOLING_SIZE)
 
@@ -259,10 +265,12 @@ class MosaicStage(Stage):
         return loss + 0.1 * scale_loss(patches, FEATURE_RMS), metrics
 
 
-def render_scenes(seed: int, stage: int, step: int, batch_size: int) -> list[Scene]:
+def render_scenes(
+    seed: int, stage: int, step: int, batch_size: int, config: SceneConfig = SCENES
+) -> list[Scene]:
     """The scenes of a step."""
     rng, sprites = train_rng(seed, stage, step), Sprites.load()
-    return [render_scene(rng, sprites, SCENES) for _ in range(batch_size)]
+    return [render_scene(rng, sprites, config) for _ in range(batch_size)]
 
 
 class SceneStage(Stage):
@@ -274,7 +282,7 @@ class SceneStage(Stage):
         self.learner, self.seed, self.steps, self.batch_size = learner, seed, steps, batch_size
 
     def batch(self, step: int) -> tuple[Tensor, SceneLabels]:
-        scenes = render_scenes(self.seed, 1, step, self.batch_size)
+        scenes = render_scenes(self.seed, 1, step, self.batch_size, self.learner.scenes)
         images = normalise(np.stack([scene.image for scene in scenes]))
         return images, label_scenes(scenes, PATCH_SIZE, PATCH_SIZE * POOLING_SIZE)
 
@@ -345,7 +353,8 @@ class QuestionStage(Stage):
         rng = train_rng(self.seed, 100 + plan.stream, step)
         # The answer to these is long, and all rows of a step are as long as the longest.
         mix = replace(plan.mix, unknown=plan.mix.unknown * (step % UNKNOWN_EVERY == 0))
-        scenes = render_scenes(self.seed, plan.stream, step, self.batch_size)
+        look = self.learner.scenes
+        scenes = render_scenes(self.seed, plan.stream, step, self.batch_size, look)
         encoded = []
         for scene in scenes:
             branches = make_branches(scene, rng, mix, plan.snap)
@@ -368,7 +377,7 @@ class QuestionStage(Stage):
 
     def _pairs(self, step: int) -> tuple[list[Encoded], list[Scene]]:
         """Half as many pairs as a step has pictures."""
-        processor, config = self.learner.processor, PairConfig(SCENES)
+        processor, config = self.learner.processor, PairConfig(self.learner.scenes)
         rng, sprites = train_rng(self.seed, 200 + self.plan.stream, step), Sprites.load()
         encoded: list[Encoded] = []
         scenes: list[Scene] = []
@@ -383,7 +392,7 @@ class QuestionStage(Stage):
     def _clips(self, step: int) -> tuple[list[Encoded], list[Scene]]:
         """Videos of as many frames, together, as a step has pictures."""
         processor = self.learner.processor
-        scene = replace(SCENES, min_px=36, max_px=64)
+        scene = replace(self.learner.scenes, min_px=36, max_px=64)
         long = step // len(self.plan.kinds) % 2
         config = ClipConfig(scene, max_frames=MAX_FRAMES if long else 8)
         rng, sprites = train_rng(self.seed, 300 + self.plan.stream, step), Sprites.load()
@@ -421,7 +430,7 @@ class QuestionStage(Stage):
             part.requires_grad_(self.plan.vision_rate > 0)
         self.learner.freeze_matcher(self.plan.first)
         if self.plan.first:  # on resume the checkpoint then replaces what this does
-            sample = render_scenes(self.seed, 1, 0, 16)
+            sample = render_scenes(self.seed, 1, 0, 16, self.learner.scenes)
             images = normalise(np.stack([scene.image for scene in sample]))
             with torch.no_grad():
                 tokens = self.learner.model.connector(self.learner.patches(images))
@@ -504,7 +513,7 @@ FINE = QuestionPlan(
 
 @dataclass(frozen=True)
 class Scale:
-    """Steps of each stage, in order, and pictures a step (four times as many crops)."""
+    """Steps of each stage, in order, pictures a step (four times as many crops), their look."""
 
     crops: int
     varied: int
@@ -515,24 +524,38 @@ class Scale:
     nouns: int
     fine: int
     batch_size: int = 32
+    look: SceneConfig = SCENES
 
 
 SCALES: dict[str, Scale] = {
     "full": Scale(2500, 1500, 1000, 800, presence=450, coarse=300, nouns=150, fine=2000),
-    "small": Scale(300, 0, 300, 150, presence=150, coarse=110, nouns=0, fine=0),
+    # Smaller steps, so that there are more of them, and only the artwork that is easiest.
+    "small": Scale(
+        *(0, 0, 500, 300),
+        presence=300,
+        coarse=150,
+        nouns=100,
+        fine=0,
+        batch_size=16,
+        look=SceneConfig(),
+    ),
     "smoke": Scale(2, 2, 2, 2, presence=2, coarse=2, nouns=2, fine=2, batch_size=4),
 }
 
 Evaluate = Callable[[NanoMolmo2, Processor], dict[str, float]]
 
 
+def _sizes(scale: str) -> Scale:
+    if scale not in SCALES:
+        raise ValueError(f"scale is {scale!r}, expected one of {', '.join(SCALES)}")
+    return SCALES[scale]
+
+
 def tiny_stages(
     learner: Learner, seed: int, scale: str, evaluate: Evaluate | None = None
 ) -> list[Stage]:
     """All stages of a run."""
-    if scale not in SCALES:
-        raise ValueError(f"scale is {scale!r}, expected one of {', '.join(SCALES)}")
-    sizes = SCALES[scale]
+    sizes = _sizes(scale)
     stages: list[Stage] = [
         CropStage(learner, seed, sizes.crops, 4 * sizes.batch_size),
         CropStage(learner, seed, sizes.varied, 4 * sizes.batch_size, VARIED_RATES, varied=True),
@@ -561,7 +584,7 @@ def train_tiny(
     Returns: whether the run finished (it may be stopped early by ``config.stop_after``).
     """
     out = Path(out)
-    learner = Learner(seed)
+    learner = Learner(seed, scenes=_sizes(scale).look)
     stages = tiny_stages(learner, seed, scale, evaluate)
     with bfloat16_products():
         finished = run(learner, stages, out, config, resume=resume)
