@@ -488,7 +488,7 @@ COARSE = QuestionPlan(
     stream=3,
     mix=BranchMix(presence=3, count=2, number=1, point=4, spatial=1, at=2, unknown=1),
     snap=50,
-    llm_rate=2e-3,
+    llm_rate=1e-3,
 )
 # With new words the loss is large, and whatever looked at pictures is rewritten. Once the decoder
 # has them, it learns to look in a few steps, but only at a low rate (docs/log.md).
