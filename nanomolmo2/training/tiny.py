@@ -10,9 +10,8 @@ Stages, in the order in which each makes the next one easy:
               cell, and holds size and position of the object
     presence  decoder on frozen vision: many short yes/no questions a picture teach it to look for
               the noun that was asked
-    coarse    decoder, all questions about one picture, points on a grid of 50 thousandths, at a
-              high rate: it learns to speak, and loses the nouns again
-    nouns     mostly presence once more, in all wordings, at a low rate
+    coarse    decoder, all questions about one picture, points on a grid of 50 thousandths; not at
+              twice the rate: the decoder would learn to speak and no longer look
     fine      all weights, also pairs of pictures and videos, until the rates are near zero
 
 Artwork: the vendors of the group "seen", line drawings and icons of the group "extra", and the
@@ -490,15 +489,6 @@ COARSE = QuestionPlan(
     snap=50,
     llm_rate=1e-3,
 )
-# With new words the loss is large, and whatever looked at pictures is rewritten. Once the decoder
-# has them, it learns to look in a few steps, but only at a low rate (docs/log.md).
-NOUNS = QuestionPlan(
-    name="nouns",
-    stream=5,
-    mix=BranchMix(12, 1, 0, 1, *(0,) * 6, bare=0.5),
-    snap=50,
-    llm_rate=3e-4,
-)
 FINE = QuestionPlan(
     name="fine",
     stream=4,
@@ -521,25 +511,23 @@ class Scale:
     scenes: int
     presence: int
     coarse: int
-    nouns: int
     fine: int
     batch_size: int = 32
     look: SceneConfig = SCENES
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(2500, 1500, 1000, 800, presence=450, coarse=300, nouns=150, fine=2000),
+    "full": Scale(2500, 1500, 1000, 800, presence=450, coarse=1000, fine=1200),
     # Smaller steps, so that there are more of them, and only the artwork that is easiest.
     "small": Scale(
         *(0, 0, 500, 300),
         presence=300,
-        coarse=150,
-        nouns=100,
+        coarse=250,
         fine=0,
         batch_size=16,
         look=SceneConfig(),
     ),
-    "smoke": Scale(2, 2, 2, 2, presence=2, coarse=2, nouns=2, fine=2, batch_size=4),
+    "smoke": Scale(2, 2, 2, 2, presence=2, coarse=2, fine=2, batch_size=4),
 }
 
 Evaluate = Callable[[NanoMolmo2, Processor], dict[str, float]]
@@ -562,7 +550,7 @@ def tiny_stages(
         MosaicStage(learner, seed, sizes.mosaics, sizes.batch_size),
         SceneStage(learner, seed, sizes.scenes, sizes.batch_size),
     ]
-    for plan in (PRESENCE, COARSE, NOUNS, FINE):
+    for plan in (PRESENCE, COARSE, FINE):
         steps = getattr(sizes, plan.name)
         stages.append(QuestionStage(learner, seed, steps, plan, sizes.batch_size, evaluate))
     return stages
