@@ -201,6 +201,8 @@ def normalise(images: np.ndarray) -> Tensor:
 class CropStage(Stage):
     """Name the emoji of a crop."""
 
+    name, stream = "crops", 0
+
     def __init__(
         self,
         learner: Learner,
@@ -208,11 +210,10 @@ class CropStage(Stage):
         steps: int,
         batch_size: int = 128,
         rates: OptimConfig = CROP_RATES,
-        varied: bool = False,
     ) -> None:
         self.learner, self.seed, self.steps, self.batch_size = learner, seed, steps, batch_size
-        self.rates, self.name, self.stream = rates, *(("varied", 6) if varied else ("crops", 0))
-        self.scene = learner.scenes if varied else replace(learner.scenes, variation=1.0)
+        self.rates = rates
+        self.scene = replace(learner.scenes, variation=1.0)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         rng, sprites = train_rng(self.seed, self.stream, step), Sprites.load()
@@ -233,6 +234,16 @@ class CropStage(Stage):
         accuracy = (logits.argmax(-1) == categories).float().mean()
         loss = F.cross_entropy(logits, categories) + 0.1 * scale_loss(patches, FEATURE_RMS)
         return loss, {"accuracy": accuracy.item()}
+
+
+class VariedStage(CropStage):
+    """The same with the drawings varied as in all stages behind it."""
+
+    name, stream = "varied", 6
+
+    def __init__(self, learner: Learner, seed: int, steps: int, batch_size: int = 128) -> None:
+        super().__init__(learner, seed, steps, batch_size, VARIED_RATES)
+        self.scene = learner.scenes
 
 
 class MosaicStage(Stage):
@@ -546,7 +557,7 @@ def tiny_stages(
     sizes = _sizes(scale)
     stages: list[Stage] = [
         CropStage(learner, seed, sizes.crops, 4 * sizes.batch_size),
-        CropStage(learner, seed, sizes.varied, 4 * sizes.batch_size, VARIED_RATES, varied=True),
+        VariedStage(learner, seed, sizes.varied, 4 * sizes.batch_size),
         MosaicStage(learner, seed, sizes.mosaics, sizes.batch_size),
         SceneStage(learner, seed, sizes.scenes, sizes.batch_size),
     ]
