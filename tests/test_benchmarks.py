@@ -45,6 +45,7 @@ GROUPS = (
     "train",
     "trees",
     "packing",
+    "ask",
 )
 
 

@@ -18,6 +18,7 @@ from nanomolmo2.data.emoji.scenes import (
     TEST_GROUPS,
     SceneConfig,
     render_crop,
+    render_mosaic,
     render_scene,
     setting,
     train_rng,
@@ -364,6 +365,29 @@ def test_crops_show_one_category_at_the_offset_they_say(sprites):
         np.testing.assert_allclose((dx, dy), middle, atol=6)
         checked += 1
     assert checked >= 10
+
+
+def test_mosaics_show_one_emoji_in_each_square(sprites):
+    whole = 0
+    for seed in range(20):
+        mosaic = render_mosaic(train_rng(seed), sprites, SceneConfig(variation=3.0))
+        assert mosaic.image.shape == (192, 192, 3)
+        assert len({o.category for o in mosaic.objects}) == 9
+        for number, thing in enumerate(mosaic.objects):
+            x0, y0, x1, y1 = thing.box
+            assert 0 <= x0 < x1 <= 192 and 0 <= y0 < y1 <= 192
+            assert thing.center == ((x0 + x1) / 2, (y0 + y1) / 2)
+            ys, xs = np.nonzero(mosaic.instance_map == number)
+            found = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+            later = [o.box for o in mosaic.objects[number + 1 :]]
+            if not any(shared(thing.box, box) > 0 for box in later):
+                assert found == thing.box
+                whole += 1
+            # No further from the middle of its square than a fifth of one, but for the border.
+            row, column = divmod(number, 3)
+            assert abs(thing.center[0] - 64 * (column + 0.5)) <= 64 / 5 + 1 or x0 == 0 or x1 == 192
+            assert abs(thing.center[1] - 64 * (row + 0.5)) <= 64 / 5 + 1 or y0 == 0 or y1 == 192
+    assert whole > 40
 
 
 @pytest.mark.parametrize(

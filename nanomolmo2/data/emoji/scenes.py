@@ -212,8 +212,18 @@ def draw_scene(
         pixels = np.append(pixels, drawing.visible.sum())
     if config.min_visible:
         boxes = np.array([box_of(instance_map == i) for i in range(len(chosen))], float)
+    return _scene(canvas, chosen, boxes.tolist(), instance_map)
+
+
+def _scene(
+    canvas: np.ndarray,
+    chosen: list[tuple[int, str]],
+    boxes: list[list[float]],
+    instance_map: np.ndarray,
+) -> Scene:
+    """A drawn scene and its ground truth: (category index, style) and box of each object."""
     objects = []
-    for (category, style), (x0, y0, x1, y1) in zip(chosen, boxes.tolist(), strict=True):
+    for (category, style), (x0, y0, x1, y1) in zip(chosen, boxes, strict=True):
         center = ((x0 + x1) / 2, (y0 + y1) / 2)
         objects.append(SceneObject(CATEGORIES[category], style, (x0, y0, x1, y1), center))
     return Scene(canvas, tuple(objects), instance_map)
@@ -253,9 +263,10 @@ def render_mosaic(
     config = replace(config or SceneConfig(), repeats=0.0)
     canvas = draw_background(rng, config.size)
     instance_map = np.full((config.size, config.size), -1, np.int8)
-    objects: list[SceneObject] = []
+    boxes: list[list[float]] = []
     reach = config.size / tiles / 5
-    for number, (category, style) in enumerate(choose_objects(rng, sprites, config, tiles**2)):
+    chosen = choose_objects(rng, sprites, config, tiles**2)
+    for number, (category, style) in enumerate(chosen):
         px = float(rng.uniform(config.min_px, config.max_px))
         drawing = Drawing.of(rng, sprites, category, style, px, config)
         width, height = drawing.visible_size
@@ -264,10 +275,8 @@ def render_mosaic(
         left = min(max(0, round(x - width / 2)), config.size - width)
         top = min(max(0, round(y - height / 2)), config.size - height)
         drawing.paste(canvas, (left, top), instance_map, number)
-        box = (float(left), float(top), float(left + width), float(top + height))
-        center = (left + width / 2, top + height / 2)
-        objects.append(SceneObject(CATEGORIES[category], style, box, center))
-    return Scene(canvas, tuple(objects), instance_map)
+        boxes.append([float(left), float(top), float(left + width), float(top + height)])
+    return _scene(canvas, chosen, boxes, instance_map)
 
 
 def test_scene(
