@@ -148,7 +148,7 @@ class Ablation:
 
 
 class Unaligned(tiny.Learner):
-    """Nouns are drawn anew; visual tokens go on pointing along the embeddings of before."""
+    """Nouns are drawn anew; visual tokens point along the embeddings of before."""
 
     @torch.no_grad()
     def __init__(self, seed: int, config: Any = tiny.CONFIG, *, matcher: bool = True) -> None:

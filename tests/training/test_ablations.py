@@ -72,8 +72,7 @@ def test_without_alignment_only_nouns_are_drawn_anew() -> None:
     assert new.std().item() == pytest.approx(old.std().item(), rel=0.1)
 
 
-def test_without_alignment_the_dense_losses_do_not_align_again() -> None:
-    """Coarse trains vision, with nouns as its aim: those of before."""
+def test_without_alignment_vision_is_still_checked_against_the_nouns_it_learned() -> None:
     learner = DECODER["alignment"].learner(0)
     aligned = DECODER["baseline"].learner(0)
     assert torch.equal(learner.visual_targets(), aligned.visual_targets())
