@@ -83,20 +83,20 @@ def test_the_files(tiny: Path) -> None:
     assert config["model_type"] == "molmo2"
     assert config["architectures"] == ["Molmo2ForConditionalGeneration"]
     assert config["tie_word_embeddings"] is False
-    assert config["image_patch_id"] == config["image_high_res_id"] == 674
-    assert config["image_start_token_id"] == 672
-    assert config["frame_end_token_id"] == 680
+    assert config["image_patch_id"] == config["image_high_res_id"] == 738
+    assert config["image_start_token_id"] == 736
+    assert config["frame_end_token_id"] == 744
     assert config["dtype"] == "bfloat16"
     assert "auto_map" not in config
-    assert open_safetensors(tiny)["lm_head.weight"].shape == (672, 256)
+    assert open_safetensors(tiny)["lm_head.weight"].shape == (736, 256)
     assert "without crops" in (tiny / "README.md").read_text()
 
 
 def test_trap_10_a_prompt_begins_with_the_token_that_ends_an_answer(tiny: Path) -> None:
     generation = json.loads((tiny / "generation_config.json").read_text())
     ids = Tokenizer.from_file(tiny).special_ids
-    assert generation["bos_token_id"] == ids["<|im_end|>"] == 661
-    assert generation["eos_token_id"] == [661, 659]
+    assert generation["bos_token_id"] == ids["<|im_end|>"] == 708
+    assert generation["eos_token_id"] == [708, 706]
     assert generation["pad_token_id"] == ids["<|endoftext|>"]
     tokens = json.loads((tiny / "tokenizer_config.json").read_text())
     assert tokens["bos_token"] == tokens["eos_token"] == "<|im_end|>"
@@ -147,18 +147,18 @@ def test_tiny_in_transformers(tiny: Path) -> None:
             image_token_pooling=index,
             image_grids=torch.tensor([[6, 6, 0, 0]]),
             image_num_crops=torch.tensor([1]),
-            mm_token_type_ids=(ids >= 672).long(),
+            mm_token_type_ids=(ids >= 736).long(),
         ).logits
     assert expected.std() > 1
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (661, 661)
-    assert (tokenizer.pad_token_id, tokenizer.padding_side) == (659, "left")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (708, 708)
+    assert (tokenizer.pad_token_id, tokenizer.padding_side) == (706, "left")
     messages = [{"role": "user", "content": "Point to the dog."}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     plain = processor.encode(messages)
-    assert [661, *tokenizer(text)["input_ids"]] == plain.input_ids.tolist()
+    assert [708, *tokenizer(text)["input_ids"]] == plain.input_ids.tolist()
 
 
 def test_crops_go_through_the_official_files(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from nanomolmo2.data.sources import SourceConfig
 from nanomolmo2.training.recipe import Recipe
 from nanomolmo2.training.recipes import smoke
 
-FEW_QUESTIONS = BranchMix(presence=2, count=1, number=0, point=1, caption=0, spatial=0)
+FEW_QUESTIONS = BranchMix(2, 1, 0, 1, *(0,) * 6)  # presence, count and point alone
 SCENES = SourceConfig("emoji", emoji=EmojiConfig(length=50, mix=FEW_QUESTIONS))
 
 
