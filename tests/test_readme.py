@@ -141,17 +141,19 @@ def test_command(
         done = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert done.stdout
-    elif tool == "python" and arguments[0].startswith("scripts/"):
-        script, *flags = arguments
+    elif tool == "python" and re.match(r"(-m benchmarks\.|scripts/)", " ".join(arguments)):
+        split = 2 if arguments[0] == "-m" else 1
+        script, flags = arguments[:split], arguments[split:]
         done = subprocess.run(
-            [sys.executable, script, *(["--help"] if not block.run else flags)],
+            [sys.executable, *script, *(["--help"] if not block.run else flags)],
+            cwd=ROOT if split == 2 else None,
             capture_output=True,
             text=True,
             timeout=120,
         )
         assert done.returncode == 0, done.stderr
         for flag in flags:
-            assert not flag.startswith("--") or flag in done.stdout, f"{script} has no {flag}"
+            assert not flag.startswith("--") or flag in done.stdout, f"{script[-1]} has no {flag}"
     else:
         assert tool in TOOLS, f"{tool} is not known here"
         assert not block.run, "mark the block `no-run`"
