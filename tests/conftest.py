@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 ON_REQUEST = {
@@ -13,6 +15,12 @@ ON_REQUEST = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     for mark, reason in ON_REQUEST.items():
         parser.addoption(f"--{mark}", action="store_true", help=f"also run what {reason}")
+
+
+def pytest_configure() -> None:
+    # A shell's background jobs ignore Ctrl-C, and so would those of the tests that try it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
