@@ -477,7 +477,7 @@ class Train:
     scale: Annotated[
         Literal["full", "small", "smoke"],
         arg(
-            help="of tiny, how long: full makes the shipped model (under three hours on two "
+            help="of tiny, how long: full makes the shipped model (under four hours on two "
             "cores), small shows that it learns, smoke only that everything runs"
         ),
     ] = "full"

@@ -13,6 +13,8 @@ Stages, in the order in which each makes the next one easy:
     coarse    decoder, all questions about one picture, points on a grid of 50 thousandths; not at
               twice the rate: the decoder would learn to speak and no longer look
     fine      all weights, also pairs of pictures and videos, until the rates are near zero
+    finish    the same once more, the decoder's matrices with Muon: it learns more from a step than
+              AdamW, and by now has nothing to wipe out
 
 Artwork: the vendors of the group "seen", line drawings and icons of the group "extra", and the
 seen drawings with dark outlines ("inked"), so that shapes are learned and not one way of drawing.
@@ -315,8 +317,8 @@ class SceneStage(Stage):
 class QuestionPlan:
     """What a question stage asks, and who learns at which rate.
 
-    The decoder learns with AdamW alone: Muon's full-size steps would wipe out its initialisation
-    while there is not yet anything to learn from.
+    The decoder learns with AdamW alone at first: Muon's full-size steps would wipe out its
+    initialisation while there is not yet anything to learn from.
     """
 
     name: str
@@ -324,6 +326,7 @@ class QuestionPlan:
     mix: BranchMix
     snap: int
     llm_rate: float
+    llm_matrix_rate: float = 0.0  # Muon's; 0 = AdamW for matrices too
     vision_rate: float = 0.0  # Muon's; AdamW's is a tenth. 0 = vision and connector are frozen
     final_ratio: float = 0.3
     kinds: str = "s"  # what the steps show in turn: scenes, pairs, clips
@@ -424,7 +427,7 @@ class QuestionStage(Stage):
             )
 
         parts: dict[str, tuple[nn.Module, OptimConfig]] = {
-            "llm": (model.llm, rates(plan.llm_rate, 0.0))
+            "llm": (model.llm, rates(plan.llm_rate, plan.llm_matrix_rate))
         }
         if plan.vision_rate:
             vision = rates(plan.vision_rate / 10, plan.vision_rate)
@@ -511,6 +514,20 @@ FINE = QuestionPlan(
     kinds="sspssc",
 )
 
+FINISH = QuestionPlan(
+    name="finish",
+    stream=8,
+    mix=BranchMix(
+        presence=3, count=3, number=1, point=3, spatial=3, size=2, unknown=1, repeated_first=0.8
+    ),
+    snap=50,
+    llm_rate=5e-4,
+    llm_matrix_rate=0.006,
+    vision_rate=0.001,
+    final_ratio=0.02,
+    kinds="sspsc",
+)
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -523,22 +540,24 @@ class Scale:
     presence: int
     coarse: int
     fine: int
+    finish: int
     batch_size: int = 32
     look: SceneConfig = SCENES
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(2500, 1500, 1000, 800, presence=450, coarse=1000, fine=1200),
+    "full": Scale(2500, 1500, 1000, 800, presence=450, coarse=1000, fine=1200, finish=1300),
     # Smaller steps, so that there are more of them, and only the artwork that is easiest.
     "small": Scale(
         *(0, 0, 500, 300),
         presence=300,
         coarse=250,
         fine=0,
+        finish=0,
         batch_size=16,
         look=SceneConfig(),
     ),
-    "smoke": Scale(2, 2, 2, 2, presence=2, coarse=2, fine=2, batch_size=4),
+    "smoke": Scale(2, 2, 2, 2, presence=2, coarse=2, fine=2, finish=2, batch_size=4),
 }
 
 Evaluate = Callable[[NanoMolmo2, Processor], dict[str, float]]
@@ -561,7 +580,7 @@ def tiny_stages(
         MosaicStage(learner, seed, sizes.mosaics, sizes.batch_size),
         SceneStage(learner, seed, sizes.scenes, sizes.batch_size),
     ]
-    for plan in (PRESENCE, COARSE, FINE):
+    for plan in (PRESENCE, COARSE, FINE, FINISH):
         steps = getattr(sizes, plan.name)
         stages.append(QuestionStage(learner, seed, steps, plan, sizes.batch_size, evaluate))
     return stages

@@ -26,9 +26,9 @@ def test_all_stages_run_and_leave_a_model_that_loads(tmp_path):
     stages = [line["stage"] for line in lines if "loss" in line]
     assert list(dict.fromkeys(stages)) == [
         *("crops", "varied", "mosaics", "scenes"),
-        *("presence", "coarse", "fine"),
+        *("presence", "coarse", "fine", "finish"),
     ]
-    assert len(scored) == 3
+    assert len(scored) == 4
     model, _ = load(str(tmp_path / "model"))
     assert next(model.parameters()).dtype == torch.bfloat16
     assert model.config == preset("tiny")
