@@ -26,7 +26,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, without install
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
@@ -36,7 +35,6 @@ from nanomolmo2.batch import Batch
 from nanomolmo2.config import read_json_object
 from nanomolmo2.data.emoji.questions import BranchMix, make_branches
 from nanomolmo2.data.emoji.scenes import train_rng
-from nanomolmo2.data.emoji.vocabulary import build_tokenizer, plural_ids
 from nanomolmo2.data.packing import Packer, join
 from nanomolmo2.evaluation.emoji import Scores, evaluate
 from nanomolmo2.files import atomic_path, sha256_of
@@ -72,7 +70,7 @@ class Options:
         vision: a run of `nanomolmo2 train tiny` behind its scenes stage, or one checkpoint of it;
             only the decoder runs need it.
         only: names of the runs to do; all if none are given.
-        seed: of all runs; the one that the vision was trained with.
+        seed: of all runs.
         presence_steps: of the decoder runs.
         coarse_steps: of the decoder runs, behind those.
         pictures: a step of the decoder and cost runs.
@@ -150,15 +148,10 @@ class Ablation:
 class Unaligned(tiny.Learner):
     """Nouns are drawn anew; visual tokens point along the embeddings of before."""
 
-    @torch.no_grad()
-    def __init__(self, seed: int, config: Any = tiny.CONFIG, *, matcher: bool = True) -> None:
-        super().__init__(seed, config, matcher=matcher)
-        embedding = self.model.llm.embed_tokens.weight
-        self.before = embedding[self.noun_ids]  # a copy
-        generator = torch.Generator().manual_seed(seed + 2)
-        embedding[self.noun_ids] = 0.1 * torch.randn(self.before.shape, generator=generator)
-        for category, plural in plural_ids(build_tokenizer()).items():
-            embedding[plural] = embedding[self.noun_ids[category]]
+    def set_nouns(self, rows: Tensor) -> None:
+        self.before = rows
+        generator = torch.Generator().manual_seed(2)
+        super().set_nouns(0.1 * torch.randn(rows.shape, generator=generator))
 
     def visual_targets(self) -> Tensor:
         return self.before
@@ -198,18 +191,16 @@ def find_vision(folder: Path) -> Path:
 
 
 def load_vision(learner: tiny.Learner, checkpoint: Path) -> None:
-    """Take all but the decoder from a checkpoint.
+    """Take all but the decoder from a checkpoint, and the nouns that its visual tokens point along.
 
-    Raises: ValueError if its visual tokens were taught the nouns of another seed.
+    Raises: ValueError if it is of a model of another shape.
     """
     values = torch.load(checkpoint / FILE, weights_only=True, map_location="cpu")["weights"]
     nouns = values["model.llm.embed_tokens.weight"][learner.noun_ids]
-    alike = F.normalize(nouns, dim=-1) @ F.normalize(learner.visual_targets(), dim=-1).T
-    if (alike.argmax(-1) == torch.arange(len(nouns))).float().mean() < 0.5:
-        raise ValueError(
-            f"the nouns of {checkpoint} have other embeddings than those of this seed: give the "
-            f"--seed that it was trained with"
-        )
+    stage = VISION_STAGES[read_json_object(checkpoint / ABOUT)["stage"]]
+    if stage == "presence":  # it began by adding this
+        nouns = nouns - tiny.WORDS_PART * learner.words_direction()
+    learner.set_nouns(nouns)
     decoder = "model.llm."
     vision = {name: value for name, value in values.items() if not name.startswith(decoder)}
     missing, unexpected = learner.load_state_dict(vision, strict=False)

@@ -78,6 +78,7 @@ SCENES = SceneConfig(styles=STYLES, variation=3.0)
 VARIED_RATES = OptimConfig(lr=1e-3, matrix_lr=0.01, warmup_steps=20, final_ratio=0.02)
 ROW_FRAME, BRANCH_FRAME = 4, 3  # most tokens around the pictures, and around a branch
 ROW_LENGTH = 384  # tokens of a scene and its questions: what goes beyond is left out
+WORDS_PART = 0.8  # of the embeddings, which have a length of 1.6
 UNKNOWN_EVERY = 10  # steps that ask for things without emoji
 MAX_FRAMES = 16  # of a video; longer ones are thinned out
 
@@ -119,17 +120,25 @@ class Learner(nn.Module):
         self.heads = VisionHeads(config.vision_config.hidden_size, config.llm_config.hidden_size)
         tokenizer = build_tokenizer()
         self.noun_ids = noun_ids(tokenizer)
-        self._initialise(plural_ids(tokenizer))
+        self.plural_ids = plural_ids(tokenizer)
+        self._initialise()
         if matcher:
             self._match()
 
     @torch.no_grad()
-    def _initialise(self, plurals: dict[int, int]) -> None:
+    def _initialise(self) -> None:
         embedding = self.model.llm.embed_tokens.weight
         nn.init.normal_(embedding, std=0.1)  # row by row, nouns first
-        for category, plural in plurals.items():  # "wolves" starts as "wolf"
-            embedding[plural] = embedding[self.noun_ids[category]]
+        self.set_nouns(embedding[self.noun_ids])
         self.clear_placeholder()
+
+    @torch.no_grad()
+    def set_nouns(self, rows: Tensor) -> None:
+        """Give nouns their embeddings (C, D), plurals the same: "wolves" starts as "wolf"."""
+        embedding = self.model.llm.embed_tokens.weight
+        embedding[self.noun_ids] = rows
+        for category, plural in self.plural_ids.items():
+            embedding[plural] = rows[category]
 
     @torch.no_grad()
     def _match(self) -> None:
@@ -159,8 +168,8 @@ class Learner(nn.Module):
         """
         embedding = self.model.llm.embed_tokens.weight
         of_pictures = F.normalize(visual_tokens.flatten(0, -2).mean(0), dim=0)
-        of_words = F.normalize(torch.randn(embedding.shape[1], generator=_seeded(5)), dim=0)
-        embedding += 0.8 * of_words
+        of_words = self.words_direction()
+        embedding += WORDS_PART * of_words
         self.clear_placeholder()
         for module in self.model.llm.modules():
             if isinstance(module, Attention):
@@ -170,6 +179,11 @@ class Learner(nn.Module):
                     (module.q_proj, 0.31 * of_words),
                 ):
                     projection.weight.unflatten(0, (-1, module.head_dim))[:, slowest] = row
+
+    def words_direction(self) -> Tensor:
+        """(D,) of length 1: `look_at_pictures` adds it, `WORDS_PART` long, to all embeddings."""
+        width = self.model.llm.embed_tokens.weight.shape[1]
+        return F.normalize(torch.randn(width, generator=_seeded(5)), dim=0)
 
     def freeze_matcher(self, frozen: bool) -> None:
         """Keep (or let go) what finds equal content: Adam's first steps would wipe it out."""
