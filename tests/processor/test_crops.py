@@ -22,11 +22,12 @@ from tests.processor.helpers import golden, golden_picture
 
 IMAGES = golden()["images"]
 SMALL = MultiCrop(4, image_size=56, overlap_margins=(1, 1))
-NOISE = np.random.default_rng(0)
 
 
 def noise(width, height):
-    return NOISE.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    """The same picture for a size, whatever was tested before."""
+    rng = np.random.default_rng((width, height))
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def as_uint8(pixel_values):
@@ -272,7 +273,8 @@ def test_trap_06_resize_by_hand():
     upper = values[top][:, left] * (1 - across) + values[top][:, right] * across
     lower = values[bottom][:, left] * (1 - across) + values[bottom][:, right] * across
     exact = upper * (1 - down) + lower * down
-    clear = np.abs(exact - np.floor(exact) - 0.5) > 1e-4
+    # A place of up to 83 is off by 5e-6 as a float, times a difference of up to 255.
+    clear = np.abs(exact - np.floor(exact) - 0.5) > 2e-3
     assert clear.mean() > 0.99
     assert (result == np.rint(exact))[clear].all()
     assert np.abs(result - exact).max() < 0.5001
