@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanomolmo2.data.emoji.vocabulary import build_tokenizer, plural_ids
 from nanomolmo2.evaluation import emoji
 from nanomolmo2.models.attention import sequence_mask
 from nanomolmo2.training import tiny
@@ -61,11 +60,10 @@ def test_without_alignment_only_nouns_are_drawn_anew() -> None:
     before, after = weights("baseline"), weights("alignment")
     assert all(torch.equal(after[name], before[name]) for name in before if name != TABLE)
     learner = DECODER["alignment"].learner(0)
-    plurals = plural_ids(build_tokenizer())
-    changed = {*learner.noun_ids, *plurals.values()}
+    changed = {*learner.noun_ids, *learner.plural_ids.values()}
     for row in range(len(before[TABLE])):
         assert torch.equal(after[TABLE][row], before[TABLE][row]) == (row not in changed)
-    for category, plural in plurals.items():
+    for category, plural in learner.plural_ids.items():
         assert torch.equal(after[TABLE][plural], after[TABLE][learner.noun_ids[category]])
     new, old = learner.noun_embeddings(), before[TABLE][learner.noun_ids]
     assert torch.cosine_similarity(new, old).abs().max() < 0.5
