@@ -67,7 +67,7 @@ def _tiny() -> NanoMolmo2Config:
             additional_vocab_size=16,
             hidden_size=256,
             intermediate_size=640,
-            num_hidden_layers=4,
+            num_hidden_layers=6,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=64,

@@ -15,6 +15,8 @@ Stages, in the order in which each makes the next one easy:
     fine      all weights, also pairs of pictures and videos, until the rates are near zero
     finish    the same once more, the decoder's matrices with Muon: it learns more from a step than
               AdamW, and by now has nothing to wipe out
+    settle    vision alone: visual tokens settle which of them an object between two cells counts in
+    last      as finish, and two layers of the decoder wake that did nothing before
 
 Artwork: the vendors of the group "seen", line drawings and icons of the group "extra", and the
 seen drawings with dark outlines ("inked"), so that shapes are learned and not one way of drawing.
@@ -24,8 +26,10 @@ What was measured on the way is in docs/tiny.md and docs/log.md.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +58,7 @@ from nanomolmo2.data.emoji.vocabulary import (
 from nanomolmo2.data.example import Branch
 from nanomolmo2.models import NanoMolmo2, NanoMolmo2Config, preset
 from nanomolmo2.models.kernels import bfloat16_products
-from nanomolmo2.models.language_model import Attention
+from nanomolmo2.models.language_model import Attention, DecoderLayer
 from nanomolmo2.processor.collate import collate
 from nanomolmo2.processor.processor import Encoded, Processor, ProcessorConfig, VideoConfig
 from nanomolmo2.processor.tokenizer import Tokenizer
@@ -69,7 +73,9 @@ from nanomolmo2.training.vision_heads import (
 )
 
 CONFIG = preset("tiny")
+SLEEPERS = (2, 5)  # layers of the decoder that pass everything on until a plan wakes them
 PATCH_SIZE, POOLING_SIZE = CONFIG.vision_config.patch_size, CONFIG.connector.pooling_size
+CELL_SIZE = PATCH_SIZE * POOLING_SIZE  # of a visual token
 CROP_SIZE = 64
 CROP_RATES = OptimConfig(lr=2e-3, matrix_lr=0.02)  # of the encoder
 # The vendors twice: they are drawn twice as often as a style of the other groups.
@@ -80,6 +86,7 @@ ROW_FRAME, BRANCH_FRAME = 4, 3  # most tokens around the pictures, and around a 
 ROW_LENGTH = 384  # tokens of a scene and its questions: what goes beyond is left out
 WORDS_PART = 0.8  # of the embeddings, which have a length of 1.6
 UNKNOWN_EVERY = 10  # steps that ask for things without emoji
+MARGIN = 0.25  # of a cell: so near to a line, centres belong to either side
 MAX_FRAMES = 16  # of a video; longer ones are thinned out
 
 
@@ -124,6 +131,8 @@ class Learner(nn.Module):
         self._initialise()
         if matcher:
             self._match()
+        for layer in self.sleepers():
+            put_to_sleep(layer)
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -185,12 +194,27 @@ class Learner(nn.Module):
         width = self.model.llm.embed_tokens.weight.shape[1]
         return F.normalize(torch.randn(width, generator=_seeded(5)), dim=0)
 
+    def sleepers(self) -> list[DecoderLayer]:
+        """The layers `SLEEPERS`."""
+        return [self.model.llm.layers[i] for i in SLEEPERS]  # type: ignore[misc]
+
+    def wake(self) -> None:
+        """Let sleeping layers start as the ones before them, but for what they add: nothing yet."""
+        for i, layer in zip(SLEEPERS, self.sleepers(), strict=True):
+            layer.load_state_dict(self.model.llm.layers[i - 1].state_dict())
+            put_to_sleep(layer)
+
     def freeze_matcher(self, frozen: bool) -> None:
         """Keep (or let go) what finds equal content: Adam's first steps would wipe it out."""
         for module in self.model.llm.modules():
             if isinstance(module, Attention):
                 for part in (module.q_proj, module.k_proj, module.q_norm, module.k_norm):
                     part.requires_grad_(not frozen)
+
+    def compile(self) -> None:
+        """Compile the decoder's blocks: a third less time a step. The encoder's gain nothing."""
+        for layer in self.model.llm.layers:
+            layer.compile(dynamic=True)  # rows of pairs and videos have many lengths
 
     def noun_embeddings(self) -> Tensor:
         """(C, D) rows of the nouns."""
@@ -203,6 +227,13 @@ class Learner(nn.Module):
     def patches(self, pixel_values: Tensor) -> Tensor:
         """(B, N, Dv) features of the encoder's last block."""
         return self.model.vision_encoder(pixel_values, layers=(-1,))[0]
+
+
+@torch.no_grad()
+def put_to_sleep(layer: DecoderLayer) -> None:
+    """Let a layer add nothing to what comes in."""
+    for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        nn.init.zeros_(projection.weight)
 
 
 def _seeded(seed: int) -> torch.Generator:
@@ -274,7 +305,7 @@ class MosaicStage(Stage):
         rng, sprites = train_rng(self.seed, 7, step), Sprites.load()
         mosaics = [render_mosaic(rng, sprites, self.learner.scenes) for _ in range(self.batch_size)]
         images = normalise(np.stack([mosaic.image for mosaic in mosaics]))
-        return images, label_scenes(mosaics, PATCH_SIZE, PATCH_SIZE * POOLING_SIZE)
+        return images, label_scenes(mosaics, PATCH_SIZE, CELL_SIZE)
 
     def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
         model, heads = self.learner.model, self.learner.heads
@@ -310,7 +341,7 @@ class SceneStage(Stage):
     def batch(self, step: int) -> tuple[Tensor, SceneLabels]:
         scenes = render_scenes(self.seed, 1, step, self.batch_size, self.learner.scenes)
         images = normalise(np.stack([scene.image for scene in scenes]))
-        return images, label_scenes(scenes, PATCH_SIZE, PATCH_SIZE * POOLING_SIZE)
+        return images, label_scenes(scenes, PATCH_SIZE, CELL_SIZE)
 
     def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
         model = self.learner.model
@@ -325,6 +356,31 @@ class SceneStage(Stage):
         patches = self.learner.patches(images)
         tokens = self.learner.model.connector(patches)
         return self.learner.heads(patches, tokens, self.learner.visual_targets(), labels)
+
+
+class SettleStage(SceneStage):
+    """The same with mosaics in turn; tokens settle which of them an object's is.
+
+    An object whose centre is near the line between two cells may count in either.
+    """
+
+    name = "settle"
+
+    def batch(self, step: int) -> tuple[Tensor, SceneLabels]:
+        rng, sprites, look = train_rng(self.seed, 9, step), Sprites.load(), self.learner.scenes
+        draw = render_mosaic if step % 2 else render_scene
+        scenes = [draw(rng, sprites, look) for _ in range(self.batch_size)]
+        images = normalise(np.stack([scene.image for scene in scenes]))
+        return images, label_scenes(scenes, PATCH_SIZE, CELL_SIZE, MARGIN)
+
+    def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
+        rates = OptimConfig(lr=1e-3, matrix_lr=0.008, warmup_steps=50, final_ratio=0.05)
+        model = self.learner.model
+        return {
+            "vision": (model.vision_encoder, replace(rates, lr=5e-4)),
+            "connector": (model.connector, rates),
+            "heads": (self.learner.heads, replace(rates, lr=2e-3, matrix_lr=0.0)),
+        }
 
 
 @dataclass(frozen=True)
@@ -345,6 +401,9 @@ class QuestionPlan:
     final_ratio: float = 0.3
     kinds: str = "s"  # what the steps show in turn: scenes, pairs, clips
     first: bool = False  # the first that the decoder learns: its matcher is made ready, and frozen
+    margin: float = 0.0  # of `label_scenes`
+    wakes: bool = False  # the `SLEEPERS`
+    pairs: PairConfig = field(default_factory=PairConfig)  # but for its scenes
 
 
 class QuestionStage(Stage):
@@ -373,7 +432,7 @@ class QuestionStage(Stage):
         batch = collate(encoded, self.learner.processor.pad_token_id)
         if not scenes:
             return batch, None
-        return batch, label_scenes(scenes, PATCH_SIZE, PATCH_SIZE * POOLING_SIZE)
+        return batch, label_scenes(scenes, PATCH_SIZE, CELL_SIZE, self.plan.margin)
 
     def _scenes(self, step: int) -> tuple[list[Encoded], list[Scene]]:
         plan, processor = self.plan, self.learner.processor
@@ -404,7 +463,8 @@ class QuestionStage(Stage):
 
     def _pairs(self, step: int) -> tuple[list[Encoded], list[Scene]]:
         """Half as many pairs as a step has pictures."""
-        processor, config = self.learner.processor, PairConfig(self.learner.scenes)
+        processor = self.learner.processor
+        config = replace(self.plan.pairs, scene=self.learner.scenes)
         rng, sprites = train_rng(self.seed, 200 + self.plan.stream, step), Sprites.load()
         encoded: list[Encoded] = []
         scenes: list[Scene] = []
@@ -453,10 +513,15 @@ class QuestionStage(Stage):
         return parts
 
     def begin(self) -> None:
+        # On resume the checkpoint then replaces what this does to weights.
         for part in (self.learner.model.vision_encoder, self.learner.model.connector):
             part.requires_grad_(self.plan.vision_rate > 0)
         self.learner.freeze_matcher(self.plan.first)
-        if self.plan.first:  # on resume the checkpoint then replaces what this does
+        for layer in self.learner.sleepers():
+            layer.requires_grad_(self.plan.wakes)
+        if self.plan.wakes:
+            self.learner.wake()
+        if self.plan.first:
             sample = render_scenes(self.seed, 1, 0, 16, self.learner.scenes)
             images = normalise(np.stack([scene.image for scene in sample]))
             with torch.no_grad():
@@ -541,11 +606,25 @@ FINISH = QuestionPlan(
     final_ratio=0.02,
     kinds="sspsc",
 )
+LAST = replace(
+    FINISH,
+    name="last",
+    stream=10,
+    mix=replace(FINISH.mix, presence=2, point=4, points=2),
+    vision_rate=0.0015,
+    kinds="spsc",
+    margin=MARGIN,
+    wakes=True,
+    pairs=PairConfig(more=6, difference=3),
+)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Steps of each stage, in order, pictures a step (four times as many crops), their look."""
+    """Steps of each stage, in order, pictures a step (four times as many crops), their look.
+
+    ``compiled``: whether it is long enough to compile for, where there is a compiler.
+    """
 
     crops: int
     varied: int
@@ -555,12 +634,23 @@ class Scale:
     coarse: int
     fine: int
     finish: int
+    settle: int
+    last: int
     batch_size: int = 32
     look: SceneConfig = SCENES
+    compiled: bool = True
 
 
 SCALES: dict[str, Scale] = {
-    "full": Scale(2500, 1500, 1000, 800, presence=450, coarse=1000, fine=1200, finish=1300),
+    "full": Scale(
+        *(2500, 1500, 1000, 800),
+        presence=450,
+        coarse=1000,
+        fine=1200,
+        finish=1300,
+        settle=1400,
+        last=2000,
+    ),
     # Smaller steps, so that there are more of them, and only the artwork that is easiest.
     "small": Scale(
         *(0, 0, 500, 300),
@@ -568,10 +658,22 @@ SCALES: dict[str, Scale] = {
         coarse=250,
         fine=0,
         finish=0,
+        settle=0,
+        last=0,
         batch_size=16,
         look=SceneConfig(),
     ),
-    "smoke": Scale(2, 2, 2, 2, presence=2, coarse=2, fine=2, finish=2, batch_size=4),
+    "smoke": Scale(
+        *(2, 2, 2, 2),
+        presence=2,
+        coarse=2,
+        fine=2,
+        finish=2,
+        settle=2,
+        last=4,
+        batch_size=4,
+        compiled=False,
+    ),
 }
 
 Evaluate = Callable[[NanoMolmo2, Processor], dict[str, float]]
@@ -594,10 +696,13 @@ def tiny_stages(
         MosaicStage(learner, seed, sizes.mosaics, sizes.batch_size),
         SceneStage(learner, seed, sizes.scenes, sizes.batch_size),
     ]
-    for plan in (PRESENCE, COARSE, FINE, FINISH):
+
+    def asks(plan: QuestionPlan) -> Stage:
         steps = getattr(sizes, plan.name)
-        stages.append(QuestionStage(learner, seed, steps, plan, sizes.batch_size, evaluate))
-    return stages
+        return QuestionStage(learner, seed, steps, plan, sizes.batch_size, evaluate)
+
+    stages += [asks(plan) for plan in (PRESENCE, COARSE, FINE, FINISH)]
+    return [*stages, SettleStage(learner, seed, sizes.settle, sizes.batch_size), asks(LAST)]
 
 
 def train_tiny(
@@ -618,11 +723,19 @@ def train_tiny(
     out = Path(out)
     learner = Learner(seed, scenes=_sizes(scale).look)
     stages = tiny_stages(learner, seed, scale, evaluate)
+    if _sizes(scale).compiled and has_compiler():
+        learner.compile()
     with bfloat16_products():
         finished = run(learner, stages, out, config, resume=resume)
     if finished:
         save_tiny(learner, out / "model")
     return finished
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which ``torch.compile`` needs on CPUs."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return any(name and shutil.which(name) for name in names)
 
 
 def save_tiny(learner: Learner, folder: Path) -> None:

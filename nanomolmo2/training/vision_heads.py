@@ -36,14 +36,22 @@ class SceneLabels:
 
     patch_class: Tensor  # (B, N) int64: category + 1, 0 = background
     patch_box: Tensor  # (B, N, 4): way to the centre in patches, right and down; log width, height
-    cell_class: Tensor  # (B, n) int64: category of the object centred here, NO_LABEL if none
-    cell_digits: Tensor  # (B, n, 4) int64: hundreds and tens of x, then of y, in thousandths
+    cell_owner: Tensor  # (B, n) int64: number of the object that may count here, NO_LABEL if none
+    cell_class: Tensor  # (B, n) int64: its category, NO_LABEL if none
+    cell_digits: Tensor  # (B, n, 4) int64: hundreds and tens of its x, then y, in thousandths
     cell_box: Tensor  # (B, n, 4): as patch_box, in cells
 
 
-def label_scenes(scenes: list[Scene], patch_size: int, cell_size: int) -> SceneLabels:
-    """Dense targets for scenes of one size; cells and patches in pixels."""
-    labels = [(*_patches(s, patch_size), *_cells(s, cell_size)) for s in scenes]
+def label_scenes(
+    scenes: list[Scene], patch_size: int, cell_size: int, margin: float = 0.0
+) -> SceneLabels:
+    """Dense targets for scenes of one size; cells and patches in pixels.
+
+    Args:
+        margin: an object may count in any cell that its centre is in, or beside by less than this
+            part of a cell. 0 = only where its centre is.
+    """
+    labels = [(*_patches(s, patch_size), *_cells(s, cell_size, margin)) for s in scenes]
     return SceneLabels(*(torch.from_numpy(np.stack(part)) for part in zip(*labels, strict=True)))
 
 
@@ -72,21 +80,31 @@ def _middles(side: int) -> np.ndarray:
     return np.stack([x, y], axis=1) + 0.5
 
 
-def _cells(scene: Scene, cell: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _cells(
+    scene: Scene, cell: int, margin: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     size = scene.instance_map.shape[0]
     side = size // cell
+    owners = np.full(side * side, NO_LABEL, np.int64)
     classes = np.full(side * side, NO_LABEL, np.int64)
     digits = np.full((side * side, 4), NO_LABEL, np.int64)
     boxes = np.zeros((side * side, 4), np.float32)
-    for o in scene.objects:
+    middles = _middles(side)
+    distance = np.full(side * side, 0.5 + margin)
+    for number, o in enumerate(scene.objects):
         x, y = o.center
-        index = int(y // cell) * side + int(x // cell)
-        classes[index] = CATEGORIES.index(o.category)
+        away = np.abs(np.array([x, y]) / cell - middles).max(axis=1)
+        # A cell goes to the nearest centre. One in it is always nearer than one beside it.
+        mine = away < distance
+        mine[int(y // cell) * side + int(x // cell)] = True
+        distance[mine] = away[mine]
+        owners[mine] = number
+        classes[mine] = CATEGORIES.index(o.category)
         tens = [min(99, round(100 * v / size)) for v in (x, y)]
-        digits[index] = [tens[0] // 10, tens[0] % 10, tens[1] // 10, tens[1] % 10]
-        boxes[index] = _centre_and_size(o)
-    boxes[:, :2] = boxes[:, :2] / cell - _middles(side)
-    return classes, digits, boxes
+        digits[mine] = [tens[0] // 10, tens[0] % 10, tens[1] // 10, tens[1] % 10]
+        boxes[mine] = _centre_and_size(o)
+    boxes[:, :2] = boxes[:, :2] / cell - middles
+    return owners, classes, digits, boxes
 
 
 def scale_loss(x: Tensor, target: float) -> Tensor:
@@ -142,11 +160,11 @@ class VisionHeads(nn.Module):
         """
         patch_loss, metrics = self.patch_loss(patches, labels)
         t = F.rms_norm(tokens, tokens.shape[-1:])
-        centred = labels.cell_class != NO_LABEL
+        object_logits = self.cell_object(t)[..., 0]
+        centred = strongest(object_logits.detach(), labels.cell_owner)
         noun_logits = t[centred] @ F.normalize(noun_embeddings, dim=-1).T
         digit_logits = self.cell_digits(t[centred]).unflatten(-1, (4, 10))
         digits = labels.cell_digits[centred]
-        object_logits = self.cell_object(t)[..., 0]
         on_object = labels.patch_class > 0
         on_object_features = F.layer_norm(patches[on_object], patches.shape[-1:])
         place_logits = self.cell_place(t).unflatten(-1, (2, self.side))  # row, column
@@ -176,3 +194,21 @@ class VisionHeads(nn.Module):
             metrics["place_accuracy"] = float((place_logits.argmax(-1) == places).float().mean())
             metrics["digit_accuracy"] = float((digit_logits.argmax(-1) == digits).float().mean())
         return sum(losses.values(), torch.zeros(())), metrics
+
+
+def strongest(logits: Tensor, owners: Tensor) -> Tensor:
+    """(B, n) bool: of the cells where an object may count, the one that says so most.
+
+    A centre on the line between two cells is in both for all that a picture shows. To insist on one
+    of them teaches both to claim it, half as strongly each, and the decoder counts it twice; let
+    the tokens agree, and one of them does.
+
+    Args:
+        logits: (B, n) how much each cell claims an object. owners: `SceneLabels.cell_owner`.
+    Source: the one-to-one labels of detectors without suppression (DETR, Carion et al. 2020).
+    """
+    candidate = owners != NO_LABEL
+    groups = owners.clamp(min=0)
+    best = logits.new_full((len(logits), int(groups.max()) + 1), -torch.inf)
+    best = best.scatter_reduce(1, groups, logits.masked_fill(~candidate, -torch.inf), "amax")
+    return candidate & (logits >= best.gather(1, groups))

@@ -305,6 +305,22 @@ def test_products_in_bfloat16(bias: bool, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(map(torch.equal, both_ways(), expected))
 
 
+def test_compiled_layers_multiply_in_bfloat16_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rounding of what goes in, written for a compiler; this backend needs none."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    x, weight, bias = random(600, 256), random(256, 256, seed=1), random(256, seed=2)
+    weight.requires_grad_()
+    compiled = torch.compile(kernels.linear, backend="aot_eager")
+    with kernels.bfloat16_products():
+        expected = kernels.linear(x, weight, bias)
+        found = compiled(x, weight, bias)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), weight)
+    (gradient,) = torch.autograd.grad(found.square().sum(), weight)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-2, atol=1e-2)
+    assert not torch.equal(found, F.linear(x, weight, bias))
+
+
 def test_small_learners_autocast_and_other_dtypes_take_torchs_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from nanomolmo2.models import LLMConfig, NanoMolmo2
+from nanomolmo2.models.kernels import bfloat16_products
 from nanomolmo2.training.distributed import World
 from nanomolmo2.training.lora import LoraConfig, add_lora
 from nanomolmo2.training.optim import (
@@ -32,6 +33,17 @@ def test_orthogonalise_finds_the_nearest_orthogonal_matrix():
         diagonal = singular.diagonal(dim1=1, dim2=2)
         assert diagonal.min() > 0.3 and diagonal.max() < 1.3
         assert (singular - torch.diag_embed(diagonal)).abs().max() < 1e-4
+
+
+def test_orthogonalise_in_bfloat16_goes_the_same_way(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(3, 48, 96)
+    exact = orthogonalise(x)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    with bfloat16_products():
+        short = orthogonalise(x)
+    assert short.dtype == torch.float32 and not torch.equal(short, exact)
+    assert torch.nn.functional.cosine_similarity(short.flatten(), exact.flatten(), dim=0) > 0.999
 
 
 def test_muon_treats_matrices_of_one_shape_as_if_alone():

@@ -26,9 +26,9 @@ def test_all_stages_run_and_leave_a_model_that_loads(tmp_path):
     stages = [line["stage"] for line in lines if "loss" in line]
     assert list(dict.fromkeys(stages)) == [
         *("crops", "varied", "mosaics", "scenes"),
-        *("presence", "coarse", "fine", "finish"),
+        *("presence", "coarse", "fine", "finish", "settle", "last"),
     ]
-    assert len(scored) == 4
+    assert len(scored) == 5
     model, _ = load(str(tmp_path / "model"))
     assert next(model.parameters()).dtype == torch.bfloat16
     assert model.config == preset("tiny")
@@ -65,6 +65,7 @@ def test_frozen_vision_gets_no_gradient(plan, learns):
     matcher = ("q_proj", "k_proj", "q_norm", "k_norm")
     for name, p in model.llm.named_parameters():
         frozen = plan.first and any(part in name for part in matcher)
+        frozen |= any(name.startswith(f"layers.{i}.") for i in tiny.SLEEPERS)
         assert (p.grad is None) == frozen, name
 
 
@@ -132,6 +133,37 @@ def test_attention_starts_as_a_matcher():
     k = attention.k_proj.weight.unflatten(0, (2, 64))
     for head in range(4):
         assert torch.equal(q[head], k[head // 2])
+
+
+def answers(learner: tiny.Learner) -> torch.Tensor:
+    ids = torch.tensor([[learner.noun_ids[i] for i in range(9)]])
+    with torch.no_grad():
+        return learner.model.llm(ids)
+
+
+def test_sleeping_layers_add_nothing():
+    learner = tiny.Learner(0)
+    slept = answers(learner)
+    llm = learner.model.llm
+    awake = [layer for i, layer in enumerate(llm.layers) if i not in tiny.SLEEPERS]
+    llm.layers = torch.nn.ModuleList(awake)
+    torch.testing.assert_close(answers(learner), slept, rtol=0, atol=0)
+
+
+def test_layers_wake_as_the_ones_before_and_change_nothing_at_once():
+    learner = tiny.Learner(0)
+    before = answers(learner)
+    stage = QuestionStage(learner, 0, 2, tiny.LAST, batch_size=2)
+    stage.begin()
+    torch.testing.assert_close(answers(learner), before, rtol=0, atol=0)
+    layers = learner.model.llm.layers
+    for i in tiny.SLEEPERS:
+        assert torch.equal(layers[i].mlp.up_proj.weight, layers[i - 1].mlp.up_proj.weight)
+    loss, _ = stage.loss(stage.batch(0))
+    loss.backward()
+    for i in tiny.SLEEPERS:
+        assert layers[i].self_attn.o_proj.weight.grad.abs().max() > 0
+        assert layers[i].mlp.down_proj.weight.grad.abs().max() > 0
 
 
 def test_tiny_is_small_enough_to_ship():

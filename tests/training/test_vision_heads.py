@@ -5,7 +5,13 @@ import torch
 
 from nanomolmo2.data.emoji.scenes import render_scene, train_rng
 from nanomolmo2.data.emoji.sprites import CATEGORIES, Sprites
-from nanomolmo2.training.vision_heads import NO_LABEL, VisionHeads, label_scenes, scale_loss
+from nanomolmo2.training.vision_heads import (
+    NO_LABEL,
+    VisionHeads,
+    label_scenes,
+    scale_loss,
+    strongest,
+)
 
 
 def scenes(count: int = 12):
@@ -27,6 +33,38 @@ def test_cell_labels_say_where_the_centres_are():
             x100, x10, y100, y10 = labels.cell_digits[b, i].tolist()
             assert abs(100 * x100 + 10 * x10 - o.center[0] / 192 * 1000) <= 10
             assert abs(100 * y100 + 10 * y10 - o.center[1] / 192 * 1000) <= 10
+
+
+def test_a_centre_near_a_line_may_count_on_either_side():
+    made = scenes()
+    plain = label_scenes(made, patch_size=16, cell_size=32)
+    labels = label_scenes(made, patch_size=16, cell_size=32, margin=0.25)
+    several = 0
+    for b, scene in enumerate(made):
+        own = plain.cell_class[b] != NO_LABEL
+        assert torch.equal(labels.cell_class[b][own], plain.cell_class[b][own])
+        for cell in range(36):
+            owner = int(labels.cell_owner[b, cell])
+            row, column = divmod(cell, 6)
+            middle = np.array([32 * column + 16, 32 * row + 16])
+            away = [np.abs(np.array(o.center) - middle).max() for o in scene.objects]
+            if owner == NO_LABEL:
+                assert min(away) >= 24
+                continue
+            o = scene.objects[owner]
+            assert CATEGORIES[labels.cell_class[b, cell]] == o.category
+            assert away[owner] <= 24
+            offset = (np.array(o.center) - middle) / 32
+            np.testing.assert_allclose(labels.cell_box[b, cell, :2], offset, atol=1e-5)
+            several += away[owner] > 16
+    assert several > 10
+
+
+def test_of_the_cells_of_an_object_the_strongest_claim_counts():
+    owners = torch.tensor([[0, 0, NO_LABEL, 1], [NO_LABEL, 0, 0, 0]])
+    logits = torch.tensor([[1.0, 2.0, 9.0, -5.0], [9.0, -3.0, -1.0, -2.0]])
+    expected = [[False, True, False, True], [False, False, True, False]]
+    assert strongest(logits, owners).tolist() == expected
 
 
 def test_patch_labels_follow_the_instance_map():
