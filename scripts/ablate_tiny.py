@@ -47,8 +47,9 @@ from nanomolmo2.training.optim import OptimConfig
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
 STAGES = [field.name for field in fields(tiny.Scale)]
-# By number; presence leaves vision as it is.
-VISION_STAGES = {STAGES.index(name): name for name in ("scenes", "presence")}
+# By number, and whether nouns hold `tiny.WORDS_PART`, which the presence stage begins by adding.
+# Presence leaves vision as it is; settle is vision alone.
+VISION_STAGES = {STAGES.index(name): name != "scenes" for name in ("scenes", "presence", "settle")}
 TASKS = ("presence", "count", "point")  # asked of the decoder runs
 COLUMNS = {
     "presence": "presence",
@@ -185,8 +186,8 @@ def find_vision(folder: Path) -> Path:
                 raise ValueError(f"{checkpoint / FILE} is not as it was written: take another")
             return checkpoint
     raise ValueError(
-        f"{folder} has no checkpoint of the scenes or the presence stage: a run keeps its newest "
-        f"only, so copy one aside while it is in them, and give the copy"
+        f"{folder} has no checkpoint of the scenes, the presence or the settle stage: a run keeps "
+        f"its newest only, so copy one aside while it is in them, and give the copy"
     )
 
 
@@ -197,8 +198,7 @@ def load_vision(learner: tiny.Learner, checkpoint: Path) -> None:
     """
     values = torch.load(checkpoint / FILE, weights_only=True, map_location="cpu")["weights"]
     nouns = values["model.llm.embed_tokens.weight"][learner.noun_ids]
-    stage = VISION_STAGES[read_json_object(checkpoint / ABOUT)["stage"]]
-    if stage == "presence":  # it began by adding this
+    if VISION_STAGES[read_json_object(checkpoint / ABOUT)["stage"]]:
         nouns = nouns - tiny.WORDS_PART * learner.words_direction()
     learner.set_nouns(nouns)
     decoder = "model.llm."
