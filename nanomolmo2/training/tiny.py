@@ -1,4 +1,4 @@
-"""The recipe of ``tiny``: a Molmo2 model of 6 M parameters, trained from scratch on emoji scenes.
+"""The recipe of ``tiny``: a Molmo2 model of 7.6 M parameters, trained from scratch on emoji scenes.
 
 Stages, in the order in which each makes the next one easy:
 

@@ -21,7 +21,7 @@ from nanomolmo2.training.tiny import tiny_processor
         ("nanomolmo2-pooling", 998_204_880),
         ("molmo2-4b", 4_850_869_200),
         ("molmo2-8b", 8_661_703_120),
-        ("tiny", 6_268_224),
+        ("tiny", 7_645_760),
     ],
 )
 def test_parameters(name: str, parameters: int) -> None:
