@@ -576,7 +576,7 @@ def test_export_and_ask_the_exported(
 
 def test_export_splits_large_files(tmp_path: Path) -> None:
     assert cli.main(["export", "tiny", str(tmp_path / "out"), "--max-shard-size", "5MB"]) == 0
-    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) == 3
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) == 4
 
 
 def test_a_linear_model_is_not_exported(refused: Refusal, tmp_path: Path) -> None:
