@@ -250,7 +250,9 @@ def test_nouns_come_with_the_vision(vision: Path, tmp_path: Path) -> None:
 
 def test_wrong_vision_is_refused(vision: Path, tmp_path: Path, capsys) -> None:
     checkpoint = ablate_tiny.find_vision(vision)
-    with pytest.raises(ValueError, match="no checkpoint of the scenes, the presence or the settle stage"):
+    with pytest.raises(
+        ValueError, match="no checkpoint of the scenes, the presence or the settle stage"
+    ):
         ablate_tiny.find_vision(tmp_path)
     damaged = tmp_path / "damaged"
     shutil.copytree(checkpoint, damaged)
