@@ -49,7 +49,8 @@ class OptimConfig(Config):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is replaced by the nearest orthogonal matrix, in float32.
+    """Momentum whose update is replaced by the nearest orthogonal matrix, found in float32, or in
+    bfloat16 within :func:`nanomolmo2.models.kernels.bfloat16_products`.
 
     Matrices of one shape are orthogonalised together, which is what makes it cheap on a CPU.
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -650,7 +651,7 @@ SCALES: dict[str, Scale] = {
         fine=1200,
         finish=1300,
         settle=1400,
-        last=2000,
+        last=1950,
     ),
     # Smaller steps, so that there are more of them, and only the artwork that is easiest.
     "small": Scale(
@@ -734,9 +735,10 @@ def train_tiny(
 
 
 def has_compiler() -> bool:
-    """Whether there is a C++ compiler, which ``torch.compile`` needs on CPUs."""
+    """Whether there are a C++ compiler and Python's headers: ``torch.compile`` needs them."""
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    return any(name and shutil.which(name) for name in names)
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return headers.exists() and any(name and shutil.which(name) for name in names)
 
 
 def save_tiny(learner: Learner, folder: Path) -> None:

@@ -167,6 +167,17 @@ def test_layers_wake_as_the_ones_before_and_change_nothing_at_once():
         assert layers[i].mlp.down_proj.weight.grad.abs().max() > 0
 
 
+def test_without_a_compiler_nothing_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not tiny.has_compiler()
+    (tmp_path / "g++").touch(mode=0o755)
+    monkeypatch.setattr(tiny.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert not tiny.has_compiler()
+    (tmp_path / "Python.h").touch()
+    assert tiny.has_compiler()
+
+
 def test_tiny_is_small_enough_to_ship():
     model = tiny.Learner(0).model
     assert 2 * sum(p.numel() for p in model.parameters()) < 16e6
