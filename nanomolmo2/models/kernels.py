@@ -38,12 +38,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     AVX-512: a tenth less time for many rows, a quarter less for one row on one thread, half on two.
     docs/performance.md has the table.
     """
-    if torch.compiler.is_compiling() and _short and torch.is_grad_enabled():
+    is_float = weight.dtype is torch.float32 and x.dtype is torch.float32
+    on_cpu = weight.device.type == "cpu"
+    if _short and is_float and on_cpu and torch.is_grad_enabled() and torch.compiler.is_compiling():
         return _short_product(x, weight, bias)
     plain = (
-        weight.dtype is torch.float32
-        and x.dtype is torch.float32
-        and weight.device.type == "cpu"
+        is_float
+        and on_cpu
         and type(weight) in (Tensor, nn.Parameter)
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")

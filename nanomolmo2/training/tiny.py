@@ -213,8 +213,8 @@ class Learner(nn.Module):
                 for part in (module.q_proj, module.k_proj, module.q_norm, module.k_norm):
                     part.requires_grad_(not frozen)
 
-    def compile(self) -> None:
-        """Compile the decoder's blocks: a third less time a step. The encoder's gain nothing."""
+    def compile_decoder(self) -> None:
+        """Compile its blocks: a third less time a step. The encoder's gain nothing."""
         for layer in self.model.llm.layers:
             layer.compile(dynamic=True)  # rows of pairs and videos have many lengths
 
@@ -231,7 +231,6 @@ class Learner(nn.Module):
         return self.model.vision_encoder(pixel_values, layers=(-1,))[0]
 
 
-@torch.no_grad()
 def put_to_sleep(layer: DecoderLayer) -> None:
     """Let a layer add nothing to what comes in."""
     for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
@@ -245,6 +244,12 @@ def _seeded(seed: int) -> torch.Generator:
 def normalise(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), as the processor does it at the same size."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def labelled(scenes: list[Scene], margin: float = 0.0) -> tuple[Tensor, SceneLabels]:
+    """Pictures (B, 3, H, W) and what `VisionHeads` is to find in them; see `label_scenes`."""
+    images = normalise(np.stack([scene.image for scene in scenes]))
+    return images, label_scenes(scenes, PATCH_SIZE, CELL_SIZE, margin)
 
 
 class CropStage(Stage):
@@ -306,8 +311,7 @@ class MosaicStage(Stage):
     def batch(self, step: int) -> tuple[Tensor, SceneLabels]:
         rng, sprites = train_rng(self.seed, 7, step), Sprites.load()
         mosaics = [render_mosaic(rng, sprites, self.learner.scenes) for _ in range(self.batch_size)]
-        images = normalise(np.stack([mosaic.image for mosaic in mosaics]))
-        return images, label_scenes(mosaics, PATCH_SIZE, CELL_SIZE)
+        return labelled(mosaics)
 
     def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
         model, heads = self.learner.model, self.learner.heads
@@ -342,8 +346,7 @@ class SceneStage(Stage):
 
     def batch(self, step: int) -> tuple[Tensor, SceneLabels]:
         scenes = render_scenes(self.seed, 1, step, self.batch_size, self.learner.scenes)
-        images = normalise(np.stack([scene.image for scene in scenes]))
-        return images, label_scenes(scenes, PATCH_SIZE, CELL_SIZE)
+        return labelled(scenes)
 
     def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
         model = self.learner.model
@@ -372,8 +375,7 @@ class SettleStage(SceneStage):
         rng, sprites, look = train_rng(self.seed, 9, step), Sprites.load(), self.learner.scenes
         draw = render_mosaic if step % 2 else render_scene
         scenes = [draw(rng, sprites, look) for _ in range(self.batch_size)]
-        images = normalise(np.stack([scene.image for scene in scenes]))
-        return images, label_scenes(scenes, PATCH_SIZE, CELL_SIZE, MARGIN)
+        return labelled(scenes, MARGIN)
 
     def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
         rates = OptimConfig(lr=1e-3, matrix_lr=0.008, warmup_steps=50, final_ratio=0.05)
@@ -726,7 +728,7 @@ def train_tiny(
     learner = Learner(seed, scenes=_sizes(scale).look)
     stages = tiny_stages(learner, seed, scale, evaluate)
     if _sizes(scale).compiled and has_compiler():
-        learner.compile()
+        learner.compile_decoder()
     with bfloat16_products():
         finished = run(learner, stages, out, config, resume=resume)
     if finished:
