@@ -164,6 +164,7 @@ class NanoMolmo2(nn.Module):
         visual_tokens: Tensor | None = None,
         image_token_pooling: Tensor | None = None,
         visual_features: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> Any:
         """Logits of text and pictures, and the loss if there are labels.
 
@@ -184,6 +185,7 @@ class NanoMolmo2(nn.Module):
                 M * N, -1 = empty slot; one row for every image token in reading order.
             visual_features: (I, N, F) or (M, N, F), what the vision encoder's ``features`` gave for
                 ``pixel_values``, in their place: the connector still learns from them.
+            output_hidden_states: also return, last, what the decoder's :meth:`forward` then does.
         Returns: logits (B, T, V), T = L + n - 1 for one picture a row; with labels (logits, loss):
             the weighted mean cross-entropy over all labelled tokens of the batch.
         Raises: ValueError where image tokens and pictures, shapes, ids or the context disagree.
@@ -200,12 +202,13 @@ class NanoMolmo2(nn.Module):
             image_token_pooling,
             visual_features,
         )
-        logits = self.llm(**decoder)
+        results = self.llm(**decoder, output_hidden_states=output_hidden_states)
+        logits, *states = results if output_hidden_states else (results,)
         if targets is None:
-            return logits
+            return (logits, *states) if states else logits
         rows, tokens, weight = next_tokens(targets, weights)
         losses = F.cross_entropy(logits.flatten(0, 1)[rows].float(), tokens, reduction="none")
-        return logits, reduce((losses * weight).sum(), weight, "mean")
+        return logits, reduce((losses * weight).sum(), weight, "mean"), *states
 
     def loss(
         self,

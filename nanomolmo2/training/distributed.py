@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from nanomolmo2.models.language_model import DecoderLayer, LanguageModel, RMSNor
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2
 from nanomolmo2.models.vision_encoder import LayerNorm, VisionEncoder, VisionLayer
 
+GLOO_THREADS_FINISH = 0.2  # seconds; they need far less
 STATE_FILE = "state.json"  # step, data position: what is no tensor
 
 
@@ -97,6 +99,9 @@ class World:
             if kind is None:
                 dist.barrier()
             dist.destroy_process_group()
+            # Gloo's threads outlive it. One that has yet to let go of a tensor of the last
+            # operation needs Python for it: if that is shutting down by then, the process aborts.
+            time.sleep(GLOO_THREADS_FINISH)
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

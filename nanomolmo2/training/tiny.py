@@ -17,6 +17,8 @@ Stages, in the order in which each makes the next one easy:
               AdamW, and by now has nothing to wipe out
     settle    vision alone: visual tokens settle which of them an object between two cells counts in
     last      as finish, and two layers of the decoder wake that did nothing before
+    agree     the same once more; image tokens inside of the decoder, where they see each other,
+              learn which of them counts an object: what settle leaves open, a tenth of the objects
 
 Artwork: the vendors of the group "seen", line drawings and icons of the group "extra", and the
 seen drawings with dark outlines ("inked"), so that shapes are learned and not one way of drawing.
@@ -29,9 +31,10 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomolmo2.batch import IGNORED_LABEL, Batch
-from nanomolmo2.data.emoji.clips import ClipConfig, ask_about_clip, render_clip
+from nanomolmo2.data.emoji.clips import Clip, ClipConfig, ask_about_clip, render_clip
 from nanomolmo2.data.emoji.pairs import PairConfig, ask_about_pair, render_pair
 from nanomolmo2.data.emoji.questions import BranchMix, make_branches
 from nanomolmo2.data.emoji.scenes import (
@@ -69,6 +72,7 @@ from nanomolmo2.training.vision_heads import (
     FEATURE_RMS,
     SceneLabels,
     VisionHeads,
+    cell_owners,
     label_scenes,
     scale_loss,
 )
@@ -88,6 +92,8 @@ ROW_LENGTH = 384  # tokens of a scene and its questions: what goes beyond is lef
 WORDS_PART = 0.8  # of the embeddings, which have a length of 1.6
 UNKNOWN_EVERY = 10  # steps that ask for things without emoji
 MARGIN = 0.25  # of a cell: so near to a line, centres belong to either side
+CLAIM_LAYERS = 3  # of the decoder: behind them, image tokens have agreed who claims an object
+CLAIM_WEIGHT = 2.0
 MAX_FRAMES = 16  # of a video; longer ones are thinned out
 
 
@@ -406,8 +412,17 @@ class QuestionPlan:
     kinds: str = "s"  # what the steps show in turn: scenes, pairs, clips
     first: bool = False  # the first that the decoder learns: its matcher is made ready, and frozen
     margin: float = 0.0  # of `label_scenes`
-    wakes: bool = False  # the `SLEEPERS`
+    sleepers: Literal["asleep", "waking", "awake"] = "asleep"  # the layers `SLEEPERS`
+    claims: bool = False  # image tokens learn to agree inside of the decoder
     pairs: PairConfig = field(default_factory=PairConfig)  # but for its scenes
+
+
+class QuestionBatch(NamedTuple):
+    """Questions, and what is where in their pictures."""
+
+    questions: Batch
+    owners: Tensor  # (I, n) `SceneLabels.cell_owner` of all pictures and frames
+    labels: SceneLabels | None = None  # none of videos
 
 
 class QuestionStage(Stage):
@@ -425,18 +440,28 @@ class QuestionStage(Stage):
         self.learner, self.seed, self.steps, self.plan = learner, seed, steps, plan
         self.batch_size, self.name, self.scores = batch_size, plan.name, evaluate
 
-    def encode(self, step: int) -> tuple[list[Encoded], list[Scene]]:
-        """The examples of a step, and the pictures in them; none of videos."""
+    def encode(self, step: int) -> tuple[list[Encoded], Sequence[Scene | Clip]]:
+        """The examples of a step, and the pictures or the videos in them."""
         kind = self.plan.kinds[step % len(self.plan.kinds)]
-        make = {"s": self._scenes, "p": self._pairs, "c": self._clips}[kind]
-        return make(step)
+        if kind == "c":
+            return self._clips(step)
+        return self._pairs(step) if kind == "p" else self._scenes(step)
 
-    def batch(self, step: int) -> tuple[Batch, SceneLabels | None]:
-        encoded, scenes = self.encode(step)
+    def batch(self, step: int) -> QuestionBatch:
+        encoded, shown = self.encode(step)
         batch = collate(encoded, self.learner.processor.pad_token_id)
-        if not scenes:
-            return batch, None
-        return batch, label_scenes(scenes, PATCH_SIZE, CELL_SIZE, self.plan.margin)
+        scenes = [one for one in shown if isinstance(one, Scene)]
+        if scenes:
+            labels = label_scenes(scenes, PATCH_SIZE, CELL_SIZE, self.plan.margin)
+            return QuestionBatch(batch, labels.cell_owner, labels)
+        clips = [one for one in shown if isinstance(one, Clip)]
+        owners = [self._owners(clip, i) for clip in clips for i in range(len(clip.video.frames))]
+        return QuestionBatch(batch, torch.from_numpy(np.stack(owners)))
+
+    def _owners(self, clip: Clip, frame: int) -> np.ndarray:
+        centres = [c for o in clip.objects if (c := o.center(frame)) is not None]
+        side = len(clip.video.frames[frame]) // CELL_SIZE
+        return cell_owners(centres, side, CELL_SIZE, self.plan.margin)
 
     def _scenes(self, step: int) -> tuple[list[Encoded], list[Scene]]:
         plan, processor = self.plan, self.learner.processor
@@ -480,21 +505,22 @@ class QuestionStage(Stage):
             scenes += pair
         return encoded, scenes
 
-    def _clips(self, step: int) -> tuple[list[Encoded], list[Scene]]:
+    def _clips(self, step: int) -> tuple[list[Encoded], list[Clip]]:
         """Videos of as many frames, together, as a step has pictures."""
         processor = self.learner.processor
         scene = replace(self.learner.scenes, min_px=36, max_px=64)
         long = step // len(self.plan.kinds) % 2
         config = ClipConfig(scene, max_frames=MAX_FRAMES if long else 8)
         rng, sprites = train_rng(self.seed, 300 + self.plan.stream, step), Sprites.load()
-        encoded, frames = [], 0
+        encoded, clips, frames = [], [], 0
         while frames < self.batch_size:
             clip = render_clip(rng, sprites, config)
+            clips.append(clip)
             branches = ask_about_clip(clip, rng, config, self.plan.snap)
             messages = [b.messages for b in branches]
             encoded.append(processor.encode_tree(None, messages, video=clip.video))
             frames += len(clip.video.frames)
-        return encoded, []
+        return encoded, clips
 
     def components(self) -> dict[str, tuple[nn.Module, OptimConfig]]:
         model, plan = self.learner.model, self.plan
@@ -522,9 +548,12 @@ class QuestionStage(Stage):
             part.requires_grad_(self.plan.vision_rate > 0)
         self.learner.freeze_matcher(self.plan.first)
         for layer in self.learner.sleepers():
-            layer.requires_grad_(self.plan.wakes)
-        if self.plan.wakes:
+            layer.requires_grad_(self.plan.sleepers != "asleep")
+        if self.plan.sleepers == "waking":
             self.learner.wake()
+        if self.plan.claims:
+            heads = self.learner.heads
+            heads.claim.load_state_dict(heads.cell_object.state_dict())
         if self.plan.first:
             sample = render_scenes(self.seed, 1, 0, 16, self.learner.scenes)
             images = normalise(np.stack([scene.image for scene in sample]))
@@ -532,20 +561,20 @@ class QuestionStage(Stage):
                 tokens = self.learner.model.connector(self.learner.patches(images))
             self.learner.look_at_pictures(tokens)
 
-    def gradients(self, batch: tuple[Batch, SceneLabels | None]) -> dict[str, float]:
+    def gradients(self, batch: QuestionBatch) -> dict[str, float]:
         metrics = super().gradients(batch)
         gradient = self.learner.model.llm.embed_tokens.weight.grad
         if self.plan.first and gradient is not None:
             gradient[self.learner.noun_ids] = 0
         return metrics
 
-    def loss(self, batch: tuple[Batch, SceneLabels | None]) -> tuple[Tensor, dict[str, float]]:
-        questions, labels = batch
-        model = self.learner.model
+    def loss(self, batch: QuestionBatch) -> tuple[Tensor, dict[str, float]]:
+        questions, owners, labels = batch
+        model, heads = self.learner.model, self.learner.heads
         inputs = questions.tensors()
         patches = self.learner.patches(inputs.pop("pixel_values"))
         tokens = model.connector(patches)
-        logits, loss = model(**inputs, visual_tokens=tokens)
+        logits, loss, states = model(**inputs, visual_tokens=tokens, output_hidden_states=True)
         kind = {1: "s", 2: "p"}.get(patches.shape[0] // inputs["input_ids"].shape[0], "c")
         metrics = {f"answers_{kind}": loss.item()}
         assert questions.labels is not None
@@ -554,13 +583,18 @@ class QuestionStage(Stage):
             known = targets != IGNORED_LABEL
             right = logits[:, :-1].argmax(-1)[known] == targets[known]
             metrics[f"token_accuracy_{kind}"] = right.float().mean().item()
-        if not self.plan.vision_rate or labels is None:
-            return loss, metrics
-        # The dense losses go on, so that the visual tokens keep what the decoder reads off them.
-        dense, dense_metrics = self.learner.heads(
-            patches, tokens, self.learner.visual_targets(), labels
-        )
-        return loss + dense, {**metrics, **dense_metrics}
+        if self.plan.claims:
+            image_tokens = inputs["input_ids"] == model.config.image_token_id
+            hidden = states[CLAIM_LAYERS][image_tokens].view(tokens.shape)
+            claims, claim_metrics = heads.claim_loss(hidden, owners)
+            loss = loss + CLAIM_WEIGHT * claims
+            metrics |= claim_metrics
+        if self.plan.vision_rate and labels is not None:
+            # The visual tokens keep what the decoder reads off them.
+            dense, dense_metrics = heads(patches, tokens, self.learner.visual_targets(), labels)
+            loss = loss + dense
+            metrics |= dense_metrics
+        return loss, metrics
 
     def after_step(self) -> None:
         self.learner.clear_placeholder()
@@ -618,9 +652,10 @@ LAST = replace(
     vision_rate=0.002,
     kinds="spsc",
     margin=MARGIN,
-    wakes=True,
+    sleepers="waking",
     pairs=PairConfig(more=6, difference=3),
 )
+AGREE = replace(LAST, name="agree", stream=11, sleepers="awake", claims=True)
 
 
 @dataclass(frozen=True)
@@ -640,6 +675,7 @@ class Scale:
     finish: int
     settle: int
     last: int
+    agree: int
     batch_size: int = 32
     look: SceneConfig = SCENES
     compiled: bool = True
@@ -654,16 +690,18 @@ SCALES: dict[str, Scale] = {
         finish=1300,
         settle=1400,
         last=1950,
+        agree=1450,
     ),
     # Smaller steps, so that there are more of them, and only the artwork that is easiest.
     "small": Scale(
-        *(0, 0, 500, 300),
-        presence=300,
-        coarse=250,
+        *(0, 0, 400, 250),
+        presence=150,
+        coarse=150,
         fine=0,
         finish=0,
         settle=0,
-        last=0,
+        last=230,
+        agree=0,
         batch_size=16,
         look=SceneConfig(),
     ),
@@ -675,6 +713,7 @@ SCALES: dict[str, Scale] = {
         finish=2,
         settle=2,
         last=4,
+        agree=4,
         batch_size=4,
         compiled=False,
     ),
@@ -706,7 +745,8 @@ def tiny_stages(
         return QuestionStage(learner, seed, steps, plan, sizes.batch_size, evaluate)
 
     stages += [asks(plan) for plan in (PRESENCE, COARSE, FINE, FINISH)]
-    return [*stages, SettleStage(learner, seed, sizes.settle, sizes.batch_size), asks(LAST)]
+    settle = SettleStage(learner, seed, sizes.settle, sizes.batch_size)
+    return [*stages, settle, asks(LAST), asks(AGREE)]
 
 
 def train_tiny(

@@ -13,6 +13,7 @@ B scenes, N patches, n visual tokens (cells), D llm width, C categories.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,26 +86,38 @@ def _cells(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     size = scene.instance_map.shape[0]
     side = size // cell
-    owners = np.full(side * side, NO_LABEL, np.int64)
+    owners = cell_owners([o.center for o in scene.objects], side, cell, margin)
     classes = np.full(side * side, NO_LABEL, np.int64)
     digits = np.full((side * side, 4), NO_LABEL, np.int64)
     boxes = np.zeros((side * side, 4), np.float32)
+    for number, o in enumerate(scene.objects):
+        mine = owners == number
+        classes[mine] = CATEGORIES.index(o.category)
+        tens = [min(99, round(100 * v / size)) for v in o.center]
+        digits[mine] = [tens[0] // 10, tens[0] % 10, tens[1] // 10, tens[1] % 10]
+        boxes[mine] = _centre_and_size(o)
+    boxes[:, :2] = boxes[:, :2] / cell - _middles(side)
+    return owners, classes, digits, boxes
+
+
+def cell_owners(
+    centres: Sequence[tuple[float, float]], side: int, cell: int, margin: float
+) -> np.ndarray:
+    """Which of the centres (x, y), in pixels, may count in each of side * side cells; int64.
+
+    See `label_scenes`. NO_LABEL where none may.
+    """
+    owners = np.full(side * side, NO_LABEL, np.int64)
     middles = _middles(side)
     distance = np.full(side * side, 0.5 + margin)
-    for number, o in enumerate(scene.objects):
-        x, y = o.center
+    for number, (x, y) in enumerate(centres):
         away = np.abs(np.array([x, y]) / cell - middles).max(axis=1)
         # A cell goes to the nearest centre. One in it is always nearer than one beside it.
         mine = away < distance
         mine[int(y // cell) * side + int(x // cell)] = True
         distance[mine] = away[mine]
         owners[mine] = number
-        classes[mine] = CATEGORIES.index(o.category)
-        tens = [min(99, round(100 * v / size)) for v in (x, y)]
-        digits[mine] = [tens[0] // 10, tens[0] % 10, tens[1] // 10, tens[1] % 10]
-        boxes[mine] = _centre_and_size(o)
-    boxes[:, :2] = boxes[:, :2] / cell - middles
-    return owners, classes, digits, boxes
+    return owners
 
 
 def scale_loss(x: Tensor, target: float) -> Tensor:
@@ -132,6 +145,7 @@ class VisionHeads(nn.Module):
         self.cell_digits = nn.Linear(llm_dim, 40)
         self.cell_box = nn.Linear(llm_dim, 4)
         self.cell_place = nn.Linear(llm_dim, 2 * side)
+        self.claim = nn.Linear(llm_dim, 1)
         # Most patches are background: unweighted, they keep the head from looking at objects.
         weights = torch.ones(len(CATEGORIES) + 1)
         weights[0] = BACKGROUND_WEIGHT
@@ -195,6 +209,20 @@ class VisionHeads(nn.Module):
             metrics["digit_accuracy"] = float((digit_logits.argmax(-1) == digits).float().mean())
         return sum(losses.values(), torch.zeros(())), metrics
 
+    def claim_loss(self, hidden: Tensor, owners: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Which cells still claim an object once the decoder's image tokens have seen each other.
+
+        Pooled tokens can not: a duplicate that is left between two of them is settled here.
+
+        Args:
+            hidden: (B, n, D) inside of the decoder. owners: (B, n) `SceneLabels.cell_owner`.
+        """
+        logits = self.claim(F.rms_norm(hidden, hidden.shape[-1:]))[..., 0]
+        centred = strongest(logits.detach(), owners)
+        loss = F.binary_cross_entropy_with_logits(logits, centred.float())
+        exact = ((logits > 0) == centred).all(dim=-1).float().mean()
+        return loss, {"claim_loss": loss.item(), "claims_right": exact.item()}
+
 
 def strongest(logits: Tensor, owners: Tensor) -> Tensor:
     """(B, n) bool: of the cells where an object may count, the one that says so most.
@@ -204,11 +232,16 @@ def strongest(logits: Tensor, owners: Tensor) -> Tensor:
     the tokens agree, and one of them does.
 
     Args:
-        logits: (B, n) how much each cell claims an object. owners: `SceneLabels.cell_owner`.
+        logits: (B, n) how much each cell claims an object; of equals, the first cell's counts.
+        owners: `SceneLabels.cell_owner`.
     Source: the one-to-one labels of detectors without suppression (DETR, Carion et al. 2020).
     """
     candidate = owners != NO_LABEL
     groups = owners.clamp(min=0)
     best = logits.new_full((len(logits), int(groups.max()) + 1), -torch.inf)
     best = best.scatter_reduce(1, groups, logits.masked_fill(~candidate, -torch.inf), "amax")
-    return candidate & (logits >= best.gather(1, groups))
+    strong = candidate & (logits >= best.gather(1, groups))
+    cells = torch.arange(logits.shape[1], device=logits.device).expand_as(owners)
+    first = torch.full_like(best, logits.shape[1], dtype=cells.dtype)
+    first = first.scatter_reduce(1, groups, cells.where(strong, logits.shape[1]), "amin")
+    return strong & (cells == first.gather(1, groups))

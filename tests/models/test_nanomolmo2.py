@@ -276,6 +276,21 @@ def test_the_loss_is_the_mean_over_all_labels_of_the_batch(model: NanoMolmo2) ->
     assert greatest_difference(logits, model(ids, images)) == 0
 
 
+def test_hidden_states_are_those_of_the_decoder(model: NanoMolmo2) -> None:
+    ids, images = rows_of("i...", "i..."), pictures(2)
+    logits, states = model(ids, images, output_hidden_states=True)
+    same, loss, again = model(
+        ids, images, labels=ids.masked_fill(ids == IMAGE, IGNORED), output_hidden_states=True
+    )
+    assert torch.equal(logits, same) and loss > 0
+    assert len(states) == LLM.num_hidden_layers + 2
+    for one, other in zip(states, again, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(model.llm.head(states[-1]), logits)
+    merged = embed_by_hand(model, ids[0], [images[0]])
+    assert greatest_difference(states[0][:1], merged) < TOLERANCE
+
+
 def test_the_last_visual_token_predicts_the_text_behind_it(model: NanoMolmo2) -> None:
     ids, images = rows_of("i.."), pictures(1)
     labels = torch.tensor([[IGNORED, 7, IGNORED]])

@@ -26,9 +26,9 @@ def test_all_stages_run_and_leave_a_model_that_loads(tmp_path):
     stages = [line["stage"] for line in lines if "loss" in line]
     assert list(dict.fromkeys(stages)) == [
         *("crops", "varied", "mosaics", "scenes"),
-        *("presence", "coarse", "fine", "finish", "settle", "last"),
+        *("presence", "coarse", "fine", "finish", "settle", "last", "agree"),
     ]
-    assert len(scored) == 5
+    assert len(scored) == 6
     model, _ = load(str(tmp_path / "model"))
     assert next(model.parameters()).dtype == torch.bfloat16
     assert model.config == preset("tiny")
@@ -165,6 +165,45 @@ def test_layers_wake_as_the_ones_before_and_change_nothing_at_once():
     for i in tiny.SLEEPERS:
         assert layers[i].self_attn.o_proj.weight.grad.abs().max() > 0
         assert layers[i].mlp.down_proj.weight.grad.abs().max() > 0
+
+
+def test_image_tokens_learn_to_agree_inside_of_the_decoder():
+    """Behind `last`: its layers stay as they are; claims reach only the layers before them."""
+    learner = tiny.Learner(0)
+    stage = QuestionStage(learner, 0, 4, tiny.AGREE, batch_size=2)
+    layers, heads = learner.model.llm.layers, learner.heads
+    for p in layers.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    before = {name: p.clone() for name, p in layers.named_parameters()}
+    stage.begin()
+    assert all(torch.equal(p, before[name]) for name, p in layers.named_parameters())
+    assert torch.equal(heads.claim.weight, heads.cell_object.weight)
+    batch = stage.batch(0)
+    inputs = batch.questions.tensors()
+    *_, states = learner.model(**inputs, output_hidden_states=True)
+    image = inputs["input_ids"] == learner.model.config.image_token_id
+    hidden = torch.stack([s[i] for s, i in zip(states[tiny.CLAIM_LAYERS], image, strict=True)])
+    claims, found = heads.claim_loss(hidden, batch.owners)
+    assert stage.loss(batch)[1]["claim_loss"] == pytest.approx(found["claim_loss"], rel=1e-5)
+    claims.backward()
+    for i, layer in enumerate(layers):
+        assert (layer.mlp.down_proj.weight.grad is not None) == (i < tiny.CLAIM_LAYERS)
+    assert heads.claim.weight.grad.abs().max() > 0
+
+
+def test_what_is_where_in_videos_is_known_frame_by_frame():
+    stage = QuestionStage(tiny.Learner(0), 0, 4, tiny.AGREE, batch_size=2)
+    step = tiny.AGREE.kinds.index("c")
+    _, clips = stage.encode(step)
+    owners = stage.batch(step).owners
+    frames = [(clip, i) for clip in clips for i in range(len(clip.video.frames))]
+    assert owners.shape == (len(frames), 36)
+    for (clip, i), found in zip(frames, owners, strict=True):
+        centres = [c for o in clip.objects if (c := o.center(i)) is not None]
+        assert set(found.tolist()) - {-100} <= set(range(len(centres)))
+        cells = {int(y // 32) * 6 + int(x // 32) for x, y in centres}
+        assert all(found[cell] >= 0 for cell in cells)
+        assert not centres or len(found[found >= 0]) >= len(cells) > 0
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch, tmp_path):

@@ -65,6 +65,8 @@ def test_of_the_cells_of_an_object_the_strongest_claim_counts():
     logits = torch.tensor([[1.0, 2.0, 9.0, -5.0], [9.0, -3.0, -1.0, -2.0]])
     expected = [[False, True, False, True], [False, False, True, False]]
     assert strongest(logits, owners).tolist() == expected
+    expected = [[True, False, False, True], [False, True, False, False]]
+    assert strongest(torch.ones(2, 4), owners).tolist() == expected
 
 
 def test_patch_labels_follow_the_instance_map():
@@ -94,6 +96,21 @@ def test_heads_learn_from_tokens_that_carry_the_answer():
     _, bad = heads(torch.randn(12, 144, 192), right.roll(1, dims=1), nouns, labels)
     assert good["noun_accuracy"] == 1.0 and good["noun_loss"] < 0.01
     assert bad["noun_accuracy"] < 0.5 and bad["noun_loss"] > 1
+
+
+def test_claims_are_asked_of_the_strongest_cell():
+    """One that claims each object alone has no loss; a second claim for one costs, and is wrong."""
+    heads = VisionHeads(192, 256)
+    labels = label_scenes(scenes(), patch_size=16, cell_size=32, margin=0.25)
+    direction = torch.nn.functional.normalize(torch.randn(256), dim=0)
+    heads.claim.load_state_dict({"weight": 2 * direction[None], "bias": torch.zeros(1)})
+    among = torch.where(labels.cell_owner == NO_LABEL, 0.0, torch.rand(labels.cell_owner.shape))
+    alone = strongest(among, labels.cell_owner)
+    _, good = heads.claim_loss(torch.where(alone, 1, -1)[..., None] * direction, labels.cell_owner)
+    assert good["claims_right"] == 1 and good["claim_loss"] < 1e-6
+    several = torch.where(labels.cell_owner == NO_LABEL, -1, 1)[..., None] * direction
+    _, bad = heads.claim_loss(several, labels.cell_owner)
+    assert bad["claims_right"] < 0.5 and bad["claim_loss"] > 1
 
 
 def test_scale_loss_is_zero_at_its_target():
