@@ -941,6 +941,13 @@ class Eval:
     group: Annotated[
         Literal["seen", "mild", "openmoji", "all"], arg(help="art group, or all three")
     ] = "all"
+    styles: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="STYLE",
+            help="only these styles of the group, such as noto; none = all. Goals are for all",
+        ),
+    ] = ()
     scenes: Annotated[
         int,
         arg(metavar="N", help="pictures a group, about 15 questions each; the first N of the set"),
@@ -997,20 +1004,26 @@ class Eval:
         from rich.console import Console
         from rich.progress import Progress
 
+        from nanomolmo2.data.emoji.scenes import TEST_GROUPS, art_of
         from nanomolmo2.evaluation import report
-        from nanomolmo2.evaluation.emoji import TEST_GROUPS, evaluate
+        from nanomolmo2.evaluation.emoji import evaluate
         from nanomolmo2.evaluation.scorers import SCORERS
 
         for task in self.tasks:
             if task not in SCORERS:
                 raise UsageError(f"--tasks has {task!r}, choose from {', '.join(SCORERS)}")
+        groups = TEST_GROUPS if self.group == "all" else (self.group,)
+        try:
+            for group in groups:
+                art_of(group, self.styles)
+        except ValueError as error:
+            raise UsageError(f"--styles: {error}") from None
         if self.report is not None:
             try:
                 report.check_report_folder(self.report)
             except ValueError as error:
                 raise UsageError(f"--report: {error}") from None
         pipeline = load_pipeline(self.model, self.cache_dir, **precision(self))
-        groups = TEST_GROUPS if self.group == "all" else (self.group,)
         scores: list[Scores] = []
         with Progress(console=Console(stderr=True), transient=True) as progress:
             for group in groups:
@@ -1020,6 +1033,7 @@ class Eval:
                         pipeline.model,
                         pipeline.processor,
                         group=group,
+                        styles=self.styles,
                         scenes=self.scenes,
                         pairs=self.pairs,
                         clips=self.clips,
@@ -1035,6 +1049,8 @@ class Eval:
         print(report.score_table(scores))
         print(f"\n{report.LEGEND}\n{met} of {goals} goals are met")
         about = {"task": self.task, "model": self.model, "scenes": self.scenes}
+        if self.styles:
+            about["styles"] = ", ".join(self.styles)
         about["version"] = __version__
         if self.json is not None:
             content = {**about, "groups": report.scores_to_json(scores)}

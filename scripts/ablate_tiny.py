@@ -1,9 +1,9 @@
 """What each idea in the recipe of `tiny` is worth: short runs, each without one of them.
 
-    python scripts/ablate_tiny.py --vision runs/tiny --out runs/ablations --page docs/ablations.md
+    python scripts/ablate_tiny.py --out runs/ablations --page docs/ablations.md
 
-    decoder    presence and coarse again, from the vision of a finished scenes stage; every run has
-               the same steps, pictures and seed as the baseline, and is asked about the same scenes
+    decoder    presence and coarse again, on the vision of the bundled model; every run has the same
+               steps, pictures and seed as the baseline, and is asked about the same scenes
     optimiser  the crops stage from nothing, with Muon and with AdamW
     cost       the same questions in other batches: seconds a step, at the same loss
 
@@ -19,7 +19,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +33,22 @@ from benchmarks.harness import take_turns
 from benchmarks.report import put_into
 from nanomolmo2.batch import Batch
 from nanomolmo2.config import read_json_object
+from nanomolmo2.convert.pretrained import TINY
+from nanomolmo2.convert.tensor_files import WEIGHTS_NAME
 from nanomolmo2.data.emoji.questions import BranchMix, make_branches
 from nanomolmo2.data.emoji.scenes import train_rng
 from nanomolmo2.data.packing import Packer, join
 from nanomolmo2.evaluation.emoji import Scores, evaluate
 from nanomolmo2.files import atomic_path, sha256_of
+from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.kernels import bfloat16_products
 from nanomolmo2.processor import Encoded, collate
 from nanomolmo2.training import tiny
-from nanomolmo2.training.checkpoint import ABOUT, FILE, FOLDER
+from nanomolmo2.training.checkpoint import FOLDER
 from nanomolmo2.training.loop import LoopConfig, Stage, run
 from nanomolmo2.training.optim import OptimConfig
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
-STAGES = [field.name for field in fields(tiny.Scale)]
-# By number, and whether nouns hold `tiny.WORDS_PART`, which the presence stage begins by adding.
-# Presence leaves vision as it is; settle is vision alone.
-VISION_STAGES = {STAGES.index(name): name != "scenes" for name in ("scenes", "presence", "settle")}
 TASKS = ("presence", "count", "point")  # asked of the decoder runs
 COLUMNS = {
     "presence": "presence",
@@ -68,8 +67,8 @@ class Options:
 
     Attributes:
         out: folder of the results and of all runs.
-        vision: a run of `nanomolmo2 train tiny` behind its scenes stage, or one checkpoint of it;
-            only the decoder runs need it.
+        vision: folder of a model of tiny's design, whose encoder and connector the decoder runs
+            look through.
         only: names of the runs to do; all if none are given.
         seed: of all runs.
         presence_steps: of the decoder runs.
@@ -79,13 +78,15 @@ class Options:
         crop_steps: of the optimiser runs.
         crops: a step of the optimiser runs.
         rounds: of the cost runs, after one to warm up.
+        compiled: whether the decoder's blocks are compiled where there is a compiler, as in the
+            recipe; by default they are.
         workers: processes that prepare data; 0 = none.
         page: a page that the table is put into, between its marks.
         quiet: no progress bars.
     """
 
     out: Path
-    vision: Path | None = None
+    vision: Path = TINY
     only: tuple[str, ...] = ()
     seed: int = 0
     presence_steps: int = 100
@@ -95,6 +96,7 @@ class Options:
     crop_steps: int = 300
     crops: int = 64
     rounds: int = 5
+    compiled: bool = True
     workers: int = 1
     page: Path | None = None
     quiet: bool = False
@@ -171,49 +173,29 @@ DECODER = {
 }
 
 
-def find_vision(folder: Path) -> Path:
-    """The newest checkpoint of a run that has the vision of the scenes stage, or the one given.
+def load_vision(learner: tiny.Learner, folder: Path) -> None:
+    """Take encoder and connector of a model, and the nouns that its visual tokens point along.
 
-    Reads only, so that the run may still be going on.
-    Raises: ValueError if there is none, or it is damaged.
+    Nouns as they were before the presence stage, which begins by adding `tiny.WORDS_PART`.
+    Raises: ValueError if it is of another design.
     """
-    own = folder / FOLDER
-    found = [folder] if (folder / ABOUT).exists() else sorted(own.glob("[0-9]*"), reverse=True)
-    for checkpoint in found:
-        about = read_json_object(checkpoint / ABOUT)
-        if about["stage"] in VISION_STAGES:
-            if sha256_of(checkpoint / FILE) != about["sha256"][FILE]:
-                raise ValueError(f"{checkpoint / FILE} is not as it was written: take another")
-            return checkpoint
-    raise ValueError(
-        f"{folder} has no checkpoint of the scenes, the presence or the settle stage: a run keeps "
-        f"its newest only, so copy one aside while it is in them, and give the copy"
-    )
-
-
-def load_vision(learner: tiny.Learner, checkpoint: Path) -> None:
-    """Take all but the decoder from a checkpoint, and the nouns that its visual tokens point along.
-
-    Raises: ValueError if it is of a model of another shape.
-    """
-    values = torch.load(checkpoint / FILE, weights_only=True, map_location="cpu")["weights"]
-    nouns = values["model.llm.embed_tokens.weight"][learner.noun_ids]
-    if VISION_STAGES[read_json_object(checkpoint / ABOUT)["stage"]]:
-        nouns = nouns - tiny.WORDS_PART * learner.words_direction()
-    learner.set_nouns(nouns)
-    decoder = "model.llm."
-    vision = {name: value for name, value in values.items() if not name.startswith(decoder)}
-    missing, unexpected = learner.load_state_dict(vision, strict=False)
-    if wrong := unexpected + [name for name in missing if not name.startswith(decoder)]:
-        raise ValueError(f"{checkpoint} has another shape of model: {wrong[0]} does not fit")
+    model = NanoMolmo2.from_pretrained(str(folder), dtype="float32")
+    shape = (tiny.CONFIG.vision_config, tiny.CONFIG.connector)
+    if (model.config.vision_config, model.config.connector) != shape:
+        raise ValueError(f"{folder} is another shape of model than tiny: give one that it trained")
+    nouns = model.llm.embed_tokens.weight[learner.noun_ids]
+    learner.set_nouns(nouns - tiny.WORDS_PART * learner.words_direction())
+    learner.model.vision_encoder.load_state_dict(model.vision_encoder.state_dict())
+    learner.model.connector.load_state_dict(model.connector.state_dict())
 
 
 def run_decoder(name: str, options: Options, folder: Path) -> dict[str, Any]:
     """Scores behind the coarse stage."""
     ablation = DECODER[name]
     learner = ablation.learner(options.seed)
-    assert options.vision is not None
-    load_vision(learner, find_vision(options.vision))
+    load_vision(learner, options.vision)
+    if options.compiled and tiny.has_compiler():
+        learner.compile_decoder()
     with bfloat16_products():
         run(learner, ablation.stages(learner, options), folder, options.loop(), resume=True)
     scores: Scores = evaluate(
@@ -435,29 +417,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def ablate(options: Options) -> None:
     """Do the runs that are not done.
 
-    Raises: ValueError for unknown names, no vision where it is needed, and a folder whose runs
-        have other settings.
+    Raises: ValueError for unknown names, a model of another design, and a folder whose runs have
+        other settings.
     """
     if unknown := [name for name in options.only if name not in NAMES]:
         raise ValueError(f"no run {unknown[0]!r}: choose from {', '.join(NAMES)}")
     chosen = [n for n in NAMES if n in (options.only or NAMES)]
-    vision = None
-    if set(chosen) & set(DECODER):
-        if options.vision is None:
-            raise ValueError(
-                "the runs of the decoder start from trained vision: give --vision, a run of "
-                "`nanomolmo2 train tiny` behind its scenes stage"
-            )
-        checkpoint = find_vision(options.vision)
-        options = replace(options, vision=checkpoint)  # whatever the run there does meanwhile
-        vision = sha256_of(checkpoint / FILE)
-        about = read_json_object(checkpoint / ABOUT)
-        stage = VISION_STAGES[about["stage"]]
-        print(f"vision: {checkpoint}, {stage} step {about['step']}", file=sys.stderr)
     for part in PARTS:
         settings = {name: getattr(options, name) for name in part.options}
         if part.do is run_decoder:
-            settings["vision"] = vision
+            settings["vision"] = sha256_of(options.vision / WEIGHTS_NAME)
         for name in part.names:
             if name in chosen:
                 _do(name, part, options, settings)

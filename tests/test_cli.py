@@ -718,6 +718,8 @@ def test_eval_finds_out_before_the_work_what_it_cannot_do(refused: Refusal) -> N
     assert "nothing can be written" in refused(*arguments, "--json", "no/folder/s.json", code=2)
     assert "choose from presence" in refused(*arguments, "--tasks", "guess", code=2)
     assert "--clips must be 0 or more" in refused(*arguments, "--clips", "-1", code=2)
+    err = refused(*arguments, "--group", "mild", "--styles", "noto", code=2)
+    assert "--styles: no style 'noto' in the art group 'mild'; it has twemoji" in err
     (refused.folder / "full").mkdir()
     (refused.folder / "full" / "mine.txt").touch()
     assert "full is not empty" in refused(*arguments, "--report", "full", code=2)

@@ -140,6 +140,7 @@ def evaluate(
     processor: Processor,
     *,
     group: str = "seen",
+    styles: Sequence[str] = (),
     scenes: int = 1000,
     pairs: int | None = None,
     clips: int | None = None,
@@ -152,20 +153,19 @@ def evaluate(
     """Ask about the first examples of the fixed test set of an art group, greedy.
 
     Args:
+        styles: only these of the art group; none = all.
         scenes, pairs, clips: how many of each; by default half as many pairs as scenes and a tenth
             as many clips, and no clips where the processor takes no videos.
         tasks: those of `SCORERS` that are asked; None = all.
         seed: of the test set; 0 is the published one.
         failures: how many bad answers to return, shared out among the tasks, the worst first.
         on_progress: called with (answers so far, all answers).
-    Raises: ValueError for an unknown group or task, numbers out of range, and clips for a processor
-        that takes pictures only.
+    Raises: ValueError for an unknown group, style or task, numbers out of range, and clips for a
+        processor that takes pictures only.
     """
     chosen = tuple(SCORERS if tasks is None else tasks)
     if unknown := [task for task in chosen if task not in SCORERS]:
         raise ValueError(f"no task {unknown[0]!r}: choose from {', '.join(SCORERS)}")
-    if group not in TEST_GROUPS:
-        raise ValueError(f"unknown art group {group!r}, expected one of {', '.join(TEST_GROUPS)}")
     if scenes < 1:
         raise ValueError(f"scenes is {scenes}, expected at least 1")
     takes_videos = processor.config.video is not None
@@ -179,6 +179,7 @@ def evaluate(
         scenes,
         max(1, scenes // 2) if pairs is None else pairs,
         0 if not takes_videos else max(1, scenes // 10) if clips is None else clips,
+        styles=styles,
         seed=seed,
         tasks=chosen,
     )
@@ -193,6 +194,7 @@ def make_exam(
     pairs: int = 0,
     clips: int = 0,
     *,
+    styles: Sequence[str] = (),
     seed: int = 0,
     tasks: Sequence[str] = tuple(SCORERS),
 ) -> Exam:
@@ -212,7 +214,7 @@ def make_exam(
             exam.asked.append(Asked(number, probe, probe=True))
 
     for i in range(scenes if {*SCENE_TASKS} & {*tasks} else 0):
-        scene = render_test_scene(i, group, seed, sprites)
+        scene = render_test_scene(i, group, seed, sprites, styles=styles)
         rng = np.random.default_rng([QUESTION_STREAM, seed, TEST_GROUPS.index(group), i])
         branches = ask_test_questions(scene, rng)
         pointed = {b.truth["noun"] for b in branches if b.task == "point"}
@@ -220,9 +222,9 @@ def make_exam(
         probe = _probe(str(rng.choice(others)), scene) if others else None
         add(f"scene {i}", Example([scene.image], branches), probe)
     for i in range(pairs if {*PAIR_TASKS} & {*tasks} else 0):
-        add(f"pair {i}", render_test_pair(i, group, seed, sprites))
+        add(f"pair {i}", render_test_pair(i, group, seed, sprites, styles))
     for i in range(clips if {*CLIP_TASKS} & {*tasks} else 0):
-        add(f"clip {i}", render_test_clip(i, group, seed, sprites))
+        add(f"clip {i}", render_test_clip(i, group, seed, sprites, styles))
     return exam
 
 

@@ -170,6 +170,16 @@ def test_test_scenes_use_the_styles_of_their_group_only(sprites, group):
     assert found == set(STYLE_GROUPS[group])
 
 
+def test_some_styles_of_a_group_can_be_asked_for(sprites):
+    styles = ("noto", "fluent-3d")
+    some = [scenes.test_scene(i, "seen", sprites=sprites, styles=styles) for i in range(30)]
+    assert {o.style for scene in some for o in scene.objects} == set(styles)
+    assert scenes.art_of("seen", styles) == styles
+    assert scenes.art_of("seen") == STYLE_GROUPS["seen"]
+    with pytest.raises(ValueError, match="no style 'twemoji' in the art group 'seen'; it has noto"):
+        scenes.test_scene(0, "seen", sprites=sprites, styles=("noto", "twemoji"))
+
+
 def test_training_never_shows_held_out_styles(sprites):
     held_out = {*STYLE_GROUPS["mild"], *STYLE_GROUPS["openmoji"]}
     assert not held_out & set(SceneConfig().styles)

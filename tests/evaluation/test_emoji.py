@@ -136,6 +136,15 @@ def test_tasks_choose_questions_and_change_none(exam):
         assert branches[0] == branches[1]
 
 
+def test_some_styles_of_a_group():
+    some, all_ = (make_exam("seen", 2, 2, 2, styles=styles) for styles in (("noto",), ()))
+    for one, two in zip(some.examples, all_.examples, strict=True):
+        assert not np.array_equal(pixels(one), pixels(two))
+    whole = make_exam("mild", 2, 2, 2, styles=("twemoji",))
+    for one, two in zip(whole.examples, make_exam("mild", 2, 2, 2).examples, strict=True):
+        assert np.array_equal(pixels(one), pixels(two))
+
+
 def test_only_groups_that_training_never_draws_test_beside_the_seen_one():
     """Their order is part of the seeds."""
     assert TEST_GROUPS == ("seen", "mild", "openmoji") == tuple(STYLE_GROUPS)[:3]

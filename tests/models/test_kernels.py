@@ -29,6 +29,7 @@ from nanomolmo2.models.kernels import (
     kernel_for,
     quantize_weight,
 )
+from nanomolmo2.training import tiny
 
 on_x86 = pytest.mark.skipif(
     platform.machine().lower() not in ("x86_64", "amd64"), reason="FBGEMM is for x86"
@@ -319,6 +320,27 @@ def test_compiled_layers_multiply_in_bfloat16_too(monkeypatch: pytest.MonkeyPatc
     (gradient,) = torch.autograd.grad(found.square().sum(), weight)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-2, atol=1e-2)
     assert not torch.equal(found, F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_layers_take_the_compilers_way(
+    backend: str, learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor takes oneDNN's operator for constant weights only, and stops at others."""
+    if backend == "inductor" and not tiny.has_compiler():
+        pytest.skip("no compiler")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    x, weight, bias = random(600, 256), random(256, 256, seed=1), random(256, seed=2)
+    weight.requires_grad_(learns)
+    compiled = torch.compile(kernels.linear, backend=backend)
+    with kernels.bfloat16_products(), torch.set_grad_enabled(learns):
+        found = compiled(x, weight, bias)
+    assert found.requires_grad == learns
+    torch.testing.assert_close(found, F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+    if learns:
+        (gradient,) = torch.autograd.grad(found.sum(), weight)
+        torch.testing.assert_close(gradient, x.sum(dim=0).expand(256, 256), rtol=1e-4, atol=1e-4)
 
 
 def test_small_learners_autocast_and_other_dtypes_take_torchs_way(

@@ -10,6 +10,7 @@ Positions are pixels, times seconds from the start.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,10 +22,11 @@ from nanomolmo2.data.emoji.scenes import (
     TEST_STREAM,
     Drawing,
     SceneConfig,
+    art_of,
     choose_objects,
     draw_background,
 )
-from nanomolmo2.data.emoji.sprites import CATEGORIES, STYLE_GROUPS, Sprites, article
+from nanomolmo2.data.emoji.sprites import CATEGORIES, Sprites, article
 from nanomolmo2.data.emoji.wordings import Task, Wordings
 from nanomolmo2.data.example import Branch, Example
 from nanomolmo2.processor.points import SCALE, Point, format_points, format_tracks
@@ -227,14 +229,22 @@ def _snapped(center: tuple[float, float], size: tuple[int, int], snap: int) -> t
     return round(center[0] / step_x) * step_x, round(center[1] / step_y) * step_y
 
 
-def test_clip(index: int, group: str, seed: int = 0, sprites: Sprites | None = None) -> Example:
-    """Clip number ``index`` of 8 frames of the fixed test set of an art group."""
-    if group not in TEST_GROUPS:
-        raise ValueError(f"unknown art group {group!r}; tests have {', '.join(TEST_GROUPS)}")
+def test_clip(
+    index: int,
+    group: str,
+    seed: int = 0,
+    sprites: Sprites | None = None,
+    styles: Sequence[str] = (),
+) -> Example:
+    """Clip number ``index`` of 8 frames of the fixed test set of an art group.
+
+    ``styles``: see `art_of`.
+    """
+    drawn = art_of(group, styles)
     words = [TEST_STREAM, CLIP_STREAM, seed, TEST_GROUPS.index(group), index]
     rng = np.random.default_rng(words)
     config = ClipConfig()
-    config = replace(config, scene=replace(config.scene, styles=STYLE_GROUPS[group]))
+    config = replace(config, scene=replace(config.scene, styles=drawn))
     config = replace(config, track=1, appears=1, video_point=1)
     clip = render_clip(rng, sprites or Sprites.load(), config)
     return Example([], ask_about_clip(clip, rng, config, casual=0, for_tests=True), clip.video)

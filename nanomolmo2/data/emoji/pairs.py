@@ -6,7 +6,8 @@ difference  What is only in the second one?   A cat and two apples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,10 +18,11 @@ from nanomolmo2.data.emoji.scenes import (
     TEST_STREAM,
     Scene,
     SceneConfig,
+    art_of,
     choose_objects,
     draw_scene,
 )
-from nanomolmo2.data.emoji.sprites import STYLE_GROUPS, Sprites
+from nanomolmo2.data.emoji.sprites import Sprites
 from nanomolmo2.data.emoji.wordings import AMOUNTS, PICTURES, Wordings
 from nanomolmo2.data.example import Branch, Example
 
@@ -110,13 +112,21 @@ def ask_about_pair(
     return branches
 
 
-def test_pair(index: int, group: str, seed: int = 0, sprites: Sprites | None = None) -> Example:
-    """Pair number ``index`` of the fixed test set of an art group, with two questions of a kind."""
-    if group not in TEST_GROUPS:
-        raise ValueError(f"unknown art group {group!r}; tests have {', '.join(TEST_GROUPS)}")
+def test_pair(
+    index: int,
+    group: str,
+    seed: int = 0,
+    sprites: Sprites | None = None,
+    styles: Sequence[str] = (),
+) -> Example:
+    """Pair number ``index`` of the fixed test set of an art group, with two questions of a kind.
+
+    ``styles``: see `art_of`.
+    """
+    scene = SceneConfig(styles=art_of(group, styles))
     words = [TEST_STREAM, PAIR_STREAM, seed, TEST_GROUPS.index(group), index]
     rng = np.random.default_rng(words)
-    config = PairConfig(replace(SceneConfig(), styles=STYLE_GROUPS[group]), more=2, difference=2)
+    config = PairConfig(scene, more=2, difference=2)
     pair = render_pair(rng, sprites or Sprites.load(), config)
     branches = ask_about_pair(pair, rng, config, casual=0, for_tests=True)
     return Example([scene.image for scene in pair], branches)

@@ -7,6 +7,7 @@ pixels, x right and y down from the top-left corner; a pixel covers [i, i + 1).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -279,21 +280,35 @@ def render_mosaic(
     return _scene(canvas, chosen, boxes, instance_map)
 
 
+def art_of(group: str, styles: Sequence[str] = ()) -> tuple[str, ...]:
+    """Styles that the tests of an art group draw from: all of it, or only some.
+
+    Raises: ValueError for an unknown group, and for styles that are not of it.
+    """
+    if group not in TEST_GROUPS:
+        raise ValueError(f"unknown art group {group!r}; tests have {', '.join(TEST_GROUPS)}")
+    if others := [style for style in styles if style not in STYLE_GROUPS[group]]:
+        raise ValueError(
+            f"no style {others[0]!r} in the art group {group!r}; it has "
+            f"{', '.join(STYLE_GROUPS[group])}"
+        )
+    return tuple(styles) or STYLE_GROUPS[group]
+
+
 def test_scene(
     index: int,
     group: str,
     seed: int = 0,
     sprites: Sprites | None = None,
     config: SceneConfig | None = None,
+    styles: Sequence[str] = (),
 ) -> Scene:
     """Scene number ``index`` of the fixed test set of an art group ("seen", "mild", "openmoji").
 
-    ``config`` may change sizes and counts; its styles are replaced by those of the group.
+    ``config`` may change sizes and counts; its styles are replaced by `art_of`.
     """
-    if group not in TEST_GROUPS:
-        raise ValueError(f"unknown art group {group!r}; tests have {', '.join(TEST_GROUPS)}")
+    config = replace(config or SceneConfig(), styles=art_of(group, styles))
     rng = np.random.default_rng([TEST_STREAM, seed, TEST_GROUPS.index(group), index])
-    config = replace(config or SceneConfig(), styles=STYLE_GROUPS[group])
     return render_scene(rng, sprites or Sprites.load(), config)
 
 
