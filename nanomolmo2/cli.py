@@ -477,8 +477,8 @@ class Train:
     scale: Annotated[
         Literal["full", "small", "smoke"],
         arg(
-            help="of tiny, how long: full makes the shipped model (under four hours on two "
-            "cores), small shows that it learns, smoke only that everything runs"
+            help="of tiny, how long: full makes the shipped model (between six and seven hours "
+            "on two cores), small shows that it learns, smoke only that everything runs"
         ),
     ] = "full"
     stop_after: Annotated[

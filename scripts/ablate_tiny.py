@@ -1,9 +1,9 @@
 """What each idea in the recipe of `tiny` is worth: short runs, each without one of them.
 
-    python scripts/ablate_tiny.py --out runs/ablations --page docs/ablations.md
+    python scripts/ablate_tiny.py --vision runs/tiny --out runs/ablations --page docs/ablations.md
 
-    decoder    presence and coarse again, on the vision of the bundled model; every run has the same
-               steps, pictures and seed as the baseline, and is asked about the same scenes
+    decoder    presence and coarse again, from the vision of a finished scenes stage; every run has
+               the same steps, pictures and seed as the baseline, and is asked about the same scenes
     optimiser  the crops stage from nothing, with Muon and with AdamW
     cost       the same questions in other batches: seconds a step, at the same loss
 
@@ -19,9 +19,9 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, without install
 
@@ -33,24 +33,30 @@ from benchmarks.harness import take_turns
 from benchmarks.report import put_into
 from nanomolmo2.batch import Batch
 from nanomolmo2.config import read_json_object
-from nanomolmo2.convert.pretrained import TINY
-from nanomolmo2.convert.tensor_files import WEIGHTS_NAME
 from nanomolmo2.data.emoji.questions import BranchMix, make_branches
-from nanomolmo2.data.emoji.scenes import train_rng
+from nanomolmo2.data.emoji.scenes import SceneConfig, train_rng
+from nanomolmo2.data.emoji.sprites import STYLE_GROUPS
 from nanomolmo2.data.packing import Packer, join
 from nanomolmo2.evaluation.emoji import Scores, evaluate
 from nanomolmo2.files import atomic_path, sha256_of
-from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.kernels import bfloat16_products
 from nanomolmo2.processor import Encoded, collate
 from nanomolmo2.training import tiny
-from nanomolmo2.training.checkpoint import FOLDER
+from nanomolmo2.training.checkpoint import ABOUT, FILE, FOLDER
 from nanomolmo2.training.loop import LoopConfig, Stage, run
+from nanomolmo2.training.metrics import FILE as LOG
 from nanomolmo2.training.optim import OptimConfig
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
+STAGES = [field.name for field in fields(tiny.Scale)]
+# By number, and whether nouns hold `tiny.WORDS_PART`, which the presence stage begins by adding.
+# Presence leaves vision as it is; settle is vision alone.
+VISION_STAGES = {STAGES.index(name): name != "scenes" for name in ("scenes", "presence", "settle")}
 TASKS = ("presence", "count", "point")  # asked of the decoder runs
+LEARNED, LEARNED_STEPS = "learned", 20  # last steps of the presence stage, all new pictures
+TOKENS_AN_ANSWER = 3  # yes or no, and two that are always the same
 COLUMNS = {
+    LEARNED: "yes and no, at the end of its presence stage",
     "presence": "presence",
     "count_many": "count, two or more",
     "point_f1": "point F1",
@@ -67,12 +73,14 @@ class Options:
 
     Attributes:
         out: folder of the results and of all runs.
-        vision: folder of a model of tiny's design, whose encoder and connector the decoder runs
-            look through.
+        vision: a run of `nanomolmo2 train tiny` behind its scenes stage, or one checkpoint of it;
+            only the decoder runs need it.
+        scale: of that run; pictures are drawn, and asked about, as it had them.
         only: names of the runs to do; all if none are given.
         seed: of all runs.
         presence_steps: of the decoder runs.
-        coarse_steps: of the decoder runs, behind those.
+        coarse_steps: of the decoder runs, behind those; with 0 they are not asked about scenes, and
+            all that is measured is what the presence stage learned.
         pictures: a step of the decoder and cost runs.
         scenes: of the test set "seen" that the decoder runs are asked about.
         crop_steps: of the optimiser runs.
@@ -86,7 +94,8 @@ class Options:
     """
 
     out: Path
-    vision: Path = TINY
+    vision: Path | None = None
+    scale: Literal["full", "small", "smoke"] = "full"
     only: tuple[str, ...] = ()
     seed: int = 0
     presence_steps: int = 100
@@ -131,11 +140,11 @@ class Ablation:
     presence: BranchMix = tiny.PRESENCE.mix
     snap: int = tiny.COARSE.snap
 
-    def learner(self, seed: int) -> tiny.Learner:
+    def learner(self, seed: int, scenes: SceneConfig = tiny.SCENES) -> tiny.Learner:
         """Model and heads at the start of the presence stage, but for the vision."""
         config = replace(tiny.CONFIG, bidirectional_image_attention=self.image_mask)
         kind = tiny.Learner if self.aligned else Unaligned
-        return kind(seed, config, matcher=self.matcher)
+        return kind(seed, config, scenes, matcher=self.matcher)
 
     def stages(self, learner: tiny.Learner, options: Options) -> list[Stage]:
         """The presence and the coarse stage."""
@@ -173,35 +182,81 @@ DECODER = {
 }
 
 
-def load_vision(learner: tiny.Learner, folder: Path) -> None:
-    """Take encoder and connector of a model, and the nouns that its visual tokens point along.
+def find_vision(folder: Path) -> Path:
+    """The newest checkpoint of a run that has the vision of the scenes stage, or the one given.
 
-    Nouns as they were before the presence stage, which begins by adding `tiny.WORDS_PART`.
-    Raises: ValueError if it is of another design.
+    Reads only, so that the run may still be going on.
+    Raises: ValueError if there is none, or it is damaged.
     """
-    model = NanoMolmo2.from_pretrained(str(folder), dtype="float32")
-    shape = (tiny.CONFIG.vision_config, tiny.CONFIG.connector)
-    if (model.config.vision_config, model.config.connector) != shape:
-        raise ValueError(f"{folder} is another shape of model than tiny: give one that it trained")
-    nouns = model.llm.embed_tokens.weight[learner.noun_ids]
-    learner.set_nouns(nouns - tiny.WORDS_PART * learner.words_direction())
-    learner.model.vision_encoder.load_state_dict(model.vision_encoder.state_dict())
-    learner.model.connector.load_state_dict(model.connector.state_dict())
+    own = folder / FOLDER
+    found = [folder] if (folder / ABOUT).exists() else sorted(own.glob("[0-9]*"), reverse=True)
+    for checkpoint in found:
+        about = read_json_object(checkpoint / ABOUT)
+        if about["stage"] in VISION_STAGES:
+            if sha256_of(checkpoint / FILE) != about["sha256"][FILE]:
+                raise ValueError(f"{checkpoint / FILE} is not as it was written: take another")
+            return checkpoint
+    raise ValueError(
+        f"{folder} has no checkpoint of the scenes, the presence or the settle stage: a run keeps "
+        f"its newest only, so copy one aside while it is in them, and give the copy"
+    )
+
+
+def load_vision(learner: tiny.Learner, checkpoint: Path) -> None:
+    """Take all but the decoder from a checkpoint, and the nouns that its visual tokens point along.
+
+    Raises: ValueError if it is of a model of another shape.
+    """
+    values = torch.load(checkpoint / FILE, weights_only=True, map_location="cpu")["weights"]
+    nouns = values["model.llm.embed_tokens.weight"][learner.noun_ids]
+    if VISION_STAGES[read_json_object(checkpoint / ABOUT)["stage"]]:
+        nouns = nouns - tiny.WORDS_PART * learner.words_direction()
+    learner.set_nouns(nouns)
+    decoder = "model.llm."
+    vision = {name: value for name, value in values.items() if not name.startswith(decoder)}
+    missing, unexpected = learner.load_state_dict(vision, strict=False)
+    if wrong := unexpected + [name for name in missing if not name.startswith(decoder)]:
+        raise ValueError(f"{checkpoint} has another shape of model: {wrong[0]} does not fit")
 
 
 def run_decoder(name: str, options: Options, folder: Path) -> dict[str, Any]:
-    """Scores behind the coarse stage."""
+    """What the presence stage learned, and scores behind the coarse stage."""
     ablation = DECODER[name]
-    learner = ablation.learner(options.seed)
-    load_vision(learner, options.vision)
+    look = tiny.SCALES[options.scale].look
+    learner = ablation.learner(options.seed, look)
+    assert options.vision is not None
+    load_vision(learner, find_vision(options.vision))
     if options.compiled and tiny.has_compiler():
         learner.compile_decoder()
     with bfloat16_products():
         run(learner, ablation.stages(learner, options), folder, options.loop(), resume=True)
+    learned = {}
+    if ablation.presence.bare == 1:  # else other questions were asked
+        learned[LEARNED] = answers_right(folder / LOG)
+    if not options.coarse_steps:
+        return {"scores": learned, "counts": {}, "intervals": {}}
     scores: Scores = evaluate(
-        learner.model, learner.processor, scenes=options.scenes, pairs=0, clips=0, tasks=TASKS
+        learner.model,
+        learner.processor,
+        styles=[style for style in STYLE_GROUPS["seen"] if style in look.styles],
+        scenes=options.scenes,
+        pairs=0,
+        clips=0,
+        tasks=TASKS,
     )
-    return {"scores": scores.means, "counts": scores.counts, "intervals": scores.intervals}
+    return {
+        "scores": learned | scores.means,
+        "counts": scores.counts,
+        "intervals": scores.intervals,
+    }
+
+
+def answers_right(log: Path) -> float:
+    """Share of the questions right in the last steps of the presence stage: yes or no."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if line["stage"] == tiny.PRESENCE.name and "step" in line]
+    tokens = [line["token_accuracy_s"] for line in steps[-LEARNED_STEPS:]]
+    return 1 - TOKENS_AN_ANSWER * (1 - statistics.mean(tokens))
 
 
 # ---- optimiser: the crops stage ----
@@ -391,7 +446,7 @@ PARTS = (
     Part(
         tuple(DECODER),
         run_decoder,
-        ("seed", "presence_steps", "coarse_steps", "pictures", "scenes"),
+        ("seed", "scale", "presence_steps", "coarse_steps", "pictures", "scenes"),
     ),
     Part(tuple(OPTIMISERS), run_optimiser, ("seed", "crop_steps", "crops")),
     Part(tuple(LAYOUTS), run_cost, ("seed", "pictures", "rounds")),
@@ -417,16 +472,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def ablate(options: Options) -> None:
     """Do the runs that are not done.
 
-    Raises: ValueError for unknown names, a model of another design, and a folder whose runs have
-        other settings.
+    Raises: ValueError for unknown names, no vision where it is needed, and a folder whose runs
+        have other settings.
     """
     if unknown := [name for name in options.only if name not in NAMES]:
         raise ValueError(f"no run {unknown[0]!r}: choose from {', '.join(NAMES)}")
     chosen = [n for n in NAMES if n in (options.only or NAMES)]
+    vision = None
+    if set(chosen) & set(DECODER):
+        if options.vision is None:
+            raise ValueError(
+                "the runs of the decoder start from trained vision: give --vision, a run of "
+                "`nanomolmo2 train tiny` behind its scenes stage"
+            )
+        checkpoint = find_vision(options.vision)
+        options = replace(options, vision=checkpoint)  # whatever the run there does meanwhile
+        vision = sha256_of(checkpoint / FILE)
+        about = read_json_object(checkpoint / ABOUT)
+        stage = VISION_STAGES[about["stage"]]
+        print(f"vision: {checkpoint}, {stage} step {about['step']}", file=sys.stderr)
     for part in PARTS:
         settings = {name: getattr(options, name) for name in part.options}
         if part.do is run_decoder:
-            settings["vision"] = sha256_of(options.vision / WEIGHTS_NAME)
+            settings["vision"] = vision
         for name in part.names:
             if name in chosen:
                 _do(name, part, options, settings)
@@ -473,16 +541,20 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     parts = []
     if done := [results[name] for name in DECODER if name in results]:
         s = done[0]["settings"]
-        parts.append(
-            f"{s['presence_steps']} steps of presence and {s['coarse_steps']} of coarse, "
-            f"{s['pictures']} pictures each, seed {s['seed']}; {s['scenes']} test scenes of seen "
-            f"art, with 95 % intervals:"
-        )
+        steps = f"{s['presence_steps']} steps of presence"
+        asked = ""
+        if s["coarse_steps"]:
+            steps += f" and {s['coarse_steps']} of coarse"
+            asked = f"; {s['scenes']} test scenes of seen art, with 95 % intervals"
+        of = f"{s['pictures']} pictures each, scale {s['scale']}, seed {s['seed']}"
+        parts.append(f"{steps}, {of}{asked}:")
+        columns = [c for c in COLUMNS if any(c in result["scores"] for result in done)]
         rows = [
-            [result["name"], DECODER[result["name"]].title, *(_cell(result, c) for c in COLUMNS)]
+            [result["name"], DECODER[result["name"]].title, *(_cell(result, c) for c in columns)]
             for result in done
         ]
-        parts.append(_markdown(["run", "what is different", *COLUMNS.values()], rows))
+        head = ["run", "what is different", *(COLUMNS[c] for c in columns)]
+        parts.append(_markdown(head, rows))
     if done := [results[name] for name in OPTIMISERS if name in results]:
         s = done[0]["settings"]
         parts.append(
@@ -517,11 +589,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _cell(result: dict[str, Any], row: str) -> str:
-    """A score with its interval; a dash where the test scenes had no such question."""
+    """A score, with its interval if it has one; a dash where there was no such question."""
     if row not in result["scores"]:
         return "-"
+    text = f"{result['scores'][row]:.3f}"
+    if row not in result["intervals"]:
+        return text
     low, high = result["intervals"][row]
-    return f"{result['scores'][row]:.3f} ({low:.2f} to {high:.2f})"
+    return f"{text} ({low:.2f} to {high:.2f})"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

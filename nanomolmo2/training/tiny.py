@@ -418,10 +418,10 @@ class QuestionPlan:
 
 
 class QuestionBatch(NamedTuple):
-    """Questions, and what is where in their pictures."""
+    """Questions, and what is where in their pictures, as far as a plan teaches that too."""
 
     questions: Batch
-    owners: Tensor  # (I, n) `SceneLabels.cell_owner` of all pictures and frames
+    owners: Tensor | None = None  # (I, n) `SceneLabels.cell_owner` of all pictures and frames
     labels: SceneLabels | None = None  # none of videos
 
 
@@ -450,6 +450,8 @@ class QuestionStage(Stage):
     def batch(self, step: int) -> QuestionBatch:
         encoded, shown = self.encode(step)
         batch = collate(encoded, self.learner.processor.pad_token_id)
+        if not (self.plan.vision_rate or self.plan.claims):
+            return QuestionBatch(batch)
         scenes = [one for one in shown if isinstance(one, Scene)]
         if scenes:
             labels = label_scenes(scenes, PATCH_SIZE, CELL_SIZE, self.plan.margin)
@@ -584,6 +586,7 @@ class QuestionStage(Stage):
             right = logits[:, :-1].argmax(-1)[known] == targets[known]
             metrics[f"token_accuracy_{kind}"] = right.float().mean().item()
         if self.plan.claims:
+            assert owners is not None
             image_tokens = inputs["input_ids"] == model.config.image_token_id
             hidden = states[CLAIM_LAYERS][image_tokens].view(tokens.shape)
             claims, claim_metrics = heads.claim_loss(hidden, owners)
@@ -662,6 +665,7 @@ AGREE = replace(LAST, name="agree", stream=11, sleepers="awake", claims=True)
 class Scale:
     """Steps of each stage, in order, pictures a step (four times as many crops), their look.
 
+    ``kinds``: what all question stages show in turn, if not what their plans say.
     ``compiled``: whether it is long enough to compile for, where there is a compiler.
     """
 
@@ -678,6 +682,7 @@ class Scale:
     agree: int
     batch_size: int = 32
     look: SceneConfig = SCENES
+    kinds: str = ""
     compiled: bool = True
 
 
@@ -692,18 +697,20 @@ SCALES: dict[str, Scale] = {
         last=1950,
         agree=1450,
     ),
-    # Smaller steps, so that there are more of them, and only the artwork that is easiest.
+    # Smaller steps, so that there are more of them; one artist, single pictures: all six and the
+    # rest are not learned so soon.
     "small": Scale(
-        *(0, 0, 400, 250),
+        *(0, 0, 350, 220),
         presence=150,
-        coarse=150,
+        coarse=120,
         fine=0,
-        finish=0,
+        finish=270,
         settle=0,
-        last=230,
+        last=0,
         agree=0,
         batch_size=16,
-        look=SceneConfig(),
+        look=SceneConfig(styles=("fluent-3d",)),
+        kinds="s",
     ),
     "smoke": Scale(
         *(2, 2, 2, 2),
@@ -742,6 +749,7 @@ def tiny_stages(
 
     def asks(plan: QuestionPlan) -> Stage:
         steps = getattr(sizes, plan.name)
+        plan = replace(plan, kinds=sizes.kinds or plan.kinds)
         return QuestionStage(learner, seed, steps, plan, sizes.batch_size, evaluate)
 
     stages += [asks(plan) for plan in (PRESENCE, COARSE, FINE, FINISH)]

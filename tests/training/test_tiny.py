@@ -191,6 +191,12 @@ def test_image_tokens_learn_to_agree_inside_of_the_decoder():
     assert heads.claim.weight.grad.abs().max() > 0
 
 
+def test_nobody_labels_pictures_for_stages_that_teach_words_alone():
+    for plan, labelled in ((tiny.PRESENCE, False), (tiny.COARSE, False), (tiny.FINISH, True)):
+        batch = QuestionStage(tiny.Learner(0), 0, 1, plan, batch_size=1).batch(0)
+        assert (batch.owners is not None) == (batch.labels is not None) == labelled
+
+
 def test_what_is_where_in_videos_is_known_frame_by_frame():
     stage = QuestionStage(tiny.Learner(0), 0, 4, tiny.AGREE, batch_size=2)
     step = tiny.AGREE.kinds.index("c")
