@@ -171,34 +171,28 @@ class Learner(nn.Module):
         self.model.llm.embed_tokens.weight[self.model.config.image_token_id] = 0
 
     @torch.no_grad()
-    def look_at_pictures(self, visual_tokens: Tensor) -> None:
-        """Let words attend to pictures from the start, more than to themselves.
+    def set_words_apart(self) -> None:
+        """Let words attend to words less than to pictures from the start.
 
         A noun's query fits the key of its own token better than that of its emoji, so at first a
-        question hardly looks at the picture. Visual tokens have a part in common; words get one
-        too. In each head one number of the slowest rotary pair holds both in keys, that of words
-        negative, and that of words in queries: to the scores for a word it adds about 2 for a
-        visual token, and takes off between 1 and 2 for words.
-
-        Args:
-            visual_tokens: (..., D) a sample.
+        question hardly looks at the picture. So all words get a part in common, and in each head
+        one number of the slowest rotary pair holds it, negative in keys: that takes between 1 and
+        2 off a word's score for words. Visual tokens are left as they are: what they have in common
+        is in the background more than in the objects.
         """
         embedding = self.model.llm.embed_tokens.weight
-        of_pictures = F.normalize(visual_tokens.flatten(0, -2).mean(0), dim=0)
         of_words = self.words_direction()
         embedding += WORDS_PART * of_words
         self.clear_placeholder()
         for module in self.model.llm.modules():
             if isinstance(module, Attention):
                 slowest = module.head_dim // 2 - 1
-                for projection, row in (
-                    (module.k_proj, 0.25 * of_pictures - 0.5 * of_words),
-                    (module.q_proj, 0.31 * of_words),
-                ):
-                    projection.weight.unflatten(0, (-1, module.head_dim))[:, slowest] = row
+                for projection, part in ((module.k_proj, -0.5), (module.q_proj, 0.31)):
+                    rows = projection.weight.unflatten(0, (-1, module.head_dim))
+                    rows[:, slowest] = part * of_words
 
     def words_direction(self) -> Tensor:
-        """(D,) of length 1: `look_at_pictures` adds it, `WORDS_PART` long, to all embeddings."""
+        """(D,) of length 1: `set_words_apart` adds it, `WORDS_PART` long, to all embeddings."""
         width = self.model.llm.embed_tokens.weight.shape[1]
         return F.normalize(torch.randn(width, generator=_seeded(5)), dim=0)
 
@@ -557,11 +551,7 @@ class QuestionStage(Stage):
             heads = self.learner.heads
             heads.claim.load_state_dict(heads.cell_object.state_dict())
         if self.plan.first:
-            sample = render_scenes(self.seed, 1, 0, 16, self.learner.scenes)
-            images = normalise(np.stack([scene.image for scene in sample]))
-            with torch.no_grad():
-                tokens = self.learner.model.connector(self.learner.patches(images))
-            self.learner.look_at_pictures(tokens)
+            self.learner.set_words_apart()
 
     def gradients(self, batch: QuestionBatch) -> dict[str, float]:
         metrics = super().gradients(batch)
@@ -701,10 +691,10 @@ SCALES: dict[str, Scale] = {
     # rest are not learned so soon.
     "small": Scale(
         *(0, 0, 350, 220),
-        presence=150,
-        coarse=120,
+        presence=100,
+        coarse=180,
         fine=0,
-        finish=270,
+        finish=240,
         settle=0,
         last=0,
         agree=0,
