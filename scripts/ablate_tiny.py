@@ -44,7 +44,7 @@ from nanomolmo2.processor import Encoded, collate
 from nanomolmo2.training import tiny
 from nanomolmo2.training.checkpoint import ABOUT, FILE, FOLDER
 from nanomolmo2.training.loop import LoopConfig, Stage, run
-from nanomolmo2.training.metrics import FILE as LOG
+from nanomolmo2.training.metrics import read_log
 from nanomolmo2.training.optim import OptimConfig
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
@@ -232,7 +232,7 @@ def run_decoder(name: str, options: Options, folder: Path) -> dict[str, Any]:
         run(learner, ablation.stages(learner, options), folder, options.loop(), resume=True)
     learned = {}
     if ablation.presence.bare == 1:  # else other questions were asked
-        learned[LEARNED] = answers_right(folder / LOG)
+        learned[LEARNED] = answers_right(folder)
     if not options.coarse_steps:
         return {"scores": learned, "counts": {}, "intervals": {}}
     scores: Scores = evaluate(
@@ -251,11 +251,10 @@ def run_decoder(name: str, options: Options, folder: Path) -> dict[str, Any]:
     }
 
 
-def answers_right(log: Path) -> float:
-    """Share of the questions right in the last steps of the presence stage: yes or no."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if line["stage"] == tiny.PRESENCE.name and "step" in line]
-    tokens = [line["token_accuracy_s"] for line in steps[-LEARNED_STEPS:]]
+def answers_right(folder: Path) -> float:
+    """Share of yes and no right in the last steps of a run's presence stage."""
+    steps = [line for line in read_log(folder) if line["stage"] == tiny.PRESENCE.name]
+    tokens = [line["token_accuracy_s"] for line in steps if "loss" in line][-LEARNED_STEPS:]
     return 1 - TOKENS_AN_ANSWER * (1 - statistics.mean(tokens))
 
 

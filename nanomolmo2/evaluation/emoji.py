@@ -21,7 +21,7 @@ from nanomolmo2.data.emoji.clips import test_clip as render_test_clip
 from nanomolmo2.data.emoji.pairs import test_pair as render_test_pair
 from nanomolmo2.data.emoji.questions import EVERYTHING, caption_counts
 from nanomolmo2.data.emoji.questions import test_questions as ask_test_questions
-from nanomolmo2.data.emoji.scenes import TEST_GROUPS, Scene
+from nanomolmo2.data.emoji.scenes import TEST_GROUPS, Scene, art_of, group_rng
 from nanomolmo2.data.emoji.scenes import test_scene as render_test_scene
 from nanomolmo2.data.emoji.sprites import Sprites
 from nanomolmo2.data.emoji.write import QUESTION_STREAM
@@ -202,6 +202,7 @@ def make_exam(
 
     A question does not depend on which others are asked.
     """
+    styles = art_of(group, styles)  # refused even where nothing is to be drawn
     sprites = Sprites.load()
     exam = Exam(group, [], [], [])
 
@@ -215,7 +216,7 @@ def make_exam(
 
     for i in range(scenes if {*SCENE_TASKS} & {*tasks} else 0):
         scene = render_test_scene(i, group, seed, sprites, styles=styles)
-        rng = np.random.default_rng([QUESTION_STREAM, seed, TEST_GROUPS.index(group), i])
+        rng = group_rng(seed, group, i, QUESTION_STREAM)
         branches = ask_test_questions(scene, rng)
         pointed = {b.truth["noun"] for b in branches if b.task == "point"}
         others = [noun for noun in caption_counts(scene) if noun not in pointed]

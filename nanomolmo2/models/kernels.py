@@ -40,15 +40,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     is_float = weight.dtype is torch.float32 and x.dtype is torch.float32
     on_cpu = weight.device.type == "cpu"
-    if torch.compiler.is_compiling():  # it joins products with what is around them by itself
-        short = _short and is_float and on_cpu and torch.is_grad_enabled()
-        return (_short_product if short else F.linear)(x, weight, bias)
+    if _short and is_float and on_cpu and torch.is_grad_enabled() and torch.compiler.is_compiling():
+        return _short_product(x, weight, bias)
     plain = (
         is_float
         and on_cpu
         and type(weight) in (Tensor, nn.Parameter)
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()  # Inductor takes this operator's weights as constants
         and _onednn_is_there()
     )
     if not plain:

@@ -143,6 +143,8 @@ def test_some_styles_of_a_group():
     whole = make_exam("mild", 2, 2, 2, styles=("twemoji",))
     for one, two in zip(whole.examples, make_exam("mild", 2, 2, 2).examples, strict=True):
         assert np.array_equal(pixels(one), pixels(two))
+    with pytest.raises(ValueError, match="unknown art group 'oil'"):
+        make_exam("oil", 0)  # though there is nothing to draw
 
 
 def test_only_groups_that_training_never_draws_test_beside_the_seen_one():

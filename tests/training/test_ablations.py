@@ -197,13 +197,19 @@ def test_all_runs(vision: Path, tmp_path: Path, capsys, monkeypatch) -> None:
 
 
 def test_what_the_presence_stage_learned(tmp_path: Path) -> None:
-    """Two of three tokens of an answer are the same for yes and no."""
+    """Two of three tokens of an answer are the same for yes and no; steps count once."""
     steps = [0.0] * 10 + [2 / 3] * 10 + [1.0] * 10
-    lines = [{"stage": "presence", "step": i, "token_accuracy_s": v} for i, v in enumerate(steps)]
-    lines += [{"stage": "presence", "presence": 0.5}, {"stage": "coarse", "step": 1}]
-    log = tmp_path / "log.jsonl"
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert ablate_tiny.answers_right(log) == pytest.approx(0.5)
+    lines = [
+        {"stage": "presence", "step": i, "loss": 0.1, "token_accuracy_s": value}
+        for i, value in enumerate(steps)
+    ]
+    lines = [*lines[:25], *lines[15:]]  # stopped behind step 24, resumed from a checkpoint at 14
+    lines += [
+        {"stage": "presence", "step": 29, "presence": 0.5},
+        {"stage": "coarse", "step": 1, "loss": 5.0, "token_accuracy_s": 0.1},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert ablate_tiny.answers_right(tmp_path) == pytest.approx(0.5)
 
 
 def test_without_coarse_steps_nothing_is_asked(vision: Path, tmp_path: Path, capsys) -> None:

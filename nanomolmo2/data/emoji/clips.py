@@ -18,13 +18,13 @@ import numpy as np
 from nanomolmo2.config import Config
 from nanomolmo2.data.emoji.questions import PLURAL, exchange
 from nanomolmo2.data.emoji.scenes import (
-    TEST_GROUPS,
     TEST_STREAM,
     Drawing,
     SceneConfig,
     art_of,
     choose_objects,
     draw_background,
+    group_rng,
 )
 from nanomolmo2.data.emoji.sprites import CATEGORIES, Sprites, article
 from nanomolmo2.data.emoji.wordings import Task, Wordings
@@ -240,11 +240,8 @@ def test_clip(
 
     ``styles``: see `art_of`.
     """
-    drawn = art_of(group, styles)
-    words = [TEST_STREAM, CLIP_STREAM, seed, TEST_GROUPS.index(group), index]
-    rng = np.random.default_rng(words)
-    config = ClipConfig()
-    config = replace(config, scene=replace(config.scene, styles=drawn))
-    config = replace(config, track=1, appears=1, video_point=1)
+    scene = replace(ClipConfig().scene, styles=art_of(group, styles))
+    config = ClipConfig(scene, track=1, appears=1, video_point=1)
+    rng = group_rng(seed, group, index, TEST_STREAM, CLIP_STREAM)
     clip = render_clip(rng, sprites or Sprites.load(), config)
     return Example([], ask_about_clip(clip, rng, config, casual=0, for_tests=True), clip.video)

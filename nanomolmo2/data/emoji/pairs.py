@@ -14,13 +14,13 @@ import numpy as np
 from nanomolmo2.config import Config
 from nanomolmo2.data.emoji.questions import PLURAL, caption_counts, exchange, listed
 from nanomolmo2.data.emoji.scenes import (
-    TEST_GROUPS,
     TEST_STREAM,
     Scene,
     SceneConfig,
     art_of,
     choose_objects,
     draw_scene,
+    group_rng,
 )
 from nanomolmo2.data.emoji.sprites import Sprites
 from nanomolmo2.data.emoji.wordings import AMOUNTS, PICTURES, Wordings
@@ -123,10 +123,8 @@ def test_pair(
 
     ``styles``: see `art_of`.
     """
-    scene = SceneConfig(styles=art_of(group, styles))
-    words = [TEST_STREAM, PAIR_STREAM, seed, TEST_GROUPS.index(group), index]
-    rng = np.random.default_rng(words)
-    config = PairConfig(scene, more=2, difference=2)
+    config = PairConfig(SceneConfig(styles=art_of(group, styles)), more=2, difference=2)
+    rng = group_rng(seed, group, index, TEST_STREAM, PAIR_STREAM)
     pair = render_pair(rng, sprites or Sprites.load(), config)
     branches = ask_about_pair(pair, rng, config, casual=0, for_tests=True)
     return Example([scene.image for scene in pair], branches)

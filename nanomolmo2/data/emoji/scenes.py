@@ -168,6 +168,11 @@ def train_rng(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng([TRAIN_STREAM, seed, *key])
 
 
+def group_rng(seed: int, group: str, index: int, *streams: int) -> np.random.Generator:
+    """Random numbers for example ``index`` of the tests of an art group of `TEST_GROUPS`."""
+    return np.random.default_rng([*streams, seed, TEST_GROUPS.index(group), index])
+
+
 def render_scene(
     rng: np.random.Generator, sprites: Sprites, config: SceneConfig | None = None
 ) -> Scene:
@@ -308,7 +313,7 @@ def test_scene(
     ``config`` may change sizes and counts; its styles are replaced by `art_of`.
     """
     config = replace(config or SceneConfig(), styles=art_of(group, styles))
-    rng = np.random.default_rng([TEST_STREAM, seed, TEST_GROUPS.index(group), index])
+    rng = group_rng(seed, group, index, TEST_STREAM)
     return render_scene(rng, sprites or Sprites.load(), config)
 
 

@@ -28,6 +28,7 @@ from nanomolmo2.data.emoji.scenes import (
     TEST_GROUPS,
     Scene,
     SceneConfig,
+    group_rng,
     render_scene,
     setting,
     train_rng,
@@ -130,7 +131,7 @@ def draw_example(
         scene = render_scene(rng, sprites, config)
         return scene, make_branches(scene, rng)
     scene = render_test_scene(index, group, seed, sprites, config)
-    rng = np.random.default_rng([QUESTION_STREAM, seed, TEST_GROUPS.index(group), index])
+    rng = group_rng(seed, group, index, QUESTION_STREAM)
     return scene, ask_test_questions(scene, rng)
 
 
