@@ -19,6 +19,8 @@ Stages, in the order in which each makes the next one easy:
     last      as finish, and two layers of the decoder wake that did nothing before
     agree     the same once more; image tokens inside of the decoder, where they see each other,
               learn which of them counts an object: what settle leaves open, a tenth of the objects
+    several   decoder alone at lower rates: pictures with several things of a kind beside others,
+              and videos, where most of what is still wrong is asked
 
 Artwork: the vendors of the group "seen", line drawings and icons of the group "extra", and the
 seen drawings with dark outlines ("inked"), so that shapes are learned and not one way of drawing.
@@ -31,10 +33,11 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -199,6 +202,17 @@ class Learner(nn.Module):
     def sleepers(self) -> list[DecoderLayer]:
         """The layers `SLEEPERS`."""
         return [self.model.llm.layers[i] for i in SLEEPERS]  # type: ignore[misc]
+
+    @contextmanager
+    def without_sleepers(self) -> Iterator[None]:
+        """Leave sleeping layers out while they add nothing: a third of the decoder's time."""
+        llm = self.model.llm
+        layers = llm.layers
+        llm.layers = nn.ModuleList(own for i, own in enumerate(layers) if i not in SLEEPERS)
+        try:
+            yield
+        finally:
+            llm.layers = layers
 
     def wake(self) -> None:
         """Let sleeping layers start as the ones before them, but for what they add: nothing yet."""
@@ -409,6 +423,10 @@ class QuestionPlan:
     sleepers: Literal["asleep", "waking", "awake"] = "asleep"  # the layers `SLEEPERS`
     claims: bool = False  # image tokens learn to agree inside of the decoder
     pairs: PairConfig = field(default_factory=PairConfig)  # but for its scenes
+    clips: ClipConfig = field(default_factory=ClipConfig)  # but for its scenes and most frames
+    clip_room: int = 0  # tokens of the questions about a video, the rest is left out; 0 = all
+    frames: int = 1  # of the videos of a step, for each picture of other steps
+    look: Mapping[str, Any] = field(default_factory=dict)  # how its pictures differ from others
 
 
 class QuestionBatch(NamedTuple):
@@ -433,6 +451,7 @@ class QuestionStage(Stage):
     ) -> None:
         self.learner, self.seed, self.steps, self.plan = learner, seed, steps, plan
         self.batch_size, self.name, self.scores = batch_size, plan.name, evaluate
+        self.look = replace(learner.scenes, **plan.look)
 
     def encode(self, step: int) -> tuple[list[Encoded], Sequence[Scene | Clip]]:
         """The examples of a step, and the pictures or the videos in them."""
@@ -464,21 +483,20 @@ class QuestionStage(Stage):
         rng = train_rng(self.seed, 100 + plan.stream, step)
         # The answer to these is long, and all rows of a step are as long as the longest.
         mix = replace(plan.mix, unknown=plan.mix.unknown * (step % UNKNOWN_EVERY == 0))
-        look = self.learner.scenes
-        scenes = render_scenes(self.seed, plan.stream, step, self.batch_size, look)
+        room = ROW_LENGTH - CONFIG.num_visual_tokens - ROW_FRAME
+        scenes = render_scenes(self.seed, plan.stream, step, self.batch_size, self.look)
         encoded = []
         for scene in scenes:
             branches = make_branches(scene, rng, mix, plan.snap)
-            branches = self._fitting([branches[i] for i in rng.permutation(len(branches))])
+            branches = self._fitting(branches, rng, room)
             encoded.append(processor.encode_tree([scene.image], [b.messages for b in branches]))
         return encoded, scenes
 
-    def _fitting(self, branches: list[Branch]) -> list[Branch]:
-        """The first branches that fit into a row: without, a quarter of a step is padding."""
+    def _fitting(self, branches: list[Branch], rng: np.random.Generator, room: int) -> list[Branch]:
+        """Branches in random order as far as there is room, or a quarter of a step is padding."""
         tokenizer = self.learner.processor.tokenizer
-        room = ROW_LENGTH - CONFIG.num_visual_tokens - ROW_FRAME
         fitting: list[Branch] = []
-        for branch in branches:
+        for branch in (branches[i] for i in rng.permutation(len(branches))):
             texts = [str(message["content"]) for message in branch.messages]
             room -= sum(len(tokenizer.encode_text(text)) for text in texts) + BRANCH_FRAME
             if room < 0:
@@ -489,7 +507,7 @@ class QuestionStage(Stage):
     def _pairs(self, step: int) -> tuple[list[Encoded], list[Scene]]:
         """Half as many pairs as a step has pictures."""
         processor = self.learner.processor
-        config = replace(self.plan.pairs, scene=self.learner.scenes)
+        config = replace(self.plan.pairs, scene=self.look)
         rng, sprites = train_rng(self.seed, 200 + self.plan.stream, step), Sprites.load()
         encoded: list[Encoded] = []
         scenes: list[Scene] = []
@@ -502,17 +520,19 @@ class QuestionStage(Stage):
         return encoded, scenes
 
     def _clips(self, step: int) -> tuple[list[Encoded], list[Clip]]:
-        """Videos of as many frames, together, as a step has pictures."""
+        """Videos of as many frames, together, as a step has pictures, or a multiple of them."""
         processor = self.learner.processor
-        scene = replace(self.learner.scenes, min_px=36, max_px=64)
+        scene = replace(self.look, min_px=36, max_px=64)
         long = step // len(self.plan.kinds) % 2
-        config = ClipConfig(scene, max_frames=MAX_FRAMES if long else 8)
+        config = replace(self.plan.clips, scene=scene, max_frames=MAX_FRAMES if long else 8)
         rng, sprites = train_rng(self.seed, 300 + self.plan.stream, step), Sprites.load()
         encoded, clips, frames = [], [], 0
-        while frames < self.batch_size:
+        while frames < self.plan.frames * self.batch_size:
             clip = render_clip(rng, sprites, config)
             clips.append(clip)
             branches = ask_about_clip(clip, rng, config, self.plan.snap)
+            if self.plan.clip_room:
+                branches = self._fitting(branches, rng, self.plan.clip_room)
             messages = [b.messages for b in branches]
             encoded.append(processor.encode_tree(None, messages, video=clip.video))
             frames += len(clip.video.frames)
@@ -566,7 +586,9 @@ class QuestionStage(Stage):
         inputs = questions.tensors()
         patches = self.learner.patches(inputs.pop("pixel_values"))
         tokens = model.connector(patches)
-        logits, loss, states = model(**inputs, visual_tokens=tokens, output_hidden_states=True)
+        asleep = self.plan.sleepers == "asleep"
+        with self.learner.without_sleepers() if asleep else nullcontext():
+            logits, loss, states = model(**inputs, visual_tokens=tokens, output_hidden_states=True)
         kind = {1: "s", 2: "p"}.get(patches.shape[0] // inputs["input_ids"].shape[0], "c")
         metrics = {f"answers_{kind}": loss.item()}
         assert questions.labels is not None
@@ -649,6 +671,22 @@ LAST = replace(
     pairs=PairConfig(more=6, difference=3),
 )
 AGREE = replace(LAST, name="agree", stream=11, sleepers="awake", claims=True)
+SEVERAL = QuestionPlan(
+    name="several",
+    stream=12,
+    mix=BranchMix(presence=2, count=5, number=1, point=3, spatial=3, unknown=1, repeated_first=1.0),
+    snap=50,
+    llm_rate=2e-4,
+    llm_matrix_rate=0.0025,
+    final_ratio=0.02,
+    kinds="scspscsc",
+    sleepers="awake",
+    pairs=LAST.pairs,
+    clips=ClipConfig(track=4, appears=3, video_point=3),
+    clip_room=896,
+    frames=2,
+    look={"repeats": 0.9, "min_objects": 2, "variation": 2.0},
+)
 
 
 @dataclass(frozen=True)
@@ -670,6 +708,7 @@ class Scale:
     settle: int
     last: int
     agree: int
+    several: int
     batch_size: int = 32
     look: SceneConfig = SCENES
     kinds: str = ""
@@ -686,6 +725,7 @@ SCALES: dict[str, Scale] = {
         settle=1400,
         last=1950,
         agree=1450,
+        several=540,
     ),
     # Smaller steps, so that there are more of them; one artist, single pictures: all six and the
     # rest are not learned so soon.
@@ -698,6 +738,7 @@ SCALES: dict[str, Scale] = {
         settle=0,
         last=0,
         agree=0,
+        several=0,
         batch_size=16,
         look=SceneConfig(styles=("fluent-3d",)),
         kinds="s",
@@ -711,6 +752,7 @@ SCALES: dict[str, Scale] = {
         settle=2,
         last=4,
         agree=4,
+        several=4,
         batch_size=4,
         compiled=False,
     ),
@@ -744,7 +786,7 @@ def tiny_stages(
 
     stages += [asks(plan) for plan in (PRESENCE, COARSE, FINE, FINISH)]
     settle = SettleStage(learner, seed, sizes.settle, sizes.batch_size)
-    return [*stages, settle, asks(LAST), asks(AGREE)]
+    return [*stages, settle, asks(LAST), asks(AGREE), asks(SEVERAL)]
 
 
 def train_tiny(

@@ -26,9 +26,9 @@ def test_all_stages_run_and_leave_a_model_that_loads(tmp_path):
     stages = [line["stage"] for line in lines if "loss" in line]
     assert list(dict.fromkeys(stages)) == [
         *("crops", "varied", "mosaics", "scenes"),
-        *("presence", "coarse", "fine", "finish", "settle", "last", "agree"),
+        *("presence", "coarse", "fine", "finish", "settle", "last", "agree", "several"),
     ]
-    assert len(scored) == 6
+    assert len(scored) == 7
     model, _ = load(str(tmp_path / "model"))
     assert next(model.parameters()).dtype == torch.bfloat16
     assert model.config == preset("tiny")
@@ -151,6 +151,22 @@ def test_sleeping_layers_add_nothing():
     torch.testing.assert_close(answers(learner), slept, rtol=0, atol=0)
 
 
+def test_leaving_sleeping_layers_out_changes_nothing():
+    learner = tiny.Learner(0)
+    stage = QuestionStage(learner, 0, 2, tiny.COARSE, batch_size=2)
+    stage.begin()
+    batch = stage.batch(0)
+    loss, _ = stage.loss(batch)
+    loss.backward()
+    table = learner.model.llm.embed_tokens.weight
+    gradient, table.grad = table.grad, None
+    assert len(learner.model.llm.layers) == 6  # again, behind the loss
+    _, whole = learner.model(**batch.questions.tensors())
+    whole.backward()
+    assert torch.equal(whole, loss)
+    assert torch.equal(table.grad, gradient)
+
+
 def test_layers_wake_as_the_ones_before_and_change_nothing_at_once():
     learner = tiny.Learner(0)
     before = answers(learner)
@@ -189,6 +205,17 @@ def test_image_tokens_learn_to_agree_inside_of_the_decoder():
     for i, layer in enumerate(layers):
         assert (layer.mlp.down_proj.weight.grad is not None) == (i < tiny.CLAIM_LAYERS)
     assert heads.claim.weight.grad.abs().max() > 0
+
+
+def test_a_stage_may_show_pictures_and_videos_of_its_own():
+    stage = QuestionStage(tiny.Learner(0), 0, 8, tiny.SEVERAL, batch_size=16)
+    _, scenes = stage.encode(tiny.SEVERAL.kinds.index("s"))
+    kinds = [{o.category for o in scene.objects} for scene in scenes]
+    repeated = sum(len(own) < len(scene.objects) for own, scene in zip(kinds, scenes, strict=True))
+    assert min(len(scene.objects) for scene in scenes) >= 2
+    assert repeated >= 12  # of 16; half of usual pictures
+    _, clips = stage.encode(tiny.SEVERAL.kinds.index("c"))
+    assert sum(len(clip.video.frames) for clip in clips) >= 32
 
 
 def test_nobody_labels_pictures_for_stages_that_teach_words_alone():
