@@ -205,7 +205,7 @@ class Learner(nn.Module):
 
     @contextmanager
     def without_sleepers(self) -> Iterator[None]:
-        """Leave sleeping layers out while they add nothing: a third of the decoder's time."""
+        """Leave sleeping layers, a third of all, out of what is computed: they add nothing."""
         llm = self.model.llm
         layers = llm.layers
         llm.layers = nn.ModuleList(own for i, own in enumerate(layers) if i not in SLEEPERS)
