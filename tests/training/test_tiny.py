@@ -145,10 +145,9 @@ def answers(learner: tiny.Learner) -> torch.Tensor:
 def test_sleeping_layers_add_nothing():
     learner = tiny.Learner(0)
     slept = answers(learner)
-    llm = learner.model.llm
-    awake = [layer for i, layer in enumerate(llm.layers) if i not in tiny.SLEEPERS]
-    llm.layers = torch.nn.ModuleList(awake)
-    torch.testing.assert_close(answers(learner), slept, rtol=0, atol=0)
+    with learner.without_sleepers():
+        assert len(learner.model.llm.layers) == 4
+        torch.testing.assert_close(answers(learner), slept, rtol=0, atol=0)
 
 
 def test_leaving_sleeping_layers_out_changes_nothing():
