@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -27,8 +28,9 @@ def test_all_stages_run_and_leave_a_model_that_loads(tmp_path):
     assert list(dict.fromkeys(stages)) == [
         *("crops", "varied", "mosaics", "scenes"),
         *("presence", "coarse", "fine", "finish", "settle", "last", "agree", "several"),
+        *("again", "counts"),
     ]
-    assert len(scored) == 7
+    assert len(scored) == 9
     model, _ = load(str(tmp_path / "model"))
     assert next(model.parameters()).dtype == torch.bfloat16
     assert model.config == preset("tiny")
@@ -215,6 +217,23 @@ def test_a_stage_may_show_pictures_and_videos_of_its_own():
     assert repeated >= 12  # of 16; half of usual pictures
     _, clips = stage.encode(tiny.SEVERAL.kinds.index("c"))
     assert sum(len(clip.video.frames) for clip in clips) >= 32
+
+
+@pytest.mark.parametrize("name", ["coarse", "finish"])
+def test_the_small_scale_points_on_a_coarse_grid_and_leaves_vision_alone(name):
+    learner = tiny.Learner(0, scenes=tiny.SCALES["small"].look)
+    stages = {stage.name: stage for stage in tiny.tiny_stages(learner, 0, "small")}
+    assert set(stages[name].components()) == {"llm"}
+    encoded, scenes = stages[name].encode(0)
+    assert {o.style for scene in scenes for o in scene.objects} == {"fluent-3d"}
+    decode = learner.processor.tokenizer.decode
+    texts = [decode(one.input_ids.tolist()) for one in encoded]
+    tags = [tag for text in texts for tag in re.findall(r'<points coords="([\d ]+)"', text)]
+    # A picture's number, then of each point its own, x and y.
+    points = [tag.split()[1:] for tag in tags]
+    numbers = [int(n) for point in points for n in (*point[1::3], *point[2::3])]
+    assert len(numbers) > 100
+    assert all(n % 100 == 0 for n in numbers)
 
 
 def test_nobody_labels_pictures_for_stages_that_teach_words_alone():
