@@ -690,17 +690,15 @@ SEVERAL = QuestionPlan(
     look={"repeats": 0.9, "min_objects": 2, "variation": 2.0},
 )
 AGAIN = replace(
-    AGREE,
+    SEVERAL,
     name="again",
     stream=13,
     mix=replace(SEVERAL.mix, number=2, spatial=4, size=2),
     llm_rate=3e-4,
     llm_matrix_rate=0.004,
     vision_rate=0.001,
-    kinds=SEVERAL.kinds,
-    clips=SEVERAL.clips,
-    clip_room=SEVERAL.clip_room,
-    frames=SEVERAL.frames,
+    margin=MARGIN,
+    claims=True,
     look={"repeats": 0.85, "min_objects": 2, "variation": 2.5},
 )
 COUNTS = replace(

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 import torch
 
 from nanomolmo2.convert.pretrained import load
 from nanomolmo2.models import preset
+from nanomolmo2.processor.points import SCALE, parse_points
 from nanomolmo2.training import tiny
 from nanomolmo2.training.loop import LoopConfig
 from nanomolmo2.training.tiny import QuestionStage, train_tiny
@@ -228,10 +228,8 @@ def test_the_small_scale_points_on_a_coarse_grid_and_leaves_vision_alone(name):
     assert {o.style for scene in scenes for o in scene.objects} == {"fluent-3d"}
     decode = learner.processor.tokenizer.decode
     texts = [decode(one.input_ids.tolist()) for one in encoded]
-    tags = [tag for text in texts for tag in re.findall(r'<points coords="([\d ]+)"', text)]
-    # A picture's number, then of each point its own, x and y.
-    points = [tag.split()[1:] for tag in tags]
-    numbers = [int(n) for point in points for n in (*point[1::3], *point[2::3])]
+    points = [point for text in texts for point in parse_points(text, [(SCALE, SCALE)])]
+    numbers = [number for point in points for number in (point.x, point.y)]
     assert len(numbers) > 100
     assert all(n % 100 == 0 for n in numbers)
 
