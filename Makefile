@@ -1,12 +1,13 @@
 # make demo    environment, install, then the bundled model at work on a bundled picture
-# make test    the developer's tools too, then format, lint, types and all tests
-# make bench   speed and memory beside other programs, on 1 and 2 threads (half an hour): docs/performance.md
+# make test    the developer's tools too, then format, lint, types and the tests that are not slow
+# make test-all    the same with all tests, as in CI
+# make bench   speed and memory beside other programs, on 1 and 2 threads: docs/performance.md
 # make bench-llama    build llama.cpp for this machine in .venv-llama (some minutes, needs a C++
 #                     compiler), then the rows beside it; later `make bench` has them too
 #
 # PYTHON=python3.12 make test    another interpreter (3.11 or newer), in an environment of its own
-# TORCH=...                      another PyTorch, in pip's words (see "Install" in README.md)
-# PYTEST_ARGS="-m 'not slow'"    passed on to pytest
+# TORCH=...                      another PyTorch, in pip's words (see "How do I install it?" in README.md)
+# PYTEST_ARGS="-x -k loss"       passed on to pytest
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -32,7 +33,10 @@ WHICH := import platform, sys; print(sys.implementation.name + platform.python_v
 VERSION := $(shell $(PYTHON) -c '$(WHICH)' 2>/dev/null)
 STAMP := $(VENV)/.installed-$(VERSION)
 
-.PHONY: help demo test bench bench-llama install dev lint format types clean
+# A file's tests stay in one process, which then makes their fixtures once; tests/conftest.py says which start.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help demo test test-all bench bench-llama install dev lint format types clean
 
 help:
 	@sed -n '/^#/!q; s/^# \?//; p' Makefile
@@ -41,7 +45,10 @@ demo: install
 	@$(RUN) -m nanomolmo2 demo
 
 test: lint types
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+test-all: lint types
+	$(PYTEST) $(PYTEST_ARGS)
 
 bench: dev
 	$(RUN) -m benchmarks --threads 1 2 --page docs/performance.md

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from PIL import Image
 
 from benchmarks.harness import Row, Sizes, main, take_turns
-from nanomolmo2.data.emoji.scenes import test_scene as render_test_scene
 from nanomolmo2.demo import DEMO
+from nanomolmo2.emoji.scenes import test_scene as render_test_scene
 from nanomolmo2.generation.pipeline import Pipeline
 
 QUESTION = "Point to everything."

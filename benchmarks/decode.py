@@ -16,8 +16,10 @@ from benchmarks.harness import (
     main,
     take_turns,
 )
+from benchmarks.prefill import last_state
+from nanomolmo2.accelerate.quantization import cache_dtype
+from nanomolmo2.generation.kv_cache import KVCache
 from nanomolmo2.models import LanguageModel
-from nanomolmo2.models.kv_cache import KVCache
 from tests.parity.references import qwen3
 
 # Target against transformers in float32, bytes of a weight, bytes of a cached number.
@@ -27,12 +29,12 @@ PEER = "transformers float32"
 
 def our_steps(model: LanguageModel, ids: torch.Tensor, room: int) -> Callable[[], torch.Tensor]:
     """Read the prompt; every call then writes one token a row: (B, 1)."""
-    cache = KVCache(model.config.num_hidden_layers, ids.shape[1] + room, model.cache_dtype)
-    token = model.head(model.transform(ids, past_key_values=cache, last_only=True)).argmax(-1)
+    cache = KVCache(model.config.num_hidden_layers, ids.shape[1] + room, cache_dtype(model))
+    token = model.head(last_state(model, ids, cache)).argmax(-1)
 
     def step() -> torch.Tensor:
         nonlocal token
-        token = model.head(model.transform(token, past_key_values=cache)).argmax(-1)
+        token = model.head(last_state(model, token, cache)).argmax(-1)
         return token
 
     return step

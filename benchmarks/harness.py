@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nanomolmo2.accelerate import defaults
 from nanomolmo2.convert.parts import build_on_meta
 from nanomolmo2.files import atomic_path
 from nanomolmo2.models import LanguageModel, LLMConfig, VisionConfig, VisionEncoder
@@ -199,20 +200,20 @@ def random_weights(module: nn.Module) -> nn.Module:
 
 
 def vision_encoder(sizes: Sizes) -> VisionEncoder:
-    module = random_weights(build_on_meta(VisionEncoder, sizes.vision))
+    module = defaults(random_weights(build_on_meta(VisionEncoder, sizes.vision)))
     assert isinstance(module, VisionEncoder)
     return module
 
 
 def language_model(sizes: Sizes) -> LanguageModel:
-    module = random_weights(build_on_meta(LanguageModel, sizes.llm))
+    module = defaults(random_weights(build_on_meta(LanguageModel, sizes.llm)))
     assert isinstance(module, LanguageModel)
     return module
 
 
 def in_mode(module: Any, mode: str) -> Any:
     """The same weights in another precision; float32 tensors are shared, not copied."""
-    twin: Any = build_on_meta(type(module), module.config)
+    twin: Any = defaults(build_on_meta(type(module), module.config))
     twin.load_state_dict(module.state_dict(), assign=True)
     twin.eval().requires_grad_(False)
     return twin.to(torch.bfloat16) if mode == "bfloat16" else twin.quantize(mode)

@@ -18,10 +18,10 @@ from tokenizers import decoders, models
 from torch import Tensor
 
 from benchmarks.harness import Row, Sizes, Times, gain, in_mode, language_model, main, take_turns
-from nanomolmo2.data.emoji.questions import test_questions as ask_test_questions
-from nanomolmo2.data.emoji.scenes import test_scene as render_test_scene
-from nanomolmo2.data.emoji.sprites import Sprites
-from nanomolmo2.generation.constraint import PointsGuide
+from nanomolmo2.emoji.questions import test_questions as ask_test_questions
+from nanomolmo2.emoji.scenes import test_scene as render_test_scene
+from nanomolmo2.emoji.sprites import Sprites
+from nanomolmo2.generation.constraint import PointsProposer
 from nanomolmo2.generation.engine import Engine, Request
 from nanomolmo2.generation.pipeline import Pipeline
 from nanomolmo2.generation.prefix_cache import PrefixCache
@@ -33,7 +33,7 @@ from nanomolmo2.processor.points import format_points
 MODES = ("fp16-weights", "int8")
 TARGET = 1.5
 LABELS = ("dogs", "cars", "windows", "people", "birds", "cups", "chairs", "boats")
-# Side -> whether it looks up, and whether the grammar of points guesses too, as in `Pipeline.ask`.
+# Side -> whether it looks up, and whether the grammar of points drafts too, as in `Pipeline.ask`.
 SIDES = {"plain": (False, False), "lookup": (True, False), "lookup and grammar": (True, True)}
 SCENES = 12  # of `tiny` in a round, one pointing question each
 
@@ -104,7 +104,7 @@ def seconds_behind_the_prompt(
         max_new_tokens=len(answer) + 64,
         sampling=SamplingParams(constraint=Script(answer)),
         eos_token_ids=(answer[-1],),
-        guide=PointsGuide(tokenizer) if guided else None,
+        proposer=PointsProposer(tokenizer) if guided else None,
     )
     engine.submit(request)
     events = engine.step()

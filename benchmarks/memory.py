@@ -15,6 +15,7 @@ import sys
 import torch
 
 from benchmarks.harness import forget_peak, resident
+from nanomolmo2.accelerate import defaults
 from nanomolmo2.data.sources import SourceConfig
 from nanomolmo2.models import ConnectorConfig, LLMConfig, NanoMolmo2, NanoMolmo2Config, VisionConfig
 from nanomolmo2.training.distributed import World, shard, sum_over_ranks
@@ -108,11 +109,12 @@ def measure(setup: Setup) -> float:
 
 
 def steps(setup: Setup, world: World) -> float:
+    """Bytes that memory grew by at most: the process's, or the GPU's tensors'."""
     recipe, config = setup.recipe, setup.model
     torch.set_num_threads(1)
     warm_up()
-    before = forget_peak()
-    model = NanoMolmo2(config)
+    before = reset_peak(world.device)
+    model = defaults(NanoMolmo2(config))
     if recipe.lora is not None:
         add_lora(model.llm, recipe.lora)
     set_trainable(model, recipe.train)
@@ -129,20 +131,32 @@ def steps(setup: Setup, world: World) -> float:
     for step in range(recipe.steps):
         optimizers.set_rates(step, recipe.steps)
         for _ in range(2):
-            ids = torch.randint(0, config.image_token_id, (B, T))
+            ids = torch.randint(0, config.image_token_id, (B, T), device=world.device)
             ids[:, : recipe.max_crops * config.num_visual_tokens] = config.image_token_id
             loss = model.loss(
                 ids,
-                torch.randn(pictures, 3, side, side),
+                torch.randn(pictures, 3, side, side, device=world.device),
                 labels=ids,
                 subsegment_ids=torch.zeros_like(ids),
                 reduction="sum",
             )
-            (loss / sum_over_ranks(torch.tensor(2.0 * B * T))).backward()
+            total = torch.tensor(2.0 * B * T, device=world.device)
+            (loss / sum_over_ranks(total)).backward()
             del loss
         optimizers.clip(1.0)
         optimizers.step()
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() - before
     return resident("VmHWM") - before
+
+
+def reset_peak(device: torch.device) -> float:
+    """Bytes that are taken now."""
+    if device.type != "cuda":
+        return forget_peak()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def warm_up() -> None:

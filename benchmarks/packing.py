@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks.harness import Row, Sizes, main
-from nanomolmo2.data.emoji.questions import BranchMix
-from nanomolmo2.data.emoji.source import EmojiConfig, EmojiScenes
 from nanomolmo2.data.example import BadExample
 from nanomolmo2.data.mixture import Mixture
-from nanomolmo2.data.packing import POOL, Packer, choose
+from nanomolmo2.data.packing import PACKING_BUFFER, Packer, choose
+from nanomolmo2.emoji.model import tiny_processor
+from nanomolmo2.emoji.questions import BranchMix
+from nanomolmo2.emoji.source import EmojiConfig, EmojiScenes
 from nanomolmo2.processor import MultiCrop
-from nanomolmo2.training.tiny import tiny_processor
 
 TARGET = 0.97  # of a row is real tokens
 TARGET_MS = 5.0
@@ -95,13 +95,14 @@ def choosing(sizes: Sizes, stage: Limits) -> Row:
     rng = np.random.default_rng(0)
     milliseconds = []
     for _ in range(5 if sizes.short else 40):
-        crops = rng.integers(1, max(2, stage.max_crops // 4), POOL)
-        tokens = rng.integers(1, stage.max_tokens // 4, POOL)
+        crops = rng.integers(1, max(2, stage.max_crops // 4), PACKING_BUFFER)
+        tokens = rng.integers(1, stage.max_tokens // 4, PACKING_BUFFER)
         start = time.process_time()
         choose(tokens.tolist(), crops.tolist(), stage.max_tokens, stage.max_crops, 30)
         milliseconds.append((time.process_time() - start) * 1000)
     return Row(
-        f"choose a row of {stage.max_tokens} tokens and {stage.max_crops} crops, pool of {POOL}",
+        f"choose a row of {stage.max_tokens} tokens and {stage.max_crops} crops, "
+        f"pool of {PACKING_BUFFER}",
         statistics.median(milliseconds),
         "ms",
         low=min(milliseconds),
@@ -140,7 +141,7 @@ def pack(name: str, examples: Iterator[Size], limits: Limits, sizes: Sizes) -> R
     packer: Packer[Size] = Packer(
         limits.max_tokens,
         limits.max_crops,
-        8 if sizes.short else POOL,
+        8 if sizes.short else PACKING_BUFFER,
         limits.crop_weight,
     )
     arrived: list[Size] = []

@@ -16,8 +16,10 @@ from benchmarks.harness import (
     main,
     take_turns,
 )
+from nanomolmo2.accelerate.prefill import last_hidden_state
+from nanomolmo2.accelerate.quantization import cache_dtype
+from nanomolmo2.generation.kv_cache import KVCache, PaddedStep
 from nanomolmo2.models import LanguageModel
-from nanomolmo2.models.kv_cache import KVCache
 from tests.parity.references import qwen3
 
 TARGETS = {"float32": None, "fp16-weights": 0.85, "int8": 0.60}
@@ -25,8 +27,16 @@ PEER = "transformers float32"
 
 
 def prefill(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
-    cache = KVCache(model.config.num_hidden_layers, ids.shape[1], model.cache_dtype)
-    return model.head(model.transform(ids, past_key_values=cache, last_only=True)[:, -1])[:, None]
+    cache = KVCache(model.config.num_hidden_layers, ids.shape[1], cache_dtype(model))
+    return model.head(last_state(model, ids, cache))
+
+
+def last_state(model: LanguageModel, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """(B, 1, D) of the last of some new ids (B, T)."""
+    places = torch.arange(cache.length, cache.length + ids.shape[1])[None]
+    hidden = last_hidden_state(model, model.embed(ids), places, cache=PaddedStep(cache, None))
+    cache.advance(ids.shape[1], None, places[:, -1:] + 1)
+    return hidden
 
 
 def measure(sizes: Sizes) -> list[Row]:

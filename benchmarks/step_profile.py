@@ -16,8 +16,11 @@ from torch import nn
 from benchmarks.decode import our_steps
 from benchmarks.harness import Sizes, in_mode, language_model
 from benchmarks.prefill import prefill
+from nanomolmo2.accelerate import fused
+from nanomolmo2.generation import kv_cache
 from nanomolmo2.models import LanguageModel
-from nanomolmo2.models import language_model as decoder
+from nanomolmo2.models import language_model as language_model_file
+from nanomolmo2.models.layers import RMSNorm
 
 MODES = ("float32", "fp16-weights", "int8", "bfloat16")
 PARTS = ("linears", "attention", "norms", "head", "rest")
@@ -47,15 +50,16 @@ def watched(model: LanguageModel) -> Iterator[dict[str, float]]:
         for module in layer.modules():
             if hasattr(module, "in_features"):
                 part = "linears"
-            elif isinstance(module, decoder.RMSNorm):
+            elif isinstance(module, RMSNorm):
                 part = "norms"
             else:
                 continue
             module.forward = timed(part, module.forward)
             changed.append(module)
-    attend, project = decoder.attend, decoder.project
-    decoder.attend = timed("attention", attend)
-    decoder.project = timed("linears", project)
+    attend, project, plain = kv_cache.attend, fused.project, language_model_file.attend
+    kv_cache.attend = timed("attention", attend)
+    language_model_file.attend = timed("attention", plain)
+    fused.project = timed("linears", project)
     model.head = timed("head", model.head)  # type: ignore[method-assign]
     start = time.perf_counter()
     try:
@@ -63,7 +67,7 @@ def watched(model: LanguageModel) -> Iterator[dict[str, float]]:
         total = time.perf_counter() - start
         seconds["rest"] = total - sum(seconds.values())
     finally:
-        decoder.attend, decoder.project = attend, project
+        kv_cache.attend, fused.project, language_model_file.attend = attend, project, plain
         del model.head
         for module in changed:
             del module.forward

@@ -15,8 +15,8 @@ import torch
 from benchmarks.harness import Row, Sizes, gain, main, take_turns
 from nanomolmo2.batch import Batch
 from nanomolmo2.convert.pretrained import load
-from nanomolmo2.data.emoji.source import EmojiConfig, EmojiScenes
 from nanomolmo2.data.packing import join
+from nanomolmo2.emoji.source import EmojiConfig, EmojiScenes
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.processor import Encoded, collate
 

@@ -7,7 +7,7 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from nanomolmo2.files import atomic_path
 
@@ -17,7 +17,12 @@ class Config:
 
     Fields are stored values only; what follows from them is a property. Checks that involve more
     than one field belong into the subclass's ``__post_init__``.
+
+    Attributes:
+        RENAMED: keys of older files, and what the fields are called now.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: nested configs become dicts, tuples become lists."""
@@ -31,6 +36,7 @@ class Config:
         """
         if not isinstance(values, dict):
             raise ValueError(f"{cls.__name__}: expected an object, found {_describe(values)}")
+        values = {cls.RENAMED.get(k, k): v for k, v in values.items()}
         names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         unknown = sorted(set(values) - set(names))
         if unknown:
@@ -87,7 +93,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _to_plain(value: Any) -> Any:
+def _to_plain(value: object) -> object:
     if isinstance(value, Config):
         return value.to_dict()
     if isinstance(value, (tuple, list)):
@@ -97,9 +103,11 @@ def _to_plain(value: Any) -> Any:
     return value
 
 
-def _from_plain(value: Any, hint: Any, where: str) -> Any:
+def _from_plain(value: Any, hint: Any, where: str) -> object:
     """Check one JSON value against a type hint and return it in the field's own type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if origin in (typing.Union, types.UnionType):
         for option in arguments:
             try:
@@ -136,7 +144,7 @@ def _from_plain(value: Any, hint: Any, where: str) -> Any:
     raise ValueError(f"{where}: expected {_hint_name(hint)}, found {_describe(value)}")
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 

@@ -1,4 +1,4 @@
-"""The demo: the bundled model captions, counts and points on a bundled picture.
+"""The demo: the bundled model captions, counts and points on a bundled image.
 
 ``assets/demo/scene.json`` holds the questions and the true answers; scripts/make_demo_picture.py
 makes it and the picture.
@@ -22,7 +22,7 @@ from nanomolmo2.processor.draw import draw_points
 
 DEMO = Path(__file__).parent / "assets" / "demo"
 MAX_NEW_TOKENS = 96  # six points and the words around them take about 60
-ZOOM = 3  # the picture is small: the overlay is drawn larger
+ZOOM = 3  # the image is small: the overlay is drawn larger
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels
 
@@ -36,14 +36,14 @@ def run_demo(draw: Path, pipeline: Pipeline | None = None, console: Console | No
     """
     console = console or Console(highlight=False)
     questions = json.loads((DEMO / "scene.json").read_text(encoding="utf-8"))["questions"]
-    picture = load_image(DEMO / "scene.png")
+    image = load_image(DEMO / "scene.png")
     start = time.perf_counter()
     pipeline = pipeline or Pipeline.from_pretrained("tiny")
     parameters = sum(p.numel() for p in pipeline.model.parameters())
     console.print(
         f"Model: tiny, {parameters / 1e6:.1f} M parameters, loaded in "
         f"{time.perf_counter() - start:.1f} s\nPicture: {shown(DEMO / 'scene.png')}, "
-        f"{picture.width} x {picture.height} pixels; the model has never seen it\n",
+        f"{image.width} x {image.height} pixels; the model has never seen it\n",
         soft_wrap=True,
     )
     start = time.perf_counter()
@@ -51,7 +51,7 @@ def run_demo(draw: Path, pipeline: Pipeline | None = None, console: Console | No
     for question in questions:
         console.print(f"[bold]{question['question']}[/bold]")
         answer = pipeline.ask(
-            picture,
+            image,
             question["question"],
             max_new_tokens=MAX_NEW_TOKENS,
             on_text=lambda text: console.print(text, end="", markup=False, soft_wrap=True),
@@ -60,7 +60,7 @@ def run_demo(draw: Path, pipeline: Pipeline | None = None, console: Console | No
         truth = question.get("truth") or hits(answer.points, question["boxes"])
         console.print(f"\n[dim]truth: {truth}[/dim]\n")
     seconds = time.perf_counter() - start
-    large = picture.resize((ZOOM * picture.width, ZOOM * picture.height))
+    large = image.resize((ZOOM * image.width, ZOOM * image.height))
     zoomed = [Point(ZOOM * p.x, ZOOM * p.y, p.image, p.id, p.label) for p in points]
     with atomic_path(draw) as temporary:
         draw_points(large, zoomed).save(temporary)

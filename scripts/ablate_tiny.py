@@ -33,23 +33,27 @@ from benchmarks.harness import take_turns
 from benchmarks.report import put_into
 from nanomolmo2.batch import Batch
 from nanomolmo2.config import read_json_object
-from nanomolmo2.data.emoji.questions import BranchMix, make_branches
-from nanomolmo2.data.emoji.scenes import SceneConfig, train_rng
-from nanomolmo2.data.emoji.sprites import STYLE_GROUPS
 from nanomolmo2.data.packing import Packer, join
-from nanomolmo2.evaluation.emoji import Scores, evaluate
+from nanomolmo2.emoji import plans
+from nanomolmo2.emoji.exam import ExamPlan, evaluate
+from nanomolmo2.emoji.model import CONFIG, SCENES, WORD_DIRECTION, TinyForTraining
+from nanomolmo2.emoji.question_stage import QuestionStage
+from nanomolmo2.emoji.questions import BranchMix, make_branches
+from nanomolmo2.emoji.scenes import SceneConfig, train_rng
+from nanomolmo2.emoji.sprites import STYLE_GROUPS
+from nanomolmo2.emoji.train import has_compiler, run_stages
+from nanomolmo2.emoji.vision_stages import CROP_RATES, CropStage, render_scenes
+from nanomolmo2.evaluation.exam import Scores
 from nanomolmo2.files import atomic_path, sha256_of
-from nanomolmo2.models.kernels import bfloat16_products
 from nanomolmo2.processor import Encoded, collate
-from nanomolmo2.training import tiny
 from nanomolmo2.training.checkpoint import ABOUT, FILE, FOLDER
-from nanomolmo2.training.loop import LoopConfig, Stage, run
+from nanomolmo2.training.loop import LoopConfig, Stage
 from nanomolmo2.training.metrics import read_log
 from nanomolmo2.training.optim import OptimConfig
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
-STAGES = [field.name for field in fields(tiny.Scale)]
-# By number, and whether nouns hold `tiny.WORDS_PART`, which the presence stage begins by adding.
+STAGES = [field.name for field in fields(plans.Scale)]
+# By number, and whether nouns hold `WORD_DIRECTION`, which the presence stage begins by adding.
 # Presence leaves vision as it is; settle is vision alone.
 VISION_STAGES = {STAGES.index(name): name != "scenes" for name in ("scenes", "presence", "settle")}
 TASKS = ("presence", "count", "point")  # asked of the decoder runs
@@ -127,7 +131,7 @@ class Ablation:
     Attributes:
         title: for the table.
         aligned: nouns keep the embeddings that the visual tokens were trained to point along.
-        matcher: queries start as keys.
+        queries_as_keys: queries start as keys.
         image_mask: visual tokens see each other in both directions.
         presence: questions of the presence stage.
         snap: thousandths that points are rounded to in the coarse stage.
@@ -135,29 +139,29 @@ class Ablation:
 
     title: str
     aligned: bool = True
-    matcher: bool = True
+    queries_as_keys: bool = True
     image_mask: bool = True
-    presence: BranchMix = tiny.PRESENCE.mix
-    snap: int = tiny.COARSE.snap
+    presence: BranchMix = plans.PRESENCE.mix
+    snap: int = plans.COARSE.snap
 
-    def learner(self, seed: int, scenes: SceneConfig = tiny.SCENES) -> tiny.Learner:
+    def start(self, seed: int, scenes: SceneConfig = SCENES) -> TinyForTraining:
         """Model and heads at the start of the presence stage, but for the vision."""
-        config = replace(tiny.CONFIG, bidirectional_image_attention=self.image_mask)
-        kind = tiny.Learner if self.aligned else Unaligned
-        return kind(seed, config, scenes, matcher=self.matcher)
+        config = replace(CONFIG, bidirectional_image_attention=self.image_mask)
+        kind = TinyForTraining if self.aligned else Unaligned
+        return kind(seed, config, scenes, queries_as_keys=self.queries_as_keys)
 
-    def stages(self, learner: tiny.Learner, options: Options) -> list[Stage]:
+    def stages(self, tiny: TinyForTraining, options: Options) -> list[Stage]:
         """The presence and the coarse stage."""
-        presence = replace(tiny.PRESENCE, mix=self.presence)
-        coarse = replace(tiny.COARSE, snap=self.snap)
+        presence = replace(plans.PRESENCE, mix=self.presence)
+        coarse = replace(plans.COARSE, snap=self.snap)
         steps = (options.presence_steps, options.coarse_steps)
         return [
-            tiny.QuestionStage(learner, options.seed, n, plan, options.pictures)
+            QuestionStage(tiny, options.seed, n, plan, options.pictures)
             for n, plan in zip(steps, (presence, coarse), strict=True)
         ]
 
 
-class Unaligned(tiny.Learner):
+class Unaligned(TinyForTraining):
     """Nouns are drawn anew; visual tokens point along the embeddings of before."""
 
     def set_nouns(self, rows: Tensor) -> None:
@@ -172,11 +176,11 @@ class Unaligned(tiny.Learner):
 DECODER = {
     "baseline": Ablation("the recipe"),
     "alignment": Ablation("visual tokens not aligned with words", aligned=False),
-    "presence": Ablation("no presence stage: coarse's questions there", presence=tiny.COARSE.mix),
+    "presence": Ablation("no presence stage: coarse's questions there", presence=plans.COARSE.mix),
     "branches": Ablation(
-        "two presence questions a picture", presence=replace(tiny.PRESENCE.mix, presence=2)
+        "two presence questions a picture", presence=replace(plans.PRESENCE.mix, presence=2)
     ),
-    "matcher": Ablation("queries do not start as keys", matcher=False),
+    "matcher": Ablation("queries do not start as keys", queries_as_keys=False),
     "snapping": Ablation("coarse points in thousandths, not on a grid", snap=1),
     "mask": Ablation("visual tokens see only those before them", image_mask=False),
 }
@@ -202,19 +206,19 @@ def find_vision(folder: Path) -> Path:
     )
 
 
-def load_vision(learner: tiny.Learner, checkpoint: Path) -> None:
+def load_vision(tiny: TinyForTraining, checkpoint: Path) -> None:
     """Take all but the decoder from a checkpoint, and the nouns that its visual tokens point along.
 
     Raises: ValueError if it is of a model of another shape.
     """
     values = torch.load(checkpoint / FILE, weights_only=True, map_location="cpu")["weights"]
-    nouns = values["model.llm.embed_tokens.weight"][learner.noun_ids]
+    nouns = values["model.llm.embed_tokens.weight"][tiny.noun_ids]
     if VISION_STAGES[read_json_object(checkpoint / ABOUT)["stage"]]:
-        nouns = nouns - tiny.WORDS_PART * learner.words_direction()
-    learner.set_nouns(nouns)
+        nouns = nouns - WORD_DIRECTION * tiny.words_direction()
+    tiny.set_nouns(nouns)
     decoder = "model.llm."
     vision = {name: value for name, value in values.items() if not name.startswith(decoder)}
-    missing, unexpected = learner.load_state_dict(vision, strict=False)
+    missing, unexpected = tiny.load_state_dict(vision, strict=False)
     if wrong := unexpected + [name for name in missing if not name.startswith(decoder)]:
         raise ValueError(f"{checkpoint} has another shape of model: {wrong[0]} does not fit")
 
@@ -222,27 +226,28 @@ def load_vision(learner: tiny.Learner, checkpoint: Path) -> None:
 def run_decoder(name: str, options: Options, folder: Path) -> dict[str, Any]:
     """What the presence stage learned, and scores behind the coarse stage."""
     ablation = DECODER[name]
-    look = tiny.SCALES[options.scale].look
-    learner = ablation.learner(options.seed, look)
+    look = plans.SCALES[options.scale].look
+    tiny = ablation.start(options.seed, look)
     assert options.vision is not None
-    load_vision(learner, find_vision(options.vision))
-    if options.compiled and tiny.has_compiler():
-        learner.compile_decoder()
-    with bfloat16_products():
-        run(learner, ablation.stages(learner, options), folder, options.loop(), resume=True)
+    load_vision(tiny, find_vision(options.vision))
+    if options.compiled and has_compiler():
+        tiny.compile_decoder()
+    run_stages(tiny, ablation.stages(tiny, options), folder, options.loop(), resume=True)
     learned = {}
     if ablation.presence.bare == 1:  # else other questions were asked
         learned[LEARNED] = answers_right(folder)
     if not options.coarse_steps:
         return {"scores": learned, "counts": {}, "intervals": {}}
     scores: Scores = evaluate(
-        learner.model,
-        learner.processor,
-        styles=[style for style in STYLE_GROUPS["seen"] if style in look.styles],
-        scenes=options.scenes,
-        pairs=0,
-        clips=0,
-        tasks=TASKS,
+        tiny.model,
+        tiny.processor,
+        ExamPlan(
+            scenes=options.scenes,
+            pairs=0,
+            clips=0,
+            styles=[style for style in STYLE_GROUPS["seen"] if style in look.styles],
+            tasks=TASKS,
+        ),
     )
     return {
         "scores": learned | scores.means,
@@ -253,7 +258,7 @@ def run_decoder(name: str, options: Options, folder: Path) -> dict[str, Any]:
 
 def answers_right(folder: Path) -> float:
     """Share of yes and no right in the last steps of a run's presence stage."""
-    steps = [line for line in read_log(folder) if line["stage"] == tiny.PRESENCE.name]
+    steps = [line for line in read_log(folder) if line["stage"] == plans.PRESENCE.name]
     tokens = [line["token_accuracy_s"] for line in steps if "loss" in line][-LEARNED_STEPS:]
     return 1 - TOKENS_AN_ANSWER * (1 - statistics.mean(tokens))
 
@@ -261,11 +266,11 @@ def answers_right(folder: Path) -> float:
 # ---- optimiser: the crops stage ----
 
 OPTIMISERS = {
-    "muon": tiny.CROP_RATES,
+    "muon": CROP_RATES,
     # Its best rate is not Muon's, so it gets several.
-    "adamw-5e-4": replace(tiny.CROP_RATES, lr=5e-4, matrix_lr=0.0),
-    "adamw-1e-3": replace(tiny.CROP_RATES, lr=1e-3, matrix_lr=0.0),
-    "adamw-2e-3": replace(tiny.CROP_RATES, lr=2e-3, matrix_lr=0.0),
+    "adamw-5e-4": replace(CROP_RATES, lr=5e-4, matrix_lr=0.0),
+    "adamw-1e-3": replace(CROP_RATES, lr=1e-3, matrix_lr=0.0),
+    "adamw-2e-3": replace(CROP_RATES, lr=2e-3, matrix_lr=0.0),
 }
 
 
@@ -276,20 +281,20 @@ def optimiser_title(rates: OptimConfig) -> str:
     return f"AdamW at {rates.lr:g}"
 
 
-def crop_stage(name: str, learner: tiny.Learner, options: Options) -> tiny.CropStage:
+def crop_stage(name: str, tiny: TinyForTraining, options: Options) -> CropStage:
     """The crops stage of a run."""
     rates = OPTIMISERS[name]
-    return tiny.CropStage(learner, options.seed, options.crop_steps, options.crops, rates)
+    return CropStage(tiny, options.seed, options.crop_steps, options.crops, rates)
 
 
 @torch.no_grad()
 def run_optimiser(name: str, options: Options, folder: Path) -> dict[str, Any]:
     """Accuracy on the crops of steps that were not taken."""
-    learner = tiny.Learner(options.seed)
-    stage = crop_stage(name, learner, options)
-    with torch.enable_grad(), bfloat16_products():
-        run(learner, [stage], folder, options.loop(), resume=True)
-    learner.eval()
+    tiny = TinyForTraining(options.seed)
+    stage = crop_stage(name, tiny, options)
+    with torch.enable_grad():
+        run_stages(tiny, [stage], folder, options.loop(), resume=True)
+    tiny.eval()
     test = range(options.crop_steps, options.crop_steps + TEST_CROPS)
     accuracies = [stage.loss(stage.batch(step))[1]["accuracy"] for step in test]
     return {"accuracy": statistics.mean(accuracies), "crops": TEST_CROPS * options.crops}
@@ -307,38 +312,38 @@ class Layouts:
     questions: int
 
 
-def tree_layouts(learner: tiny.Learner, options: Options) -> Layouts:
+def tree_layouts(tiny: TinyForTraining, options: Options) -> Layouts:
     """A coarse step: all questions about a picture in a row, and a row for each question."""
-    processor, plan = learner.processor, tiny.COARSE
+    processor, plan = tiny.processor, plans.COARSE
     mix = replace(plan.mix, unknown=0)  # as in most steps
     rng = train_rng(options.seed, 100 + plan.stream, 0)
     trees, rows = [], []
-    for scene in tiny.render_scenes(options.seed, plan.stream, 0, options.pictures):
+    for scene in render_scenes(options.seed, plan.stream, 0, options.pictures):
         branches = [b.messages for b in make_branches(scene, rng, mix, plan.snap)]
         trees.append(processor.encode_tree([scene.image], branches))
         rows += [processor.encode_tree([scene.image], [branch]) for branch in branches]
     rows.sort(key=lambda row: len(row.input_ids))  # so that they need little padding
     sides = {
-        "a tree for each picture": [_collate(learner, trees)],
-        "a row for each question": _batches(learner, rows, QUESTIONS_A_BATCH),
+        "a tree for each picture": [_collate(tiny, trees)],
+        "a row for each question": _batches(tiny, rows, QUESTIONS_A_BATCH),
     }
     return Layouts(sides, 1, len(rows))
 
 
-def packing_layouts(learner: tiny.Learner, options: Options) -> Layouts:
+def packing_layouts(tiny: TinyForTraining, options: Options) -> Layouts:
     """Fine steps, one of each kind in turn: padded to the longest of a step, and packed.
 
     Step 0 is left out: it is one of the few that ask for unknown things.
     """
-    plan = tiny.FINE
+    plan = plans.FINE
     steps = len(plan.kinds)
-    stage = tiny.QuestionStage(learner, options.seed, steps, plan, options.pictures)
+    stage = QuestionStage(tiny, options.seed, steps, plan, options.pictures)
     by_step = [stage.encode(step)[0] for step in range(1, steps + 1)]
     examples = [Example(e) for step in by_step for e in step]
     packer: Packer[Example] = Packer(
         max_tokens=max(ROW_TOKENS, *(e.tokens for e in examples)),
         max_crops=sum(e.crops for e in examples),
-        pool=len(examples),
+        packing_buffer=len(examples),
     )
     for example in examples:
         packer.add(example)
@@ -346,8 +351,8 @@ def packing_layouts(learner: tiny.Learner, options: Options) -> Layouts:
     while packer.waiting:
         packed.append(join([example.encoded for example in packer.take()]))
     sides = {
-        "rows padded to the longest": [_collate(learner, encoded) for encoded in by_step],
-        "packed rows": _batches(learner, packed, ROWS_A_BATCH),
+        "rows padded to the longest": [_collate(tiny, encoded) for encoded in by_step],
+        "packed rows": _batches(tiny, packed, ROWS_A_BATCH),
     }
     return Layouts(sides, steps, sum(e.branches for e in examples))
 
@@ -373,15 +378,15 @@ class Example:
         return len(set(self.encoded.subsegment_ids.tolist())) - 1  # the prefix is none
 
 
-def _collate(learner: tiny.Learner, rows: Sequence[Encoded]) -> Batch:
-    return collate(rows, learner.processor.pad_token_id)
+def _collate(tiny: TinyForTraining, rows: Sequence[Encoded]) -> Batch:
+    return collate(rows, tiny.processor.pad_token_id)
 
 
-def _batches(learner: tiny.Learner, rows: Sequence[Encoded], size: int) -> list[Batch]:
-    return [_collate(learner, rows[i : i + size]) for i in range(0, len(rows), size)]
+def _batches(tiny: TinyForTraining, rows: Sequence[Encoded], size: int) -> list[Batch]:
+    return [_collate(tiny, rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
-LAYOUTS: dict[str, Callable[[tiny.Learner, Options], Layouts]] = {
+LAYOUTS: dict[str, Callable[[TinyForTraining, Options], Layouts]] = {
     "trees": tree_layouts,
     "packing": packing_layouts,
 }
@@ -392,17 +397,17 @@ def run_cost(name: str, options: Options, folder: Path) -> dict[str, Any]:
 
     Raises: ValueError if the sides do not have the same loss.
     """
-    learner = tiny.Learner(options.seed)
-    layouts = LAYOUTS[name](learner, options)
+    tiny = TinyForTraining(options.seed)
+    layouts = LAYOUTS[name](tiny, options)
     losses: dict[str, float] = {}
 
     def learn(side: str, batches: Sequence[Batch]) -> Callable[[], None]:
         def work() -> None:
-            learner.zero_grad()
+            tiny.zero_grad()
             total = 0.0
             for batch in batches:
                 inputs: dict[str, Any] = batch.tensors()
-                loss = learner.model.loss(**inputs, reduction="sum")
+                loss = tiny.model.loss(**inputs, reduction="sum")
                 loss.backward()
                 total += loss.item()
             losses[side] = total
@@ -488,7 +493,7 @@ def ablate(options: Options) -> None:
         options = replace(options, vision=checkpoint)  # whatever the run there does meanwhile
         vision = sha256_of(checkpoint / FILE)
         about = read_json_object(checkpoint / ABOUT)
-        stage = VISION_STAGES[about["stage"]]
+        stage = STAGES[about["stage"]]
         print(f"vision: {checkpoint}, {stage} step {about['step']}", file=sys.stderr)
     for part in PARTS:
         settings = {name: getattr(options, name) for name in part.options}

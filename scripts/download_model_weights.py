@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, download, and return the exit status."""
     parser = argparse.ArgumentParser(
         description="Download SigLIP 2 So400m/14 (4.5 GB, of which 1.6 GB are kept) and "
-        "Qwen3-0.6B-Base (1.2 GB) from the Hugging Face hub and convert them."
+        "Qwen3-0.6B-Base (1.2 GB) from the Hugging Face hub and convert them: each to a .pt file "
+        "and to a folder of the same size with safetensors."
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--vision-only", action="store_true", help="only the vision encoder")

@@ -53,9 +53,9 @@ def make_demo() -> tuple[Any, dict[str, Any]]:
 
     Boxes are (x0, y0, x1, y1) in pixels around each thing that a question asks to point to.
     """
-    from nanomolmo2.data.emoji.questions import caption_counts, counted
-    from nanomolmo2.data.emoji.scenes import test_scene
-    from nanomolmo2.data.emoji.sprites import CATEGORIES, PLURALS, article
+    from nanomolmo2.emoji.questions import caption_counts, counted
+    from nanomolmo2.emoji.scenes import test_scene
+    from nanomolmo2.emoji.sprites import CATEGORIES, PLURALS, article
 
     for index in count():
         scene = test_scene(index, "seen", seed=SEED)

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from PIL import Image, ImageDraw, ImageFont
 
-    from nanomolmo2.data.emoji.scenes import TEST_GROUPS, test_scene
+    from nanomolmo2.emoji.scenes import TEST_GROUPS, test_scene
     from nanomolmo2.files import atomic_path
     from nanomolmo2.generation.pipeline import Pipeline
     from nanomolmo2.processor import Point

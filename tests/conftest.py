@@ -10,6 +10,13 @@ ON_REQUEST = {
     "weights": "needs the real checkpoints: run with --weights",
     "network": "needs the Hugging Face hub: run with --network",
 }
+# `make test` gives whole files to its processes (--dist loadfile). The longest ones start first, so
+# that none of them is left to one process at the end. Others follow in their order.
+LONGEST = (
+    *("test_distributed.py", "test_benchmarks.py", "test_quantization.py", "test_ablations.py"),
+    *("test_trainer.py", "test_readme.py", "test_tiny.py", "test_engine.py", "test_exam.py"),
+    *("test_plan.py", "test_sampling.py", "test_cli.py", "test_constraint.py", "test_loop.py"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,3 +36,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if item.get_closest_marker(mark):  # keywords would match parameter ids too
                     item.add_marker(pytest.mark.skip(reason=reason))
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))  # stable

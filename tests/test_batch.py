@@ -8,6 +8,7 @@ import torch
 
 from nanomolmo2.batch import Batch
 from nanomolmo2.models import NanoMolmo2
+from nanomolmo2.models.face import MoreParts
 from tests.nets import IMAGE, pictures, small_model, text_ids
 
 
@@ -20,9 +21,9 @@ def test_only_what_is_there_is_passed_on() -> None:
 
 def test_every_part_is_an_argument_of_the_model() -> None:
     parts = set(inspect.signature(Batch).parameters)
-    arguments = set(inspect.signature(NanoMolmo2.forward).parameters)
-    others = {"self", "visual_features", "visual_tokens", "output_hidden_states"}
-    assert arguments - parts == others
+    arguments = set(inspect.signature(NanoMolmo2.forward).parameters) - {"more"}
+    arguments |= set(MoreParts.__annotations__)
+    assert arguments - parts == {"self", "output_hidden_states"}
     assert parts <= arguments
 
 

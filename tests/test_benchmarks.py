@@ -28,8 +28,9 @@ from benchmarks.harness import (
 )
 from benchmarks.step_profile import PARTS, watched
 from nanomolmo2 import cli
+from nanomolmo2.cli import bench
 from nanomolmo2.generation.engine import Engine, Event
-from nanomolmo2.generation.lookup import StepCosts
+from nanomolmo2.generation.speculative import StepCosts
 from nanomolmo2.processor.points import parse_points
 
 GROUPS = (
@@ -234,7 +235,7 @@ def test_drafts_of_a_scripted_answer_are_checked_by_the_engine() -> None:
         lookup.seconds_behind_the_prompt(engine, prompt, answer, tokenizer, guided)
         steps[name] = count
     assert steps["plain"] == len(answer)
-    # Six digits of about ten tokens a point are anybody's guess.
+    # Six digits of about ten tokens a point are in nobody's draft.
     assert 0.4 * len(answer) < steps["lookup and grammar"] < 0.7 * len(answer)
     assert steps["lookup"] <= steps["plain"]
 
@@ -274,6 +275,6 @@ def test_bench_says_what_it_cannot_do(
     assert "no benchmark speed" in capsys.readouterr().err
     assert cli.main(["bench", "--threads", "0"]) == 2
     assert "must be 1 or more" in capsys.readouterr().err
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "nanomolmo2" / "cli.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "nanomolmo2" / "cli" / "bench.py"))
     assert cli.main(["bench"]) == 1
     assert "not in the installed package" in capsys.readouterr().err

@@ -24,14 +24,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nanomolmo2 import cli, demo
+from nanomolmo2.cli import ask
+from nanomolmo2.cli.options import UsageError, check_ranges
 from nanomolmo2.convert.parts import LLM, VISION
 from nanomolmo2.convert.tensor_files import write_cache
 from nanomolmo2.generation.pipeline import Pipeline
+from nanomolmo2.generation.sampling import SamplingParams
 from nanomolmo2.models import ConnectorConfig, LanguageModel, NanoMolmo2, VisionEncoder
 from nanomolmo2.processor import Point, Processor, ProcessorConfig, format_points
 from nanomolmo2.processor.crops import MultiCrop
-from nanomolmo2.processor.processor import VideoConfig
-from nanomolmo2.training.recipes import finetune
+from nanomolmo2.processor.processor import LossWeighting, VideoConfig
+from nanomolmo2.recipes import finetune
 from scripts.make_demo_picture import make_demo
 from tests.small_model import ScriptedModel, small_model, small_processor
 
@@ -66,7 +69,7 @@ def says(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedModel]:
     def install(*texts: str) -> ScriptedModel:
         scripted = ScriptedModel(*texts)
         pipeline = Pipeline(scripted, scripted.processor)
-        monkeypatch.setattr(cli, "load_pipeline", lambda name, cache_dir: pipeline)
+        monkeypatch.setattr(ask, "load_pipeline", lambda name, cache_dir: pipeline)
         return scripted
 
     return install  # type: ignore[return-value]
@@ -232,7 +235,7 @@ def says_in_crops(says):
             video=VideoConfig(max_frames=8, pooling_size=2),
         )
         scripted.processor = Processor(config, scripted.processor.tokenizer)
-        cli.load_pipeline("scripted", Path()).processor = scripted.processor
+        ask.load_pipeline("scripted", Path()).processor = scripted.processor
         return scripted
 
     return install
@@ -608,7 +611,7 @@ def test_export_into_a_file(refused: Refusal, picture: Path) -> None:
 
 
 def test_train_hands_its_options_on(monkeypatch, tmp_path: Path, capsys) -> None:
-    from nanomolmo2.training import tiny
+    from nanomolmo2.emoji import train
 
     calls = []
 
@@ -616,7 +619,7 @@ def test_train_hands_its_options_on(monkeypatch, tmp_path: Path, capsys) -> None
         calls.append((out, options))
         return len(calls) > 1
 
-    monkeypatch.setattr(tiny, "train_tiny", train_tiny)
+    monkeypatch.setattr(train, "train_tiny", train_tiny)
     arguments = ["train", "tiny", "--out", str(tmp_path), "--seed", "3", "--scale", "small"]
     assert cli.main([*arguments, "--stop-after", "5", "--workers", "0"]) == 0
     assert f"nanomolmo2 train tiny --out {tmp_path} --resume" in capsys.readouterr().out
@@ -640,7 +643,7 @@ def test_train_and_plot_and_ask(picture: Path, tmp_path: Path, capsys) -> None:
     small_model().save_pretrained(small, processor=small_processor())
     recipe = finetune([str(tmp_path / "my.jsonl")], str(small), steps=2)
     smaller = dataclasses.replace(
-        recipe, name="mine", sequence_length=64, pool=2, dtype="float32", save_every=1
+        recipe, name="mine", sequence_length=64, packing_buffer=2, dtype="float32", save_every=1
     )
     smaller.save(tmp_path / "mine.json")
     run = ["train", str(tmp_path / "mine.json"), "--out", str(tmp_path / "run"), "--workers", "0"]
@@ -727,13 +730,14 @@ def test_eval_finds_out_before_the_work_what_it_cannot_do(refused: Refusal) -> N
 
 def test_choices_are_those_there_are() -> None:
     """The command line lists them itself: it must not import torch to answer --help."""
-    from nanomolmo2.evaluation.emoji import TEST_GROUPS
-    from nanomolmo2.training.tiny import SCALES
+    from nanomolmo2.emoji.exam import TEST_GROUPS
+    from nanomolmo2.emoji.plans import SCALES
 
     def choices(command: type, field: str) -> tuple[str, ...]:
         hint = typing.get_type_hints(command)[field]
         return typing.get_args(hint)
 
+    assert choices(cli.Inspect, "loss_weighting") == typing.get_args(LossWeighting)
     assert set(choices(cli.Train, "scale")) == set(SCALES)
     assert set(choices(cli.Eval, "group")) == {*TEST_GROUPS, "all"}
 
@@ -782,6 +786,23 @@ def test_nobody_picked_the_demo_by_hand() -> None:
     assert np.abs(shipped.astype(int) - image).mean() < 1
 
 
+def test_defaults_of_generation_are_those_of_the_library() -> None:
+    options, sampling = ask.GenerationOptions().generation(), SamplingParams()
+    shared = [field.name for field in dataclasses.fields(SamplingParams) if field.name in options]
+    assert {"temperature", "top_p", "seed", "stop"} <= {*shared}
+    assert {name: options[name] for name in shared} == {n: getattr(sampling, n) for n in shared}
+
+
+def test_smallest_values_of_options() -> None:
+    """A mark in the type of an option is all that its check needs, also for lists and for none."""
+    check_ranges(cli.Bench(threads=(1, 2)))
+    check_ranges(cli.Plan("smoke"))
+    with pytest.raises(UsageError, match="--threads must be 1 or more, found 0"):
+        check_ranges(cli.Bench(threads=(2, 0)))
+    with pytest.raises(UsageError, match="--failures must be 0 or more, found -1"):
+        check_ranges(cli.Eval("emoji", failures=-1))
+
+
 # ---- the process ----
 
 
@@ -798,12 +819,12 @@ def test_an_unexpected_error_is_one_line_too(
     def fail(name: str, cache_dir: Path) -> Pipeline:
         raise KeyError("two\nlines")
 
-    monkeypatch.setattr(cli, "load_pipeline", fail)
+    monkeypatch.setattr(ask, "load_pipeline", fail)
     assert "KeyError" in refused("ask", picture, "?")
 
 
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, picture: Path, capsys) -> None:
-    monkeypatch.setattr(cli, "load_pipeline", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(ask, "load_pipeline", lambda *_: signal.raise_signal(signal.SIGINT))
     assert cli.main(["ask", str(picture), "?"]) == 130
     out, err = capsys.readouterr()
     assert out == ""

@@ -66,9 +66,8 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     "module", ["", "vision_encoder", "language_model", "connector", "nanomolmo2"]
 )
 def test_the_root_alias_holds_the_same_objects(module: str) -> None:
-    dotted = f".{module}" if module else ""
-    alias = importlib.import_module(f"models{dotted}")
-    real = importlib.import_module(f"nanomolmo2.models{dotted}")
+    alias = importlib.import_module(f"models.{module}" if module else "models")
+    real = importlib.import_module("nanomolmo2.models")
     assert alias.__all__
     for name in alias.__all__:
         assert getattr(alias, name) is getattr(real, name)

@@ -19,18 +19,23 @@ ROOT = Path(__file__).parents[1]
 # A part may import the parts of lower layers and itself; parts of one layer do not see each other.
 LAYERS = [
     {"files"},
-    {"config", "batch"},
+    {"config", "batch", "registry"},
     {"models", "processor"},
+    {"accelerate"},
     {"convert"},
     {"generation", "data"},
     {"training", "evaluation", "demo"},
+    {"recipes"},
+    {"emoji"},
     {"cli", "__init__"},
-    {"__main__", "scripts", "recipes"},
+    {"__main__", "scripts"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-FORBIDDEN = {("data", "models"), ("data", "convert")}  # data meets the model in Batch
-# Class methods of the nets that end a story elsewhere: from_pretrained, save_pretrained, generate.
-UPWARD = {("models", "convert"), ("models", "generation")}
+# Data meets the model in Batch.
+FORBIDDEN = {("data", "models"), ("data", "accelerate"), ("data", "convert")}
+# Methods of the nets that end a story elsewhere: from_pretrained, generate, quantize, use_cache.
+FACE = "nanomolmo2.models.face"
+UPWARD = {(FACE, part) for part in ("accelerate", "convert", "generation")}
 
 CORE = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "huggingface_hub", "tyro", "rich"}
 LIGHT = {"cli", "__init__", "__main__", "config", "files"}  # these load without torch
@@ -76,7 +81,7 @@ def imports_of(path: Path) -> list[Import]:
 
 
 def is_ours(module: str) -> bool:
-    return module.split(".")[0] in {"nanomolmo2", "models", "scripts", "recipes"}
+    return module.split(".")[0] in {"nanomolmo2", "models", "scripts"}
 
 
 def exists(module: str) -> bool:
@@ -93,11 +98,10 @@ def part_of(module: str) -> str:
 
 
 FILES = sorted(
-    path
-    for folder in ("nanomolmo2", "scripts", "recipes")
-    for path in (ROOT / folder).rglob("*.py")
+    path for folder in ("nanomolmo2", "scripts") for path in (ROOT / folder).rglob("*.py")
 )
 IMPORTS = [found for path in FILES for found in imports_of(path)]
+OF_THE_NETS = [found for found in IMPORTS if part_of(found.source) == "models"]
 
 
 def describe(found: Import) -> str:
@@ -106,7 +110,7 @@ def describe(found: Import) -> str:
 
 def test_the_source_was_found() -> None:
     parts = {part_of(found.source) for found in IMPORTS}
-    assert {"models", "processor", "convert", "generation", "data", "cli"} <= parts
+    assert {"models", "accelerate", "generation", "emoji", "recipes", "cli"} <= parts
     assert parts <= set(LEVEL), "a new part of the package needs a place in LAYERS"
 
 
@@ -119,7 +123,7 @@ def test_imports_point_down_only() -> None:
         down = source == target or (
             LEVEL[target] < LEVEL[source] and (source, target) not in FORBIDDEN
         )
-        listed = found.lazy and (source, target) in UPWARD
+        listed = (found.lazy or found.typing) and (found.source, target) in UPWARD
         names_only = found.module == "nanomolmo2"  # __version__
         if not (down or listed or names_only or (found.typing and source == "__init__")):
             wrong.append(describe(found))
@@ -127,17 +131,66 @@ def test_imports_point_down_only() -> None:
 
 
 def test_every_listed_upward_edge_is_used() -> None:
-    used = {(part_of(f.source), part_of(f.module)) for f in IMPORTS if f.lazy}
+    """And inside a method, not only for types."""
+    used = {(found.source, part_of(found.module)) for found in IMPORTS if found.lazy}
     assert used >= UPWARD
 
 
+def test_the_nets_import_torch_config_and_batch_only() -> None:
+    """Not even inside a function, but for the methods of face.py that lead to other folders: no
+    files, no network, no tokenizer, no pictures."""
+    allowed = {"torch", *sys.stdlib_module_names} - {"http", "urllib"}
+    wrong = [
+        describe(found)
+        for found in OF_THE_NETS
+        if (part_of(found.module) if is_ours(found.module) else found.module.split(".")[0])
+        not in {"models", "config", "batch"} | allowed
+        and not (
+            found.source == FACE
+            and (found.lazy or found.typing)
+            and (FACE, part_of(found.module)) in UPWARD
+        )
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_nets_can_be_read_without_their_face() -> None:
+    """The face calls the nets, no net calls the face: the package exports it, that is all."""
+    wrong = [
+        describe(found)
+        for found in OF_THE_NETS
+        if found.module in {FACE, "nanomolmo2.models.forms"}
+        and found.source not in {FACE, "nanomolmo2.models.__init__"}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_acceleration_sits_on_the_nets_alone() -> None:
+    """It exchanges modules of a model, and so knows nothing of files, prompts or training."""
+    parts = {
+        part_of(found.module)
+        for found in IMPORTS
+        if part_of(found.source) == "accelerate" and is_ours(found.module)
+    }
+    assert parts == {"accelerate", "models", "batch"}
+
+
+def test_only_the_command_line_knows_the_world_of_emoji() -> None:
+    """What lies below knows it by name: it must stand without that world."""
+    found_in = {part_of(found.source) for found in IMPORTS if part_of(found.module) == "emoji"}
+    assert found_in == {"emoji", "cli", "scripts"}
+
+
 def test_no_module_imports_itself_through_others() -> None:
+    """Nor through imports inside functions, but for those of face.py."""
     graph: dict[str, set[str]] = {}
     for found in IMPORTS:
-        if is_ours(found.module) and not found.lazy and not found.typing:
-            source = found.source.removesuffix(".__init__")
-            if source != found.module and not source.startswith(f"{found.module}."):
-                graph.setdefault(source, set()).add(found.module)
+        source = found.source.removesuffix(".__init__")
+        listed = found.lazy and (found.source, part_of(found.module)) in UPWARD
+        if not is_ours(found.module) or found.typing or listed or found.module == "nanomolmo2":
+            continue
+        if source != found.module and not source.startswith(f"{found.module}."):
+            graph.setdefault(source, set()).add(found.module)
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -162,17 +215,6 @@ def test_transformers_is_only_a_reference_for_tests() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_nets_know_only_tensors() -> None:
-    """No files, no network, no tokenizer, no pictures in nanomolmo2/models."""
-    wrong = [
-        describe(found)
-        for found in IMPORTS
-        if part_of(found.source) == "models"
-        and found.module.split(".")[0] in (CORE - {"torch"}) | {"requests", "urllib", "http"}
-    ]
-    assert not wrong, "\n".join(wrong)
-
-
 def test_light_modules_do_not_import_torch() -> None:
     wrong = [
         describe(found)
@@ -183,4 +225,34 @@ def test_light_modules_do_not_import_torch() -> None:
         and found.module.split(".")[0] not in {"tyro"} | set(sys.stdlib_module_names)
         and part_of(found.module) not in LIGHT
     ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_model_can_be_read_in_one_sitting() -> None:
+    """What models/nanomolmo2.py needs, imports inside functions included: at most 1,700 lines."""
+    needed, todo = set(), {"nanomolmo2.models.nanomolmo2"}
+    while todo:
+        needed.add(module := todo.pop())
+        todo |= {f.module for f in IMPORTS if f.source == module and is_ours(f.module)} - needed
+    paths = [ROOT.joinpath(*module.split(".")).with_suffix(".py") for module in sorted(needed)]
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert sum(lines.values()) <= 1700, lines
+
+
+def test_files_functions_and_signatures_of_the_package_are_short() -> None:
+    """At most 600 lines, 60 without the docstring, and 10 parameters."""
+    wrong = []
+    for path in (ROOT / "nanomolmo2").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if (length := len(text.splitlines())) > 600:
+            wrong.append(f"{path.name} has {length} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                start = node.body[0].end_lineno if ast.get_docstring(node) else node.lineno - 1
+                body = (node.end_lineno or 0) - (start or 0)
+                given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                names = [a.arg for a in given if a.arg not in ("self", "cls", "ctx")]
+                if body > 60 or len(names) > 10:
+                    where = f"{path.name}:{node.lineno} {node.name}"
+                    wrong.append(f"{where} has {body} lines and takes {len(names)}")
     assert not wrong, "\n".join(wrong)

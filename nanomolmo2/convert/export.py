@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanomolmo2.accelerate.quantization import is_quantized
 from nanomolmo2.convert.folder import write_json, write_weights, written_aside
 from nanomolmo2.convert.model_card import MARK, write_card
 from nanomolmo2.convert.molmo2 import GENERATION_NAME, molmo2_tensors
 from nanomolmo2.convert.molmo2_config import SPECIAL_IDS, molmo2_config_to_reference
 from nanomolmo2.convert.parts import CONFIG_NAME
-from nanomolmo2.models.nanomolmo2 import NanoMolmo2, NanoMolmo2Config
+from nanomolmo2.models import NanoMolmo2
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.models.presets import IMAGE_COL, IMAGE_END, IMAGE_START, LOW_RES_START
-from nanomolmo2.models.quantized import is_quantized
 
 if TYPE_CHECKING:
     from nanomolmo2.processor import Processor
@@ -126,7 +127,7 @@ def _notes(model: NanoMolmo2, processor: Processor | None) -> list[str]:
 
 
 def _masks_like_molmo2(config: NanoMolmo2Config) -> bool:
-    """Whether the tokens that every picture has see each other in both directions."""
+    """Whether the tokens that every image has see each other in both directions."""
     always = (IMAGE_START, IMAGE_END, IMAGE_COL, LOW_RES_START)
     ids = {config.llm_config.vocab_size + offset for offset in always}
     return config.bidirectional_image_attention and ids <= {*config.image_special_token_ids}

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanomolmo2.convert.parts import CONFIG_NAME
+from nanomolmo2.config import Config
+from nanomolmo2.convert.parts import CONFIG_NAME, Part
+from nanomolmo2.convert.state_dict import to_reference
 from nanomolmo2.convert.tensor_files import INDEX_NAME, WEIGHTS_NAME
 
 
@@ -65,6 +67,14 @@ def write_weights(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(directory / INDEX_NAME, index)
+
+
+def write_part(
+    part: Part, config: Config, state_dict: Mapping[str, Tensor], directory: Path
+) -> None:
+    """Write a pretrained part in the format of its reference, which transformers reads too."""
+    write_json(directory / CONFIG_NAME, part.config_to_reference(config))
+    write_weights(to_reference(state_dict, part.table), directory, "5GB")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,5 +1,8 @@
 """The Hugging Face hub: download checkpoints, check them, convert them to the cache folder.
 
+``checkpoints/x.pt`` holds a part under our names, ``checkpoints/x/`` the same weights as
+safetensors under the names of their reference, for transformers and other programs.
+
 ``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and ``HF_ENDPOINT`` are honoured (by
 ``huggingface_hub``, which reads them when it is imported).
 """
@@ -14,6 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,7 +27,9 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from safetensors import SafetensorError
 
+from nanomolmo2.convert.folder import write_part, written_aside
 from nanomolmo2.convert.parts import LLM, VISION, Part, open_reference
 from nanomolmo2.convert.tensor_files import CacheFile, cache_is_intact, write_cache
 
@@ -103,16 +109,16 @@ def download(
     revision: str | None = None,
     console: Console | None = None,
 ) -> list[Path]:
-    """Make the converted cache files that ``from_pretrained`` loads.
+    """Make the converted cache files that ``from_pretrained`` loads, and safetensors beside them.
 
     Args:
         parts: of ``vision`` (SigLIP 2 So400m/14, downloads 4.5 GB, keeps 1.6 GB) and ``llm``
             (Qwen3-0.6B-Base, 1.2 GB).
-        cache_dir: folder of the converted files.
+        cache_dir: folder of the converted files and of a folder with safetensors for each.
         force: convert again even if the file is there and intact.
         revision: branch, tag or commit of the repository; only with a single part.
         console: where to report; standard error by default.
-    Returns: the paths of the files.
+    Returns: the paths of the ``.pt`` files.
     Raises: ValueError, OSError as :func:`fetch`; ValueError for downloads whose size or sha256 is
         not what the hub says, or that hold another model.
     """
@@ -133,6 +139,7 @@ def download(
             console.print(f"{path} is there and intact", highlight=False)
         else:
             _convert(part, path, revision, console)
+        _write_folder(part, CacheFile(path), path.with_name(part.folder_name), console)
         paths.append(path)
     return paths
 
@@ -168,6 +175,38 @@ def _convert(part: Part, path: Path, revision: str | None, console: Console) -> 
             state_dict=state_dict,
         )
     console.print(f"wrote {path} ({path.stat().st_size / 1e9:.2f} GB)", highlight=False)
+
+
+def _write_folder(part: Part, cache: CacheFile, folder: Path, console: Console) -> None:
+    """Write the weights of a converted file as safetensors, if they are not there already.
+
+    Raises: OSError if the disk is full; nothing half-written stays.
+    """
+    if _holds_same_weights(folder, part, cache):
+        return
+    config = type(part.config).from_dict(cache.config)
+    state_dict = {name: tensor.read() for name, tensor in cache.tensors.items()}
+    try:
+        with written_aside(folder) as aside:
+            write_part(part, config, state_dict, aside)
+    except SafetensorError as error:
+        raise OSError(f"could not write {folder} ({error}): is the disk full?") from None
+    console.print(f"wrote {folder} (the same as safetensors)", highlight=False)
+
+
+def _holds_same_weights(folder: Path, part: Part, cache: CacheFile) -> bool:
+    """Whether a folder has every tensor of a converted file, bit for bit."""
+    try:
+        module, tensors = open_reference(folder, part)
+    except (ValueError, OSError):
+        return False
+    config: Any = module.config
+    if config.to_dict() != cache.config or set(tensors) != set(cache.tensors):
+        return False
+    return all(
+        tensors[name].dtype == stored.dtype and torch.equal(tensors[name].read(), stored.read())
+        for name, stored in cache.tensors.items()
+    )
 
 
 def _is_current(path: Path, part: Part, revision: str | None) -> bool:

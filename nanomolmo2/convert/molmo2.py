@@ -17,8 +17,9 @@ from nanomolmo2.convert.parts import CONFIG_NAME, build_on_meta, check_depth, re
 from nanomolmo2.convert.state_dict import from_rows, to_rows
 from nanomolmo2.convert.tables import MOLMO2_LEGACY, MOLMO2_NATIVE
 from nanomolmo2.convert.tensor_files import Readable, StoredTensor, open_safetensors
+from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.language_model import LLMConfig
-from nanomolmo2.models.nanomolmo2 import NanoMolmo2, NanoMolmo2Config
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 
 GENERATION_NAME = "generation_config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
@@ -101,7 +102,7 @@ def _embedding_heights(
 
 
 def _pooling_size(directory: Path) -> int:
-    """Side of a picture's windows, from the processor's files; 2 where they do not say."""
+    """Side of an image's windows, from the processor's files; 2 where they do not say."""
     for name in (OFFICIAL_PROCESSOR_NAME, PREPROCESSOR_NAME):
         values = read_if_there(directory / name)
         for place in (values.get("image_processor"), values):

@@ -8,10 +8,12 @@ released one: every server reads it. A setting that these networks can not honou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 from nanomolmo2.convert.reference_config import (
+    from_table,
     read_rope_theta,
     refuse_unknown,
     require,
@@ -117,6 +119,71 @@ _OTHERS = {
 }
 
 
+# Our field of the connector -> that of transformers' adapter_config.
+_CONNECTOR = {
+    "vision_dim": "hidden_size",
+    "llm_dim": "text_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "vit_layers": "vision_feature_layer",
+}
+
+
+def _same(*names: str) -> dict[str, Callable[[Any], Any]]:
+    """Fields that have our name."""
+    return {name: attrgetter(name) for name in names}
+
+
+# What is written, in the released spelling: a constant, or what gives the value from our config.
+_NO_DROPOUT_FIELDS = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+_WRITTEN_TEXT: dict[str, Any] = {
+    "model_type": "molmo2_text",
+    **_same("vocab_size", "additional_vocab_size", "hidden_size", "intermediate_size"),
+    **_same("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    "hidden_act": "silu",
+    "layer_norm_eps": attrgetter("rms_norm_eps"),
+    **_same("max_position_embeddings", "rope_theta"),
+    "rope_scaling": None,
+    "rope_scaling_layers": None,
+    "qkv_bias": False,
+    "use_qk_norm": True,
+    "qk_norm_type": "qwen3",
+    "norm_after": False,
+    "embedding_dropout": 0.0,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    **_NO_DROPOUT_FIELDS,
+}
+_WRITTEN_VISION: dict[str, Any] = {
+    "model_type": MODEL_TYPE,
+    **_same("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "num_key_value_heads": attrgetter("num_attention_heads"),
+    **_same("head_dim", "hidden_act", "layer_norm_eps"),
+    "image_default_input_size": lambda vision: [vision.image_size, vision.image_size],
+    "image_patch_size": attrgetter("patch_size"),
+    "image_num_pos": attrgetter("num_patches"),
+    "float32_attention": True,
+    "initializer_range": 0.02,
+    **_NO_DROPOUT_FIELDS,
+}
+_WRITTEN_ADAPTER: dict[str, Any] = {
+    "model_type": MODEL_TYPE,
+    "vit_layers": lambda connector: list(connector.vit_layers or ()),
+    "pooling_attention_mask": True,
+    "hidden_size": attrgetter("vision_dim"),
+    "num_attention_heads": attrgetter("num_attention_heads"),
+    "num_key_value_heads": attrgetter("num_attention_heads"),
+    "head_dim": lambda connector: connector.vision_dim // connector.num_attention_heads,
+    "intermediate_size": attrgetter("intermediate_size"),
+    "text_hidden_size": attrgetter("llm_dim"),
+    "hidden_act": "silu",
+    "float32_attention": True,
+    "image_feature_dropout": 0.0,
+    "initializer_range": 0.02,
+    **_NO_DROPOUT_FIELDS,
+}
+
+
 def molmo2_config_from_reference(
     values: Mapping[str, Any],
     *,
@@ -128,7 +195,7 @@ def molmo2_config_from_reference(
     Args:
         values: of ``config.json``, in either spelling.
         generation: of ``generation_config.json``; gives the ids that end and fill up a row.
-        pooling_size: side of a picture's windows, which only the processor's files say.
+        pooling_size: side of an image's windows, which only the processor's files say.
     Raises: ValueError for another model, an unknown field, a wrong type, a setting not built here.
     """
     if values.get("model_type") != MODEL_TYPE:
@@ -143,23 +210,11 @@ def molmo2_config_from_reference(
     for name, part in (("vision_config", vision), ("adapter_config", adapter)):
         _check_heads(name, part)
     llm_config = _llm_config(parts["text_config"])
-    base = llm_config.vocab_size
     if "image_patch_id" not in own:
         raise ValueError("image_patch_id is missing: it is the id of the image token")
     patch = own["image_patch_id"]
     require(own, "image_high_res_id", (patch, None), "there is one kind of image token")
-    vision_config = VisionConfig.from_dict(
-        {
-            **{name: vision[name] for name in _SIZES["vision_config"]},
-            "image_size": square("image_size", vision["image_size"]),
-        }
-    )
-    positions = vision.get("num_position_embeddings")
-    if positions not in (None, vision_config.num_patches):
-        raise ValueError(
-            f"{positions} positions do not fit pictures of {vision_config.image_size} pixels with "
-            f"{vision_config.num_patches} patches of {vision_config.patch_size}"
-        )
+    vision_config = _vision_config(vision)
     if adapter["hidden_size"] != vision_config.hidden_size:
         raise ValueError(
             f"adapter_config.hidden_size is {adapter['hidden_size']}, expected that of the vision "
@@ -169,20 +224,17 @@ def molmo2_config_from_reference(
         {
             "vision_config": vision_config,
             "connector_config": {
-                "vision_dim": adapter["hidden_size"],
-                "llm_dim": adapter["text_hidden_size"],
                 "connector_type": "pooling",
-                "num_attention_heads": adapter["num_attention_heads"],
                 "pooling_size": pooling_size,
-                "intermediate_size": adapter["intermediate_size"],
-                "vit_layers": adapter["vision_feature_layer"],
+                **{ours: adapter[theirs] for ours, theirs in _CONNECTOR.items()},
             },
             "llm_config": llm_config,
             "image_token_id": patch,
             "freeze_vision": False,
             "bidirectional_image_attention": True,
             "image_special_token_ids": [
-                own.get(name, base + offset) for name, offset in SPECIAL_IDS.items()
+                own.get(name, llm_config.vocab_size + offset)
+                for name, offset in SPECIAL_IDS.items()
             ],
             **_end_ids(values, generation),
         }
@@ -196,10 +248,7 @@ def molmo2_config_to_reference(config: NanoMolmo2Config) -> dict[str, Any]:
 
     Raises: ValueError for a model that the format can not express.
     """
-    vision, connector, llm = config.vision_config, config.connector, config.llm_config
     check_expressible(config)
-    dropout = {"attention_dropout": 0.0, "residual_dropout": 0.0}
-    ids = {name: llm.vocab_size + offset for name, offset in SPECIAL_IDS.items()}
     return {
         "architectures": ["Molmo2ForConditionalGeneration"],
         "model_type": MODEL_TYPE,
@@ -208,66 +257,11 @@ def molmo2_config_to_reference(config: NanoMolmo2Config) -> dict[str, Any]:
         "use_cache": True,
         "image_patch_id": config.image_token_id,
         "image_high_res_id": config.image_token_id,
-        **ids,
+        **{name: config.llm_config.vocab_size + offset for name, offset in SPECIAL_IDS.items()},
         "use_frame_special_tokens": False,
-        "text_config": {
-            "model_type": "molmo2_text",
-            "vocab_size": llm.vocab_size,
-            "additional_vocab_size": llm.additional_vocab_size,
-            "hidden_size": llm.hidden_size,
-            "intermediate_size": llm.intermediate_size,
-            "num_hidden_layers": llm.num_hidden_layers,
-            "num_attention_heads": llm.num_attention_heads,
-            "num_key_value_heads": llm.num_key_value_heads,
-            "head_dim": llm.head_dim,
-            "hidden_act": "silu",
-            "layer_norm_eps": llm.rms_norm_eps,
-            "max_position_embeddings": llm.max_position_embeddings,
-            "rope_theta": llm.rope_theta,
-            "rope_scaling": None,
-            "rope_scaling_layers": None,
-            "qkv_bias": False,
-            "use_qk_norm": True,
-            "qk_norm_type": "qwen3",
-            "norm_after": False,
-            "embedding_dropout": 0.0,
-            "initializer_range": 0.02,
-            "tie_word_embeddings": False,
-            **dropout,
-        },
-        "vit_config": {
-            "model_type": MODEL_TYPE,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_hidden_layers": vision.num_hidden_layers,
-            "num_attention_heads": vision.num_attention_heads,
-            "num_key_value_heads": vision.num_attention_heads,
-            "head_dim": vision.head_dim,
-            "hidden_act": vision.hidden_act,
-            "layer_norm_eps": vision.layer_norm_eps,
-            "image_default_input_size": [vision.image_size, vision.image_size],
-            "image_patch_size": vision.patch_size,
-            "image_num_pos": vision.num_patches,
-            "float32_attention": True,
-            "initializer_range": 0.02,
-            **dropout,
-        },
-        "adapter_config": {
-            "model_type": MODEL_TYPE,
-            "vit_layers": list(connector.vit_layers or ()),
-            "pooling_attention_mask": True,
-            "hidden_size": connector.vision_dim,
-            "num_attention_heads": connector.num_attention_heads,
-            "num_key_value_heads": connector.num_attention_heads,
-            "head_dim": connector.vision_dim // connector.num_attention_heads,
-            "intermediate_size": connector.intermediate_size,
-            "text_hidden_size": connector.llm_dim,
-            "hidden_act": "silu",
-            "float32_attention": True,
-            "image_feature_dropout": 0.0,
-            "initializer_range": 0.02,
-            **dropout,
-        },
+        "text_config": from_table(_WRITTEN_TEXT, config.llm_config),
+        "vit_config": from_table(_WRITTEN_VISION, config.vision_config),
+        "adapter_config": from_table(_WRITTEN_ADAPTER, config.connector),
     }
 
 
@@ -322,6 +316,20 @@ def _parts(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[s
             )
         parts[part] = fields
     return parts, own
+
+
+def _vision_config(vision: Mapping[str, Any]) -> VisionConfig:
+    fields = {name: vision[name] for name in _SIZES["vision_config"]}
+    config = VisionConfig.from_dict(
+        {**fields, "image_size": square("image_size", vision["image_size"])}
+    )
+    positions = vision.get("num_position_embeddings")
+    if positions not in (None, config.num_patches):
+        raise ValueError(
+            f"{positions} positions do not fit pictures of {config.image_size} pixels with "
+            f"{config.num_patches} patches of {config.patch_size}"
+        )
+    return config
 
 
 def _llm_config(text: Mapping[str, Any]) -> LLMConfig:

@@ -7,12 +7,13 @@ first: Molmo2's files can not say everything that a processor of ours may do.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from nanomolmo2.convert.folder import write_json
 from nanomolmo2.convert.molmo2 import OFFICIAL_PROCESSOR_NAME, PREPROCESSOR_NAME, read_if_there
-from nanomolmo2.convert.reference_config import require, square
+from nanomolmo2.convert.reference_config import from_table, require, square
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.processor.processor import (
@@ -72,13 +73,74 @@ def read_molmo2_processor(directory: str | Path) -> Processor:
         raise ValueError(f"the processor's files in {directory}: {error}") from None
 
 
+# What is written: a constant, or what gives the value from the settings of images or videos.
+_WRITTEN_BOTH: dict[str, Any] = {
+    "processor_class": "Molmo2Processor",
+    **dict.fromkeys(_STEPS, True),
+    "size": lambda crops: {"height": crops.image_size, "width": crops.image_size},
+    "resample": _BILINEAR,
+    "rescale_factor": 1 / 255,
+    "image_mean": lambda crops: list(crops.image_mean),
+    "image_std": lambda crops: list(crops.image_std),
+    "patch_size": attrgetter("patch_size"),
+}
+_WRITTEN_IMAGES: dict[str, Any] = {
+    "max_crops": attrgetter("max_crops"),
+    "overlap_margins": lambda crops: list(crops.overlap_margins),
+    "pooling_size": lambda crops: [crops.pooling_size] * 2,
+}
+_WRITTEN_VIDEOS: dict[str, Any] = {
+    "pooling_size": lambda video: [video.pooling_size] * 2,
+    "num_frames": attrgetter("max_frames"),
+    "max_fps": attrgetter("max_fps"),
+    "sampling_fps": 2,
+    "frame_sample_mode": "uniform_last_frame",
+}
+_WRITTEN_TOKENIZER: dict[str, Any] = {
+    # Reads tokenizer.json as it is, in every version of transformers.
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "processor_class": "Molmo2Processor",
+    "bos_token": BOS,
+    "eos_token": BOS,
+    "pad_token": attrgetter("pad_token"),
+    "add_bos_token": False,
+    "add_prefix_space": False,
+    "clean_up_tokenization_spaces": False,
+    "padding_side": "left",
+}
+
+
 def write_molmo2_processor(processor: Processor, directory: Path, config: NanoMolmo2Config) -> None:
     """Write the official files, as near as they can say it, and our own settings."""
     settings = processor.config
+    crops = settings.multicrop or _nearest_crops(settings, config)
+    video = settings.video or VideoConfig()
+    both = from_table(_WRITTEN_BOTH, crops)
+    images = from_table(_WRITTEN_IMAGES, crops)
+    videos = from_table(_WRITTEN_VIDEOS, video)
+    files = {
+        PREPROCESSOR_NAME: {"image_processor_type": "Molmo2ImageProcessor", **both, **images},
+        VIDEO_NAME: {"video_processor_type": "Molmo2VideoProcessor", **both, **videos},
+        OFFICIAL_PROCESSOR_NAME: {
+            "processor_class": "Molmo2Processor",
+            **{name: accepted[0] for name, (accepted, _) in _LAYOUT.items()},
+            "use_frame_special_tokens": video.use_frame_special_tokens,
+        },
+        "tokenizer_config.json": {
+            **from_table(_WRITTEN_TOKENIZER, settings),
+            "model_max_length": config.llm_config.max_position_embeddings,
+        },
+    }
     processor.tokenizer.save(directory / TOKENIZER_FILE)
     settings.save(directory / OWN_NAME)
-    crops = settings.multicrop or MultiCrop(
-        # The nearest that there is to one picture: an overview, and a single crop of the same.
+    for name, values in files.items():
+        write_json(directory / name, values)
+    (directory / TEMPLATE_NAME).write_text(TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def _nearest_crops(settings: ProcessorConfig, config: NanoMolmo2Config) -> MultiCrop:
+    """What is nearest to one view of an image: an overview, and a single crop of the same."""
+    return MultiCrop(
         max_crops=1,
         image_size=settings.image_size,
         patch_size=config.vision_config.patch_size,
@@ -87,68 +149,10 @@ def write_molmo2_processor(processor: Processor, directory: Path, config: NanoMo
         image_mean=settings.image_mean,
         image_std=settings.image_std,
     )
-    frames = settings.video or VideoConfig()
-    pictures = {
-        "processor_class": "Molmo2Processor",
-        **dict.fromkeys(_STEPS, True),
-        "size": {"height": crops.image_size, "width": crops.image_size},
-        "resample": _BILINEAR,
-        "rescale_factor": 1 / 255,
-        "image_mean": list(crops.image_mean),
-        "image_std": list(crops.image_std),
-        "patch_size": crops.patch_size,
-    }
-    write_json(
-        directory / PREPROCESSOR_NAME,
-        {
-            "image_processor_type": "Molmo2ImageProcessor",
-            **pictures,
-            "max_crops": crops.max_crops,
-            "overlap_margins": list(crops.overlap_margins),
-            "pooling_size": [crops.pooling_size] * 2,
-        },
-    )
-    write_json(
-        directory / VIDEO_NAME,
-        {
-            "video_processor_type": "Molmo2VideoProcessor",
-            **pictures,
-            "pooling_size": [frames.pooling_size] * 2,
-            "num_frames": frames.max_frames,
-            "max_fps": frames.max_fps,
-            "sampling_fps": 2,
-            "frame_sample_mode": "uniform_last_frame",
-        },
-    )
-    write_json(
-        directory / OFFICIAL_PROCESSOR_NAME,
-        {
-            "processor_class": "Molmo2Processor",
-            **{name: accepted[0] for name, (accepted, _) in _LAYOUT.items()},
-            "use_frame_special_tokens": frames.use_frame_special_tokens,
-        },
-    )
-    write_json(
-        directory / "tokenizer_config.json",
-        {
-            # Reads tokenizer.json as it is, in every version of transformers.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "processor_class": "Molmo2Processor",
-            "bos_token": BOS,
-            "eos_token": BOS,
-            "pad_token": settings.pad_token,
-            "add_bos_token": False,
-            "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False,
-            "padding_side": "left",
-            "model_max_length": config.llm_config.max_position_embeddings,
-        },
-    )
-    (directory / TEMPLATE_NAME).write_text(TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def what_official_files_cannot_say(processor: Processor) -> str | None:
-    """How the pictures or prompts of a processor differ from Molmo2's; None if they do not."""
+    """How the images or prompts of a processor differ from Molmo2's; None if they do not."""
     settings = processor.config
     parts = []
     if settings.multicrop is None:
@@ -169,13 +173,13 @@ def _processor_config(
         layout = {name: accepted[0] for name, (accepted, _) in _LAYOUT.items()}
     for name, (accepted, reason) in _LAYOUT.items():
         require(layout, name, accepted, reason)
-    _check_pictures(image)
+    _check_images(image)
     size = _side(image.get("size", {"height": 378, "width": 378}))
     frames: dict[str, Any] = {
         "use_frame_special_tokens": layout.get("use_frame_special_tokens", False)
     }
     if video:
-        _check_pictures(video)
+        _check_images(video)
         if _side(video.get("size", {"height": size, "width": size})) != size:
             raise ValueError(f"size: pictures have {size} pixels a side and frames other ones")
         frames |= _given(
@@ -210,7 +214,7 @@ def _given(names: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
-def _check_pictures(values: Mapping[str, Any]) -> None:
+def _check_images(values: Mapping[str, Any]) -> None:
     for name in _STEPS:
         require(values, name, (True, None), "every picture goes through all steps")
     require(values, "resample", (_BILINEAR, None), "pictures are resized bilinearly")
@@ -219,8 +223,8 @@ def _check_pictures(values: Mapping[str, Any]) -> None:
         raise ValueError(f"rescale_factor is {factor}, expected 1/255")
 
 
-def _side(size: Any) -> int:
+def _side(size: object) -> object:
+    """Side of a square; a wrong type is found where the settings are built."""
     if not isinstance(size, Mapping) or not size.get("height") or "width" not in size:
         raise ValueError(f"size is {size!r}, expected height and width in pixels")
-    side: int = square("size", [size["height"], size["width"]])
-    return side
+    return square("size", [size["height"], size["width"]])

@@ -21,8 +21,9 @@ from nanomolmo2.convert.reference_config import (
 from nanomolmo2.convert.state_dict import from_reference
 from nanomolmo2.convert.tables import QWEN3, QWEN3_PREFIX, SIGLIP2, SIGLIP2_PREFIX, Table
 from nanomolmo2.convert.tensor_files import Readable, StoredTensor, open_safetensors
-from nanomolmo2.models.language_model import LanguageModel, LLMConfig
-from nanomolmo2.models.vision_encoder import VisionConfig, VisionEncoder
+from nanomolmo2.models import LanguageModel, VisionEncoder
+from nanomolmo2.models.language_model import LLMConfig
+from nanomolmo2.models.vision_encoder import VisionConfig
 
 CONFIG_NAME = "config.json"
 
@@ -48,6 +49,11 @@ class Part:
     config_from_reference: Callable[[Mapping[str, Any]], Config]
     config_to_reference: Callable[[Any], dict[str, Any]]
     companions: tuple[str, ...] = ()
+
+    @property
+    def folder_name(self) -> str:
+        """The converted weights in ``cache_dir`` as safetensors, in the format of the reference."""
+        return self.cache_name.removesuffix(".pt")
 
 
 VISION = Part(
@@ -99,7 +105,7 @@ class _WithoutInit(TorchFunctionMode):
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    ) -> object:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]

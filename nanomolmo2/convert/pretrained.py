@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from nanomolmo2.accelerate import defaults
+from nanomolmo2.accelerate.quantization import Modes, fixed_dtypes
 from nanomolmo2.convert.folder import write_json, write_weights, written_aside
 from nanomolmo2.convert.hub import WEIGHT_FILES, cache_matches, fetch
 from nanomolmo2.convert.model_card import model_card, write_card
@@ -52,11 +54,9 @@ from nanomolmo2.convert.tensor_files import (
     CacheFile,
     Readable,
 )
+from nanomolmo2.models import LanguageModel, NanoMolmo2, VisionEncoder
 from nanomolmo2.models.connector import MultimodalConnector
-from nanomolmo2.models.language_model import LanguageModel
-from nanomolmo2.models.nanomolmo2 import NanoMolmo2, NanoMolmo2Config
-from nanomolmo2.models.quantized import Modes, fixed_dtypes
-from nanomolmo2.models.vision_encoder import VisionEncoder
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 
 if TYPE_CHECKING:
     from nanomolmo2.processor import Processor
@@ -90,7 +90,7 @@ def load_vision_encoder(
         dtype: of the weights, such as "bfloat16"; as stored by default.
         device: of the weights; the CPU by default.
         revision: branch, tag or commit on the hub.
-        quantize: a mode of :func:`nanomolmo2.models.quantized.quantize`; None = as stored.
+        quantize: a mode of :func:`nanomolmo2.accelerate.quantize`; None = as stored.
     Raises: ValueError for anything that is not such a checkpoint; OSError without network.
     """
     module = _load_part(VISION, name_or_path, cache_dir, dtype, device, revision, quantize)
@@ -133,7 +133,7 @@ def load_nanomolmo2(
         directory = _find_directory(name_or_path, revision)
         model, tensors = _open_whole(directory)
         _fill(model, tensors, dtype, device)
-    return quantize_loaded(model, quantize).eval()
+    return defaults(quantize_loaded(model, quantize)).eval()
 
 
 def load(
@@ -253,7 +253,7 @@ def _load_part(
     dtype = as_dtype(dtype)
     module, tensors = _open_part(part, name_or_path, cache_dir, revision)
     _fill(module, tensors, dtype, device)
-    return quantize_loaded(module, quantize).eval()
+    return defaults(quantize_loaded(module, quantize)).eval()
 
 
 def _open_part(
@@ -270,6 +270,10 @@ def _open_part(
             _check_origin(part, cache)
             if revision is None or cache_matches(cache, part.repository, revision):
                 return _open_cache(part, cache)
+        elif cache_dir is not None and revision is None:
+            folder = Path(cache_dir) / part.folder_name
+            if (folder / CONFIG_NAME).exists():
+                return _open_converted_folder(part, folder)
         return open_reference(fetch(part.repository, revision).directory, part)
     if Path(name).is_file():
         return _open_cache(part, CacheFile(name))
@@ -329,6 +333,17 @@ def _open_cache(part: Part, cache: CacheFile) -> tuple[nn.Module, Mapping[str, R
     module = build_on_meta(part.build, config)
     _check_fit(module, cache.tensors, str(cache.path))
     return module, cache.tensors
+
+
+def _open_converted_folder(part: Part, folder: Path) -> tuple[nn.Module, Mapping[str, Readable]]:
+    """What `download` wrote beside its ``.pt`` file, where only the folder was kept."""
+    module, tensors = open_reference(folder, part)
+    if module.config != part.config:
+        raise ValueError(
+            f"{folder} holds another model than {part.component} of {part.repository}: replace it "
+            f"with `nanomolmo2 download --force`, or pass cache_dir=None"
+        )
+    return module, tensors
 
 
 def _check_origin(part: Part, cache: CacheFile) -> None:

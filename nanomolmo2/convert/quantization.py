@@ -9,11 +9,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from nanomolmo2.accelerate.quantization import (
+    Modes,
+    apply_quantization_config,
+    in_16_bit,
+    is_quantized,
+    quantization_config,
+    quantize,
+)
 from nanomolmo2.convert.parts import CONFIG_NAME, LLM, VISION, Part, read_config
 from nanomolmo2.convert.tensor_files import Readable, open_safetensors
-from nanomolmo2.models.nanomolmo2 import NanoMolmo2
-from nanomolmo2.models.quantized import Modes, describe, in_16_bit, is_quantized, prepare, quantize
-from nanomolmo2.models.vision_encoder import VisionEncoder
+from nanomolmo2.models import NanoMolmo2, VisionEncoder
 
 MODEL_TYPE = "nanomolmo2"
 QUANTIZATION = "quantization"  # the key of a config that says how weights are quantised
@@ -34,7 +40,7 @@ def quantization_entry(model: nn.Module) -> dict[str, Any]:
         named = dict(model.named_children())
     else:
         named = {(VISION if isinstance(model, VisionEncoder) else LLM).component: model}
-    entries = {name: describe(part) for name, part in named.items()}
+    entries = {name: quantization_config(part) for name, part in named.items()}
     found = {name: entry for name, entry in entries.items() if entry is not None}
     return {QUANTIZATION: found} if found else {}
 
@@ -59,7 +65,7 @@ def prepare_parts(parts: Mapping[str, nn.Module], entry: Any, directory: Path) -
         )
     try:
         for name, description in entry.items():
-            prepare(parts[name], description)
+            apply_quantization_config(parts[name], description)
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG_NAME}: {error}") from None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from nanomolmo2.config import Config
 from nanomolmo2.models.language_model import LLMConfig
 from nanomolmo2.models.vision_encoder import VisionConfig
 
@@ -152,7 +153,7 @@ def llm_config_to_reference(config: LLMConfig) -> dict[str, Any]:
     }
 
 
-def read_rope_theta(values: Mapping[str, Any]) -> Any:
+def read_rope_theta(values: Mapping[str, Any]) -> object:
     """The base of the rotary frequencies, from either spelling."""
     thetas = [values["rope_theta"]] if values.get("rope_theta") is not None else []
     for name in ("rope_parameters", "rope_scaling"):
@@ -175,13 +176,18 @@ def read_rope_theta(values: Mapping[str, Any]) -> Any:
     return thetas[0] if thetas else _QWEN3_DEFAULTS["rope_theta"]
 
 
-def square(name: str, value: Any) -> Any:
+def square(name: str, value: object) -> object:
     """Newer files may write a size as [height, width]."""
     if not isinstance(value, list):
         return value
     if len(value) != 2 or value[0] != value[1]:
         raise ValueError(f"{name} is {value}, but only squares are built")
     return value[0]
+
+
+def from_table(table: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """Fields to write, by a table: each is a constant, or what gives the value from ``config``."""
+    return {name: entry(config) if callable(entry) else entry for name, entry in table.items()}
 
 
 def require(values: Mapping[str, Any], name: str, accepted: tuple[Any, ...], reason: str) -> None:

@@ -44,7 +44,7 @@ SIGLIP2: Table = {
     **{f"vision_model.encoder.layers.{{}}.{n}": f"layers.{{}}.{n}" for n in _SIGLIP_BLOCK},
     "vision_model.post_layernorm.weight": "post_layernorm.weight",
     "vision_model.post_layernorm.bias": "post_layernorm.bias",
-    # The pooling head makes one vector of a picture; the connector wants all patches.
+    # The pooling head makes one vector of an image; the connector wants all patches.
     "vision_model.head.probe": None,
     "vision_model.head.attention.in_proj_weight": None,
     "vision_model.head.attention.in_proj_bias": None,

@@ -1,1 +1,1 @@
-"""Training and test examples: pictures with trees of messages."""
+"""Training and test examples: images with trees of messages."""

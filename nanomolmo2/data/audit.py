@@ -87,7 +87,7 @@ def audit(
     *,
     max_tokens: int,
     visual_tokens: int = 1,
-    bad_share: float = 0.05,
+    max_bad_fraction: float = 0.05,
     limit: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Report:
@@ -99,8 +99,8 @@ def audit(
         max_tokens: longest sequence of the training, or the model's context.
         visual_tokens: what an image token of the prompt becomes in the model; 1 where the processor
             writes them all.
-        bad_share: from more than this share of missing and broken pictures on they are fatal, as in
-            training.
+        max_bad_fraction: from more than this fraction of missing and broken pictures on they are
+            fatal, as in training.
         limit: look at the first so many records only.
         on_progress: called with the number of records done and of all.
     """
@@ -116,7 +116,7 @@ def audit(
             auditor.check(record, read)
         if on_progress is not None:
             on_progress(record + 1, records)
-    return auditor.report(bad_share)
+    return auditor.report(max_bad_fraction)
 
 
 class _Auditor:
@@ -125,8 +125,8 @@ class _Auditor:
     def __init__(self, processor: Processor, report: Report, visual_tokens: int) -> None:
         self.processor, self.visual_tokens, self._report = processor, visual_tokens, report
         self.findings: dict[str, Finding] = {}
-        self.pictures: dict[bytes, str] = {}  # content -> where it was seen first
-        self.questions: dict[bytes, str] = {}  # pictures and question -> likewise
+        self.images: dict[bytes, str] = {}  # content -> where it was seen first
+        self.questions: dict[bytes, str] = {}  # images and question -> likewise
 
     def note(self, record: int, cause: str, detail: str) -> None:
         """Count a record for a cause, once."""
@@ -143,15 +143,15 @@ class _Auditor:
         report = self._report
         report.good += 1
         report.branches += len(read.example.branches)
-        report.pictures += len(read.pictures)
+        report.pictures += len(read.images)
         self._check_length(record, read.encoded)
-        digests = [digest(picture) for picture in read.pictures]
+        digests = [digest(image) for image in read.images]
         for number, content in enumerate(digests, start=1):
             here = f"record {record}, picture {number}"
-            there = self.pictures.setdefault(content, here)
+            there = self.images.setdefault(content, here)
             if there != here:
                 self.note(record, DUPLICATE_PICTURE, f"{here} is that of {there}")
-        sizes = [picture.size for picture in read.pictures]
+        sizes = [image.size for image in read.images]
         for number, branch in enumerate(read.example.branches):
             self._check_question(record, number, branch, b"".join(digests))
             for problem in read_points(branch, sizes, read.encoded.video_size)[1]:
@@ -179,43 +179,43 @@ class _Auditor:
             detail = "more than half of a sequence leaves little room to pack others beside it"
             self.note(record, VERY_LONG, f"{size}: {detail}")
 
-    def _check_question(self, record: int, number: int, branch: Branch, pictures: bytes) -> None:
+    def _check_question(self, record: int, number: int, branch: Branch, images: bytes) -> None:
         asked = [turn.text for turn in read_messages(branch.messages) if turn.role == "user"]
         here = f"record {record}, branch {number}"
         if not all(text.strip() for text in asked):
             self.note(record, EMPTY_QUESTION, here)
-        if not pictures:
+        if not images:
             return
-        content = hashlib.blake2b(pictures + asked[0].encode(), digest_size=16).digest()
+        content = hashlib.blake2b(images + asked[0].encode(), digest_size=16).digest()
         there = self.questions.setdefault(content, here)
         if there != here:
             detail = f"{here} asks {asked[0][:80]!r} as {there} does"
             self.note(record, DUPLICATE_QUESTION, detail)
 
-    def report(self, bad_share: float) -> Report:
+    def report(self, max_bad_fraction: float) -> Report:
         report, findings = self._report, self.findings
         bad = sum(findings[cause].count for cause in PICTURE_CAUSES if cause in findings)
         for cause in PICTURE_CAUSES:
             if cause in findings:
-                findings[cause].fatal = bad > bad_share * report.records
+                findings[cause].fatal = bad > max_bad_fraction * report.records
         for finding in findings.values():
             del finding.records[SHOWN:]
         report.findings = sorted(findings.values(), key=lambda f: (not f.fatal, -f.count))
         return report
 
 
-def digest(picture: Image.Image) -> bytes:
-    """Of what a picture shows: the same for the same pixels in any file format."""
-    header = f"{picture.width}x{picture.height}:".encode()
-    return hashlib.blake2b(header + picture.tobytes(), digest_size=16).digest()
+def digest(image: Image.Image) -> bytes:
+    """Of what an image shows: the same for the same pixels in any file format."""
+    header = f"{image.width}x{image.height}:".encode()
+    return hashlib.blake2b(header + image.tobytes(), digest_size=16).digest()
 
 
 def count_image_tokens(encoded: Encoded, processor: Processor) -> int:
-    """Image tokens that the pictures of an example need in its prompt."""
+    """Image tokens that the images of an example need in its prompt."""
     if encoded.image_token_pooling is not None:
         return len(encoded.image_token_pooling)
-    pictures = 0 if encoded.pixel_values is None else len(encoded.pixel_values)
-    return pictures * (processor.config.image_tokens or 1)
+    images = 0 if encoded.pixel_values is None else len(encoded.pixel_values)
+    return images * (processor.config.image_tokens or 1)
 
 
 def cause_of_problem(problem: str) -> str:

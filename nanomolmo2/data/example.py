@@ -1,21 +1,21 @@
-"""What training and evaluation feed on: pictures and a tree of conversations about them."""
+"""What training and evaluation feed on: images and a tree of conversations about them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from nanomolmo2.processor.chat import Message
 
-__all__ = ["BadExample", "Branch", "Example", "Message"]
+__all__ = ["BadExample", "Branch", "Example", "Message", "Source"]
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One conversation about the pictures; the branches of an example do not see each other.
+    """One conversation about the images; the branches of an example do not see each other.
 
     Attributes:
-        messages: turns of user and assistant, without the pictures.
+        messages: turns of user and assistant, without the images.
         task: what kind of question it is, such as "count"; metrics are kept per task.
         truth: what is known about the right answer, as plain JSON types; depends on the task.
     """
@@ -27,9 +27,9 @@ class Branch:
 
 @dataclass(frozen=True)
 class Example:
-    """Pictures (anything that the processor reads, in prompt order) and the branches about them.
+    """Images (anything that the processor reads, in prompt order) and the branches about them.
 
-    ``video``, anything that `processor.video.load_video` takes, stands in place of pictures.
+    ``video``, anything that `processor.video.load_video` takes, stands in place of images.
     """
 
     images: list[Any]
@@ -54,3 +54,15 @@ class BadExample(Exception):
 
     def __str__(self) -> str:
         return f"{self.cause}: {self.detail}"
+
+
+class Source(Protocol):
+    """Examples by number; the same number is always the same example."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Example:
+        """Raises: `BadExample` where there is nothing to learn from; IndexError past the end."""
+        ...

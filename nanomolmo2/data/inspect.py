@@ -3,7 +3,7 @@
 Everything is read off the same `Encoded` that training gets, so what is shown is what is learned.
 `show.py` prints it and makes a page of it.
 
-Letters: m pictures, M crops of N patches of P x P pixels, S side of a picture that is not cut.
+Letters: m images, M crops of N patches of P x P pixels, S side of an image that is not cut.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from nanomolmo2.processor.draw import draw_frames, draw_points
 
 Encode = Callable[[Example], Encoded]
 
-# What a token is: of a picture, of the chat format, other text before the branches, or said by one.
+# What a token is: of an image, of the chat format, other text before the branches, or said by one.
 Role = Literal["image", "special", "prefix", "user", "assistant"]
-LARGEST_SIDE = 640  # pixels; larger pictures are shown smaller
+LARGEST_SIDE = 640  # pixels; larger images are shown smaller
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class BranchView:
 
     Attributes:
         subsegment: what the attention mask tells branches apart by.
-        points: that its answers name, in pixels of the pictures.
+        points: that its answers name, in pixels of the images.
         problems: what of its points cannot be read.
-        drawn: (what it is, picture or frame of the video with the points) where it has points.
+        drawn: (what it is, image or frame of the video with the points) where it has points.
     """
 
     task: str
@@ -87,7 +87,7 @@ class View:
     record: int
     prefix: list[Token]
     branches: list[BranchView]
-    pictures: list[Image.Image]  # the originals, at most LARGEST_SIDE pixels a side
+    images: list[Image.Image]  # the originals, at most LARGEST_SIDE pixels a side
     sizes: list[tuple[int, int]]  # (width, height) of the originals, pixels
     crops: list[tuple[str, Image.Image]]  # what the encoder gets, with what it is
 
@@ -100,7 +100,7 @@ class View:
         return sum(token.count for token in self.tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, without the pictures."""
+        """Plain JSON types, without the images."""
         return {
             "record": self.record,
             "tokens": self.num_tokens,
@@ -139,7 +139,7 @@ class Read:
     """An example on its way to the model."""
 
     example: Example
-    pictures: list[Image.Image]  # the originals, upright RGB
+    images: list[Image.Image]  # the originals, upright RGB
     encoded: Encoded
 
 
@@ -150,18 +150,18 @@ def read_record(source: Source, record: int, encode: Encode) -> Read:
         ``missing video``, or ``not encodable`` for what the processor refuses.
     """
     example = source[record]
-    pictures = []
+    images = []
     for image in example.images:
         try:
-            pictures.append(load_image(image))
+            images.append(load_image(image))
         except FileNotFoundError as error:
             raise BadExample("missing picture", str(error)) from None
         except ValueError as error:
             raise BadExample("broken picture", str(error)) from None
     try:
-        # The opened pictures, so that no file is decoded twice.
-        return Read(example, pictures, encode(dataclasses.replace(example, images=[*pictures])))
-    except FileNotFoundError as error:  # pictures are open by now
+        # The opened images, so that no file is decoded twice.
+        return Read(example, images, encode(dataclasses.replace(example, images=[*images])))
+    except FileNotFoundError as error:  # images are open by now
         raise BadExample("missing video", str(error)) from None
     except ValueError as error:
         raise BadExample("not encodable", str(error)) from None
@@ -174,14 +174,14 @@ def look(source: Source, record: int, encode: Encode, processor: Processor) -> V
     except BadExample as bad:
         return Fault(record, bad.cause, bad.detail)
     prefix, rows = _split(read.encoded, _tokens(read.encoded, processor))
-    sizes = [picture.size for picture in read.pictures]
-    crops = crop_pictures(read.encoded, processor)
+    sizes = [image.size for image in read.images]
+    crops = crop_images(read.encoded, processor)
     branches = []
     for (subsegment, tokens), branch in zip(rows, read.example.branches, strict=True):
         points, problems = read_points(branch, sizes, read.encoded.video_size)
         drawn = [
-            (f"picture {number}", _shrunk(draw_points(picture, points, number=number)))
-            for number, picture in enumerate(read.pictures, start=1)
+            (f"picture {number}", _shrunk(draw_points(image, points, number=number)))
+            for number, image in enumerate(read.images, start=1)
             if any(point.image == number and point.time is None for point in points)
         ]
         drawn += _draw_on_frames(crops, read.encoded, points)
@@ -190,7 +190,7 @@ def look(source: Source, record: int, encode: Encode, processor: Processor) -> V
         record=record,
         prefix=prefix,
         branches=branches,
-        pictures=[_shrunk(picture) for picture in read.pictures],
+        images=[_shrunk(image) for image in read.images],
         sizes=sizes,
         crops=crops,
     )
@@ -216,8 +216,8 @@ def learned(encoded: Encoded) -> np.ndarray:
     return known if encoded.loss_weights is None else known & (encoded.loss_weights > 0)
 
 
-def crop_pictures(encoded: Encoded, processor: Processor) -> list[tuple[str, Image.Image]]:
-    """What the vision encoder gets, normalisation undone: [(name, picture), ...]."""
+def crop_images(encoded: Encoded, processor: Processor) -> list[tuple[str, Image.Image]]:
+    """What the vision encoder gets, normalisation undone: [(name, image), ...]."""
     pixels, config = encoded.pixel_values, processor.config
     if pixels is None:
         return []
@@ -230,18 +230,18 @@ def crop_pictures(encoded: Encoded, processor: Processor) -> list[tuple[str, Ima
     else:  # (m, 3, S, S)
         pixels = pixels.transpose(0, 2, 3, 1)
     values = (pixels * config.image_std + config.image_mean) / config.rescale_factor
-    pictures = [Image.fromarray(v) for v in np.rint(np.clip(values, 0, 255)).astype(np.uint8)]
+    images = [Image.fromarray(v) for v in np.rint(np.clip(values, 0, 255)).astype(np.uint8)]
     if encoded.video_grids is not None:
         names = [f"frame at {time:.1f} s" for time in encoded.frame_times]
     elif counts is None:
-        names = [f"picture {n}" for n in range(1, len(pictures) + 1)]
+        names = [f"picture {n}" for n in range(1, len(images) + 1)]
     else:
         names = [
             f"picture {n}, {f'tile {crop}' if crop else 'overview'}"
             for n, count in enumerate(counts.tolist(), start=1)
             for crop in range(count)
         ]
-    return list(zip(names, pictures, strict=True))
+    return list(zip(names, images, strict=True))
 
 
 def _tokens(encoded: Encoded, processor: Processor) -> list[Token]:
@@ -330,9 +330,9 @@ def _draw_on_frames(
     ]
 
 
-def _shrunk(picture: Image.Image) -> Image.Image:
-    if max(picture.size) <= LARGEST_SIDE:
-        return picture
-    small = picture.copy()
+def _shrunk(image: Image.Image) -> Image.Image:
+    if max(image.size) <= LARGEST_SIDE:
+        return image
+    small = image.copy()
     small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     return small

@@ -1,7 +1,7 @@
 """What the fields of a record mean: the layouts of several data sets -> `Example`.
 
 A layout is a function of a `Record`; whatever keeps a record from being learned from is a
-`BadExample` that names it. Pictures are decoded here, so a broken one shows here and nowhere later.
+`BadExample` that names it. Images are decoded here, so a broken one shows here and nowhere later.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nanomolmo2.processor.points import Point, PointMode, Size, format_points
 from nanomolmo2.processor.video import Video, load_video
 
 Prompts = Literal["natural", "styles"]
-ENDINGS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")  # of the picture of an address
+ENDINGS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")  # of the image of an address
 
 CAPTION_QUESTIONS = (
     "Describe this picture in detail.",
@@ -47,7 +47,7 @@ class Record:
     Attributes:
         values: its fields.
         where: file and place, for messages.
-        folder: what its paths are relative to; pictures of addresses lie here too.
+        folder: what its paths are relative to; images of addresses lie here too.
         rng: for whatever is drawn, such as the wording of a question; always the same for a record.
         prompts: how captions and points are asked for, where the data set has no questions.
         separate_turns: every turn is a branch of its own.
@@ -72,14 +72,14 @@ class Record:
             self.bad(f"the field {name!r} is {_short(value)}, of the type {type(value).__name__}")
         return value
 
-    # ---- pictures ----
+    # ---- images ----
 
-    def picture(self, source: Any, sha256: str | None = None) -> Image.Image:
-        """Open a picture given as path, address, bytes, PIL image or ``{"bytes", "path"}``.
+    def image(self, source: Any, sha256: str | None = None) -> Image.Image:
+        """Open an image given as path, address, bytes, PIL image or ``{"bytes", "path"}``.
 
         Args:
-            sha256: checksum of the file, where the data set has one: pictures behind addresses
-                change, and points of another picture teach nothing.
+            sha256: checksum of the file, where the data set has one: images behind addresses
+                change, and points of another image teach nothing.
         """
         if isinstance(source, Mapping):
             source = source.get("bytes") or source.get("path")
@@ -111,16 +111,16 @@ class Record:
             "missing picture",
         )
 
-    def pictures(self) -> list[Image.Image]:
+    def images(self) -> list[Image.Image]:
         """Those of the field ``image`` (one or a list) or ``images``."""
         if self.values.get("image") is not None and self.values.get("images") is not None:
             self.bad("it has both 'image' and 'images'")
         one = self.values.get("image")
         sources = one if isinstance(one, list) else [one] if one is not None else None
-        return [self.picture(s) for s in (sources or self.get("images", list, []))]
+        return [self.image(s) for s in (sources or self.get("images", list, []))]
 
-    def video(self) -> Any:
-        """Path of the field ``video``, or ``{"frames": [pictures], "times": [seconds]}`` loaded."""
+    def video(self) -> Path | Video | None:
+        """Path of the field ``video``, or ``{"frames": [images], "times": [seconds]}`` loaded."""
         source = self.values.get("video")
         if source is None:
             return None
@@ -131,7 +131,7 @@ class Record:
             return path
         if not isinstance(source, Mapping) or not isinstance(source.get("frames"), list):
             self.bad(f"found {_short(source)} in place of a video")
-        frames = [self.picture(frame) for frame in source["frames"]]
+        frames = [self.image(frame) for frame in source["frames"]]
         times: Any = source.get("times")
         try:
             return load_video((frames, times), max_frames=max(1, len(frames)))
@@ -140,7 +140,7 @@ class Record:
 
 
 def address_key(address: str) -> str:
-    """Name under which the picture of an address is looked for: SHA-256 of the address, hex."""
+    """Name under which the image of an address is looked for: SHA-256 of the address, hex."""
     return hashlib.sha256(address.encode()).hexdigest()
 
 
@@ -184,15 +184,15 @@ def exchange(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def without_placeholders(record: Record, text: str, num_pictures: int) -> str:
-    """Take ``<image>`` and ``<video>`` out of a text: pictures always stand before the first.
+def without_placeholders(record: Record, text: str, num_images: int) -> str:
+    """Take ``<image>`` and ``<video>`` out of a text: images always stand before the first.
 
-    Of several pictures those that stand within a sentence become "Image 1" and so on, which is
+    Of several images those that stand within a sentence become "Image 1" and so on, which is
     what the prompt calls them.
     """
     found = len(re.findall("<image>", text))
-    if found > num_pictures:
-        record.bad(f"its text shows {found} pictures, but it has {num_pictures}", "missing picture")
+    if found > num_images:
+        record.bad(f"its text shows {found} pictures, but it has {num_images}", "missing picture")
     lines = []
     number = 0
     for line in text.split("\n"):
@@ -202,7 +202,7 @@ def without_placeholders(record: Record, text: str, num_pictures: int) -> str:
         number += len(names)
         if alone and line.strip():  # nothing but placeholders
             continue
-        if num_pictures > 1 and pieces[0].strip():
+        if num_images > 1 and pieces[0].strip():
             line = "".join(a + b for a, b in zip(pieces, [*names, ""], strict=True))
         else:
             line = "".join(pieces)
@@ -277,8 +277,8 @@ def percent_points(record: Record, points: Any, size: Size) -> list[Point]:
 
 
 def own(record: Record) -> Example:
-    """The documented format: pictures and ``branches``, or one conversation in a short form."""
-    images = record.pictures()
+    """The documented format: images and ``branches``, or one conversation in a short form."""
+    images = record.images()
     video = record.video()
     if images and video is not None:
         record.bad("it has pictures and a video; an example shows the one or the other")
@@ -302,7 +302,7 @@ def _own_branch(record: Record, values: Any, images: list[Image.Image], video: A
         if isinstance(value, Mapping) and "points" in value:
             return points_text(record, value, images, video)
         if isinstance(value, list):
-            return _without_pictures(record, value, images, video)
+            return _without_images(record, value, images, video)
         return value
 
     if values.get("messages") is not None:
@@ -333,10 +333,10 @@ def _own_branch(record: Record, values: Any, images: list[Image.Image], video: A
     return check_branch(record, exchange(question, content(answer)), task, truth)
 
 
-def _without_pictures(
+def _without_images(
     record: Record, items: list[Any], images: list[Image.Image], video: Any
 ) -> list[Any]:
-    """Content in parts without its pictures, which stand beside the messages in an example."""
+    """Content in parts without its images, which stand beside the messages in an example."""
     shown = [i for i in items if isinstance(i, Mapping) and i.get("type") in ("image", "video")]
     for item in shown:
         if item.get(item["type"]) is not None:
@@ -361,7 +361,7 @@ SPEAKERS["system"] = "system"
 
 def llava(record: Record) -> Example:
     """LLaVA and ShareGPT: ``image``?, ``conversations`` of ``{"from", "value"}``."""
-    images, video = record.pictures(), record.video()
+    images, video = record.images(), record.video()
     messages = []
     for turn in record.get("conversations", list, []):
         speaker = turn.get("from") if isinstance(turn, Mapping) else None
@@ -381,7 +381,7 @@ def llava(record: Record) -> Example:
 
 def cauldron(record: Record) -> Example:
     """The Cauldron and FineVision: ``images``, ``texts`` of ``{"user", "assistant"}``."""
-    images = record.pictures()
+    images = record.images()
     messages: list[Message] = []
     for turn in record.get("texts", list, []):
         question, answer = (
@@ -397,7 +397,7 @@ def cauldron(record: Record) -> Example:
 
 def pixmo_cap(record: Record) -> Example:
     """PixMo-Cap: ``image_url``, ``caption``, ``transcripts``: the caption and one transcript."""
-    image = _pixmo_picture(record)
+    image = _pixmo_image(record)
     answers = {"long_caption": record.get("caption", str, "").strip()}
     transcripts = [t for t in record.get("transcripts", list, []) if isinstance(t, str)]
     transcripts = [t.strip() for t in transcripts if t.strip()]
@@ -426,7 +426,7 @@ def _length_hint(record: Record, answer: str) -> str:
 
 def pixmo_points(record: Record) -> Example:
     """PixMo-Points: ``image_url``, ``label``, ``points`` in percent, ``collection_method``."""
-    image = _pixmo_picture(record)
+    image = _pixmo_image(record)
     label = record.get("label", str, "").strip()
     if not label:
         record.bad("its points have no label", "bad points")
@@ -445,17 +445,17 @@ def pixmo_points(record: Record) -> Example:
     return Example([image], check_branch(record, exchange(question, answer), style))
 
 
-def _pixmo_picture(record: Record) -> Image.Image:
+def _pixmo_image(record: Record) -> Image.Image:
     source = record.values.get("image")
     if source is None:
         source = record.values.get("image_url")
     sha256 = record.get("image_sha256", str)
-    return record.picture(source, sha256 or None)
+    return record.image(source, sha256 or None)
 
 
 def cosyn_point(record: Record) -> Example:
     """CoSyn-point: ``image``, ``questions``, ``answer_points`` in percent, ``names``?"""
-    image = record.picture(record.values.get("image"))
+    image = record.image(record.values.get("image"))
     questions = record.get("questions", list, [])
     answers = record.get("answer_points", (list, dict), [])
     names = record.get("names", list, questions)

@@ -1,6 +1,6 @@
 """The loader: steps of packed rows, exact at every step, whatever the number of processes.
 
-    mixture -> slot 0: draw, encode, wait in the pool, pack -> row 0 of every step
+    mixture -> slot 0: draw, encode, wait in the buffer, pack -> row 0 of every step
                slot 1:                ...                   -> row 1
                ...
 
@@ -27,12 +27,19 @@ from nanomolmo2.batch import IGNORED_LABEL, PACK_SUBSEGMENT, PREFIX_SUBSEGMENT, 
 from nanomolmo2.data.example import BadExample
 from nanomolmo2.data.inspect import Encode, read_record
 from nanomolmo2.data.mixture import Mixture, SlotStream
-from nanomolmo2.data.packing import POOL, Packer, join
+from nanomolmo2.data.packing import PACKING_BUFFER, Packer, join
 from nanomolmo2.processor import Encoded, collate
 from nanomolmo2.processor.collate import labels_of, subsegments_of
 
 AHEAD = 2  # steps that a worker prepares while another is learned from
-FEW = 100  # examples drawn before their bad share is judged
+FEW = 100  # examples drawn before the fraction of bad ones is judged
+# Row limits that a state of the data must agree with: key in the state, field of `RowPlan`.
+STATE_KEYS = {
+    "max_tokens": "max_tokens",
+    "max_crops": "max_crops",
+    "pool": "packing_buffer",
+    "crop_weight": "crop_weight",
+}
 
 
 @dataclass
@@ -47,7 +54,7 @@ class Step:
             what branches share, and for padding.
         state: of the data behind this step, plain JSON types; see `PackedLoader.load_state_dict`.
         counts: of this step: ``rows``, ``examples``, ``crops``, ``tokens`` (real ones), ``padding``
-            (filled up in the micro-batches), ``room`` (tokens that the rows could hold).
+            (filled up in the micro-batches), ``capacity`` (tokens that the rows could hold).
         bad: examples left out since the beginning of the run, by cause.
         drawn: examples drawn since the beginning of the run.
         waited: seconds until the step was there.
@@ -63,6 +70,34 @@ class Step:
     waited: float = 0.0
 
 
+@dataclass(frozen=True)
+class RowPlan:
+    """The rows of a step: how many, what each holds, and how they are padded together.
+
+    Attributes:
+        batch_size: S, rows of a step in all processes together.
+        max_tokens, max_crops, packing_buffer, crop_weight: see `Packer`.
+        micro_batch_size: rows of one process that are padded together; fewer are left for the last
+            of a step if they do not divide.
+    """
+
+    batch_size: int
+    max_tokens: int
+    max_crops: int
+    pad_token_id: int
+    micro_batch_size: int = 1
+    packing_buffer: int = PACKING_BUFFER
+    crop_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size is {self.micro_batch_size}, expected at least 1")
+
+    def packer(self) -> Packer[_Waiting]:
+        """An empty packer of one slot."""
+        return Packer(self.max_tokens, self.max_crops, self.packing_buffer, self.crop_weight)
+
+
 class PackedLoader:
     """Endless steps: ``for step in loader``. What was prepared and not handed out is drawn again.
 
@@ -73,64 +108,40 @@ class PackedLoader:
         self,
         mixture: Mixture,
         encode: Encode,
+        rows: RowPlan,
         *,
-        pad_token_id: int,
-        batch_size: int,
-        max_tokens: int,
-        max_crops: int,
-        micro_batch_size: int = 1,
         rank: int = 0,
         world: int = 1,
         workers: Literal[0, 1] = 0,
-        bad_share: float = 0.05,
-        pool: int = POOL,
-        crop_weight: float = 1.0,
+        max_bad_fraction: float = 0.05,
         kept_bytes: int = 2 * 2**30,
     ) -> None:
         """
         Args:
             encode: an `Example` as the model sees it, the same at every call; branch k of it has
                 subsegment k. ValueError for one that cannot be encoded.
-            batch_size: S, rows of a step in all processes together.
-            max_tokens, max_crops, pool, crop_weight: see `Packer`.
-            micro_batch_size: rows of this process that are padded together; fewer are left for the
-                last of a step if they do not divide.
-            rank, world: this process of so many; S is a multiple of ``world``.
+            rank, world: this process of so many; ``rows.batch_size`` is a multiple of ``world``.
             workers: 1 prepares steps in another process, 0 between steps.
-            bad_share: share of bad examples that is put up with, below 1.
-            kept_bytes: most memory for pictures that wait in the pools of this process; examples
-                beyond it are encoded a second time when they get their row.
+            max_bad_fraction: fraction of bad examples that is put up with, below 1.
+            kept_bytes: most memory for images that wait in the packing buffers of this process;
+                examples beyond it are encoded a second time when they get their row.
         Raises: ValueError for numbers that do not fit each other.
         """
-        if not 0 <= rank < world or batch_size < 1 or batch_size % world:
+        if not 0 <= rank < world or rows.batch_size < 1 or rows.batch_size % world:
             raise ValueError(
-                f"found batch_size {batch_size} for rank {rank} of {world} processes: expected a "
-                f"multiple of the number of processes, so that all have as many rows"
+                f"found batch_size {rows.batch_size} for rank {rank} of {world} processes: "
+                f"expected a multiple of the number of processes, so that all have as many rows"
             )
-        if micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size is {micro_batch_size}, expected at least 1")
         if workers not in (0, 1):
             raise ValueError(f"workers is {workers}, expected 0 or 1: every process has its own")
-        if not 0 <= bad_share < 1:
-            raise ValueError(f"bad_share is {bad_share}, expected a share from 0 to below 1")
+        if not 0 <= max_bad_fraction < 1:
+            raise ValueError(
+                f"max_bad_fraction is {max_bad_fraction}, expected a fraction from 0 to below 1"
+            )
         self.workers = workers
         self.waited = 0.0  # seconds over all steps
-        self._maker = _StepMaker(
-            mixture,
-            encode,
-            slots=range(rank, batch_size, world),
-            batch_size=batch_size,
-            pad_token_id=pad_token_id,
-            micro_batch_size=micro_batch_size,
-            bad_share=bad_share,
-            kept_bytes=kept_bytes,
-            limits={
-                "max_tokens": max_tokens,
-                "max_crops": max_crops,
-                "pool": pool,
-                "crop_weight": crop_weight,
-            },
-        )
+        slots = range(rank, rows.batch_size, world)
+        self._maker = _StepMaker(mixture, encode, rows, slots, max_bad_fraction, kept_bytes)
         self._state = self._maker.state_dict()
 
     def __iter__(self) -> Iterator[Step]:
@@ -173,7 +184,8 @@ class PackedLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the step that ``state`` came with, or that `merge_states` put together.
 
-        Pools are kept as numbers of examples, which are encoded again when they get their row.
+        Packing buffers are kept as numbers of examples, which are encoded again when they get
+        their row.
 
         Raises: ValueError if the state is of other data or rows, or lacks slots of this process.
         """
@@ -199,7 +211,7 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass
 class _Waiting:
-    """An example in a pool; ``read`` is missing after a resume and where memory is short."""
+    """An example in a packing buffer; without ``read`` after a resume, or if memory is short."""
 
     source: int
     index: int
@@ -222,10 +234,10 @@ class _Slot:
         self.drawn, self.bad = 0, Counter[str]()
 
     def state_dict(self) -> dict[str, Any]:
-        pool = [[w.source, w.index, w.tokens, w.crops] for w in self.packer.waiting]
+        waiting = [[w.source, w.index, w.tokens, w.crops] for w in self.packer.waiting]
         return {
             "stream": self.stream.state_dict(),
-            "pool": pool,
+            "pool": waiting,
             "drawn": self.drawn,
             "bad": dict(self.bad),
         }
@@ -243,18 +255,14 @@ class _StepMaker(IterableDataset[Step]):
         self,
         mixture: Mixture,
         encode: Encode,
+        rows: RowPlan,
         slots: Sequence[int],
-        batch_size: int,
-        pad_token_id: int,
-        micro_batch_size: int,
-        bad_share: float,
+        max_bad_fraction: float,
         kept_bytes: int,
-        limits: dict[str, Any],
     ) -> None:
-        self.mixture, self.encode, self.pad_token_id = mixture, encode, pad_token_id
-        self.micro_batch_size, self.bad_share = micro_batch_size, bad_share
-        self.limits = limits
-        self.slots = {j: _Slot(mixture.slot(j, batch_size), Packer(**limits)) for j in slots}
+        self.mixture, self.encode, self.rows = mixture, encode, rows
+        self.max_bad_fraction = max_bad_fraction
+        self.slots = {j: _Slot(mixture.slot(j, rows.batch_size), rows.packer()) for j in slots}
         self.bytes_left = self.kept_bytes = kept_bytes
 
     def __iter__(self) -> Iterator[Step]:
@@ -263,15 +271,16 @@ class _StepMaker(IterableDataset[Step]):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            **self.limits,
+            **{key: getattr(self.rows, name) for key, name in STATE_KEYS.items()},
             "slots": {str(j): slot.state_dict() for j, slot in self.slots.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in self.limits.items():
-            if state.get(name) != value:
+        for key, name in STATE_KEYS.items():
+            value = getattr(self.rows, name)
+            if state.get(key) != value:
                 raise ValueError(
-                    f"the state of the data has {name} {state.get(name)!r}, this run {value!r}: "
+                    f"the state of the data has {name} {state.get(key)!r}, this run {value!r}: "
                     f"resume with the same rows, or start a new run"
                 )
         missing = [j for j in self.slots if str(j) not in state["slots"]]
@@ -292,10 +301,11 @@ class _StepMaker(IterableDataset[Step]):
         packs = [self._pack(slot) for slot in slots]
         # Rows of about one length are padded together; the longest first, where memory may end.
         packs.sort(key=lambda pack: -sum(len(read.encoded.input_ids) for read in pack))
-        for start in range(0, len(packs), self.micro_batch_size):
-            group = packs[start : start + self.micro_batch_size]
+        size = self.rows.micro_batch_size
+        for start in range(0, len(packs), size):
+            group = packs[start : start + size]
             rows = [join([read.encoded for read in pack]) for pack in group]
-            batch = collate(rows, self.pad_token_id)
+            batch = collate(rows, self.rows.pad_token_id)
             branches = np.full(batch.input_ids.shape, -1)
             for out, row, pack in zip(branches, rows, group, strict=True):
                 out[: len(row.input_ids)] = _number_branches(row, pack, len(step.tasks))
@@ -308,7 +318,7 @@ class _StepMaker(IterableDataset[Step]):
             step.micro_batches.append(batch)
             step.branches.append(torch.from_numpy(branches))
         counts["padding"] -= counts["tokens"]
-        counts["room"] = counts["rows"] * self.limits["max_tokens"]
+        counts["capacity"] = counts["rows"] * self.rows.max_tokens
         step.counts = dict(counts)
         step.state = self.state_dict()
         step.bad = dict(sum((slot.bad for slot in slots), Counter()))
@@ -385,12 +395,13 @@ class _StepMaker(IterableDataset[Step]):
         slot.bad[bad.cause] += 1
         drawn = sum(other.drawn for other in self.slots.values())
         causes = sum((other.bad for other in self.slots.values()), Counter[str]())
-        if drawn >= FEW and causes.total() > self.bad_share * drawn:
+        if drawn >= FEW and causes.total() > self.max_bad_fraction * drawn:
             listed = ", ".join(f"{cause} {n}" for cause, n in causes.most_common())
+            allowed = f"{self.max_bad_fraction:.0%}"
             raise ValueError(
-                f"{causes.total()} of {drawn} examples are bad, more than {self.bad_share:.0%} "
-                f"({listed}); the last is {self._name(source, index)}: {bad.detail}. Mend the "
-                f"data, make rows larger if examples are too long, or allow a larger bad_share"
+                f"{causes.total()} of {drawn} examples are bad, more than {allowed} ({listed}); "
+                f"the last is {self._name(source, index)}: {bad.detail}. Mend the data, make rows "
+                f"larger if examples are too long, or allow a larger max_bad_fraction"
             )
 
     def _name(self, source: int, index: int) -> str:
@@ -398,7 +409,7 @@ class _StepMaker(IterableDataset[Step]):
 
 
 def _count_crops(encoded: Encoded) -> int:
-    """Crops, or pictures where they are not cut."""
+    """Crops, or images where they are not cut."""
     return 0 if encoded.pixel_values is None else len(encoded.pixel_values)
 
 
@@ -418,10 +429,10 @@ def _number_branches(row: Encoded, pack: Sequence[_Read], first: int) -> np.ndar
 def _begin_worker(worker: int) -> None:
     """Share tensors by name: by handle, a step of many rows would need more than a process has."""
     torch.multiprocessing.set_sharing_strategy("file_system")
-    leave_signals(worker)
+    ignore_signals(worker)
 
 
-def leave_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """For a process that prepares data: a signal to the whole group of processes is for the
     training loop, which still needs the data of its last step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -3,7 +3,7 @@
 A slot is one row of a training step. Each has an endless stream of its own, so that the number of
 processes and workers changes nothing. Its n-th draw follows from the seed, the slot and n alone:
 
-    which source    a hash of (seed, slot, n) between 0 and 1, cut at the rates
+    which source    a hash of (seed, slot, n) between 0 and 1, cut at the sampling weights
     which example   the examples of a source stand in one endless line, epoch after epoch, each in a
                     new order; of S slots, slot j takes places j, j + S, j + 2 S, ... of the line
 
@@ -17,10 +17,9 @@ import bisect
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from nanomolmo2.data.sources import Source
+from nanomolmo2.data.example import Source
 
 ROUNDS = 6  # of the shuffling network; from 4 on its orders look random
 
@@ -31,15 +30,15 @@ class Mixture:
     def __init__(
         self,
         sources: Sequence[Source],
-        rates: Sequence[float | None] | None = None,
+        sampling_weights: Sequence[float | None] | None = None,
         seed: int = 0,
     ) -> None:
         """
         Args:
-            rates: share of each source in the examples drawn. Sources of rate None share what the
-                others leave, by the square root of their sizes; None: all of them do. If every
-                rate is given, only their proportions count.
-        Raises: ValueError for no or empty sources, and for rates that do not add up.
+            sampling_weights: share of each source in the examples drawn. Sources whose weight is
+                None share what the others leave, by the square root of their sizes; None: all of
+                them do. If every weight is given, only their proportions count.
+        Raises: ValueError for no or empty sources, and for weights that do not add up.
         """
         self.sources, self.seed = list(sources), seed
         self.sizes = [len(source) for source in self.sources]
@@ -48,33 +47,34 @@ class Mixture:
         for source, size in zip(self.sources, self.sizes, strict=True):
             if size < 1:
                 raise ValueError(f"the source {source.name!r} is empty: leave it out")
-        self.rates = self._shares([None] * len(self.sources) if rates is None else rates)
-        self._cuts = list(accumulate(self.rates))
+        weights = [None] * len(self.sources) if sampling_weights is None else sampling_weights
+        self.weights = self._shares(weights)
+        self._cuts = list(accumulate(self.weights))
 
-    def _shares(self, rates: Sequence[float | None]) -> list[float]:
-        if len(rates) != len(self.sources):
+    def _shares(self, weights: Sequence[float | None]) -> list[float]:
+        if len(weights) != len(self.sources):
             raise ValueError(
-                f"found {len(rates)} rates for {len(self.sources)} sources: give one each, None "
-                f"for a share by size"
+                f"found {len(weights)} weights for {len(self.sources)} sources: give one each, "
+                f"None for a share by size"
             )
-        given = [rate for rate in rates if rate is not None]
-        if not all(math.isfinite(rate) and rate >= 0 for rate in given):
-            raise ValueError(f"found the rates {given}, expected numbers of 0 or more")
-        total, is_open = sum(given), len(given) < len(rates)
+        given = [weight for weight in weights if weight is not None]
+        if not all(math.isfinite(weight) and weight >= 0 for weight in given):
+            raise ValueError(f"found the weights {given}, expected numbers of 0 or more")
+        total, is_open = sum(given), len(given) < len(weights)
         if total == 0 and not is_open:
-            raise ValueError("all rates are 0, so nothing would be drawn")
+            raise ValueError("all weights are 0, so nothing would be drawn")
         if is_open and total >= 1:
             raise ValueError(
-                f"the given rates add up to {total:g} and leave nothing for the "
-                f"{len(rates) - len(given)} sources without one: give shares that add up to less "
-                f"than 1, or a rate for every source"
+                f"the given weights add up to {total:g} and leave nothing for the "
+                f"{len(weights) - len(given)} sources without one: give shares that add up to less "
+                f"than 1, or a weight for every source"
             )
-        roots = sum(math.sqrt(s) for s, r in zip(self.sizes, rates, strict=True) if r is None)
+        roots = sum(math.sqrt(s) for s, w in zip(self.sizes, weights, strict=True) if w is None)
         return [
             (1 - total) * math.sqrt(size) / roots
-            if rate is None
-            else rate / (1 if is_open else total)
-            for size, rate in zip(self.sizes, rates, strict=True)
+            if weight is None
+            else weight / (1 if is_open else total)
+            for size, weight in zip(self.sizes, weights, strict=True)
         ]
 
     def slot(self, j: int, slots: int) -> SlotStream:
@@ -84,8 +84,8 @@ class Mixture:
     def source_of(self, slot: int, n: int) -> int:
         """Number of the source of a slot's n-th draw."""
         place = _hash(self.seed, slot, n) / 2**64 * self._cuts[-1]
-        # Rounding may lead to the very end, where a source of rate 0 may lie.
-        last = max(k for k, rate in enumerate(self.rates) if rate > 0)
+        # Rounding may lead to the very end, where a source of weight 0 may lie.
+        last = max(k for k, weight in enumerate(self.weights) if weight > 0)
         return min(bisect.bisect_right(self._cuts, place), last)
 
     def example_at(self, source: int, place: int) -> int:
@@ -122,7 +122,8 @@ class SlotStream:
             if state.get(name) != value:
                 raise ValueError(
                     f"the state of the data has {name} {state.get(name)!r}, this run {value!r}: "
-                    f"resume with the same sources, rates, seed and batch size, or start a new run"
+                    f"resume with the same sources, sampling weights, seed and batch size, or "
+                    f"start a new run"
                 )
         self.drawn = list(state["drawn"])
 
@@ -134,7 +135,7 @@ class SlotStream:
             "slots": self.slots,
             "sources": [source.name for source in mixture.sources],
             "sizes": list(mixture.sizes),
-            "rates": list(mixture.rates),
+            "rates": list(mixture.weights),
         }
 
 

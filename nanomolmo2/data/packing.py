@@ -3,7 +3,7 @@
     Packer    which of the waiting examples share the next row: a knapsack of tokens and crops
     join      their `Encoded`s as one
 
-A row that is half full costs nearly as much as a full one. M crops (or pictures) of an example.
+A row that is half full costs nearly as much as a full one. M crops (or images) of an example.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from nanomolmo2.data.example import BadExample
 from nanomolmo2.processor import Encoded
 from nanomolmo2.processor.collate import join_windows, labels_of, subsegments_of, weights_of
 
-POOL = 48  # examples that wait for a row
+PACKING_BUFFER = 48  # examples that wait for a row
 STEPS = 512  # at least so many different lengths are told apart when a row is chosen
 
 
 class Sized(Protocol):
-    """What takes room in a row."""
+    """What is packed into a row."""
 
     @property
     def tokens(self) -> int: ...
@@ -38,21 +38,25 @@ Item = TypeVar("Item", bound=Sized)
 class Packer(Generic[Item]):
     """Examples in the order of their arrival, and rows chosen from them.
 
-    Every row takes the example that has waited longest, so none stays for more rows than the pool
-    has places, however badly it fits.
+    Every row takes the example that has waited longest, so none stays for more rows than the
+    buffer has places, however badly it fits.
     """
 
     def __init__(
-        self, max_tokens: int, max_crops: int, pool: int = POOL, crop_weight: float = 1.0
+        self,
+        max_tokens: int,
+        max_crops: int,
+        packing_buffer: int = PACKING_BUFFER,
+        crop_weight: float = 1.0,
     ) -> None:
         """
         Args:
-            max_tokens, max_crops: what a row holds; its pictures, where they are not cut.
-            pool: examples to choose from.
+            max_tokens, max_crops: what a row holds; its images, where they are not cut.
+            packing_buffer: examples to choose from.
             crop_weight: how many tokens a crop is worth; see `choose`.
         Raises: ValueError for limits below 1 or a negative weight.
         """
-        for name, value in (("max_tokens", max_tokens), ("pool", pool)):
+        for name, value in (("max_tokens", max_tokens), ("packing_buffer", packing_buffer)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         if max_crops < 0 or not crop_weight >= 0:
@@ -60,12 +64,12 @@ class Packer(Generic[Item]):
                 f"max_crops is {max_crops} and crop_weight {crop_weight}, expected 0 or more"
             )
         self.max_tokens, self.max_crops = max_tokens, max_crops
-        self.pool, self.crop_weight = pool, crop_weight
+        self.packing_buffer, self.crop_weight = packing_buffer, crop_weight
         self.waiting: list[Item] = []  # the oldest first
 
     @property
     def full(self) -> bool:
-        return len(self.waiting) >= self.pool
+        return len(self.waiting) >= self.packing_buffer
 
     def add(self, item: Item) -> None:
         """Let an example wait for its row.
@@ -114,11 +118,11 @@ def choose(
     Source: Molmo2, "Packing" (olmo/data/dynamic_packer.py), where the first one is not forced.
     """
     quantum = max(1, max_tokens // STEPS)
-    room = max_tokens // quantum
+    capacity = max_tokens // quantum
     # What is longer than all whole quanta, but not than the row, fills the row.
-    sizes = [min(-(-length // quantum), room) for length in tokens]
+    sizes = [min(-(-length // quantum), capacity) for length in tokens]
     values = [t + crop_weight * c for t, c in zip(tokens, crops, strict=True)]
-    T, C = room - sizes[0], max_crops - crops[0]
+    T, C = capacity - sizes[0], max_crops - crops[0]
     # Mostly only the tokens are scarce, and that is 1 to 100 times less work to find out.
     others = _knapsack(sizes[1:], [0] * len(sizes[1:]), values[1:], T, 0)
     if sum(crops[1 + i] for i in others) > C:
@@ -160,11 +164,11 @@ def _knapsack(
 def join(examples: Sequence[Encoded]) -> Encoded:
     """Several examples as one row, in which the model computes for each what it does alone.
 
-    Subsegments grow by 100000 an example, which keeps both text and pictures apart; positions go on
+    Subsegments grow by 100000 an example, which keeps both text and images apart; positions go on
     restarting; crops are counted through the row. For designs that write out one image token a
     visual token; the model refuses others.
 
-    What only describes the pictures (sizes, grids, times) stays with the examples.
+    What only describes the images (sizes, grids, times) stays with the examples.
 
     Raises: ValueError for no examples.
     """
@@ -175,7 +179,7 @@ def join(examples: Sequence[Encoded]) -> Encoded:
     # Nothing is predicted at the beginning of an example, so not by the example before it either.
     firsts = np.cumsum([0, *(len(e.input_ids) for e in examples[:-1])])
     labels[firsts], weights[firsts] = IGNORED_LABEL, 0
-    pictures = [e.pixel_values for e in examples if e.pixel_values is not None]
+    images = [e.pixel_values for e in examples if e.pixel_values is not None]
     return Encoded(
         input_ids=np.concatenate([e.input_ids for e in examples]),
         position_ids=np.concatenate([e.position_ids for e in examples]),
@@ -184,6 +188,6 @@ def join(examples: Sequence[Encoded]) -> Encoded:
         subsegment_ids=np.concatenate(
             [subsegments_of(e) + PACK_SUBSEGMENT * k for k, e in enumerate(examples)]
         ),
-        pixel_values=np.concatenate(pictures) if pictures else None,
+        pixel_values=np.concatenate(images) if images else None,
         image_token_pooling=join_windows(examples),
     )

@@ -24,6 +24,7 @@ from functools import cached_property, lru_cache
 from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 from nanomolmo2.data.example import BadExample
@@ -147,7 +148,7 @@ class Parquet:
 class Tar:
     """WebDataset: ``a/7.json, a/7.jpg`` or ``a/7.txt, a/7.0.png, a/7.1.png`` are one record.
 
-    The record is what its json holds, or ``{"caption": what its txt holds}``, with the pictures of
+    The record is what its json holds, or ``{"caption": what its txt holds}``, with the images of
     the tar (bytes, by their numbers) as ``images``.
     """
 
@@ -171,7 +172,7 @@ class Tar:
                 f"it is compressed (gunzip), since members are read where they lie"
             ) from None
         self._keys = [key.lstrip("/") for key in members]
-        self._members = [sorted(found, key=_picture_number) for found in members.values()]
+        self._members = [sorted(found, key=_image_number) for found in members.values()]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -179,7 +180,7 @@ class Tar:
     def __getitem__(self, i: int) -> Row:
         where = f"{self.path}, key {self._keys[i]}"
         values: dict[str, Any] = {}
-        pictures: list[bytes] = []
+        images: list[bytes] = []
         with self.path.open("rb") as stream:
             for extension, offset, size in self._members[i]:
                 stream.seek(offset)
@@ -189,10 +190,10 @@ class Tar:
                 elif extension == "txt":
                     values.setdefault("caption", content.decode(errors="replace").strip())
                 else:
-                    pictures.append(content)
-        if pictures:
+                    images.append(content)
+        if images:
             values = {key: value for key, value in values.items() if key != "image"}
-            values["images"] = pictures
+            values["images"] = images
         return Row(values, where, self.path.parent)
 
 
@@ -225,7 +226,7 @@ class HubRows:
         self._ends = array("q", [0])
 
     @property
-    def _datasets(self) -> Any:
+    def _datasets(self) -> ModuleType:
         return optional_module("datasets", "hub-data", f"to stream {self.name} from the hub")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -246,7 +247,7 @@ class HubRows:
             data = self._datasets.load_dataset(
                 self.name, self.subset or None, split=self.split, streaming=True
             )
-            # Pictures as bytes: a broken one must not end the stream.
+            # Images as bytes: a broken one must not end the stream.
             self._stream = iter(data.decode(False))
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the stream
         while len(self._ends) <= i + 1:
@@ -329,12 +330,12 @@ def _find_files(path: Path) -> list[Path]:
     return files
 
 
-def _picture_number(member: tuple[str, int, int]) -> int:
+def _image_number(member: tuple[str, int, int]) -> int:
     found = MEMBER.fullmatch(member[0])
     return int(found[1]) if found and found[1] else -1
 
 
-def optional_module(module: str, extra: str, purpose: str) -> Any:
+def optional_module(module: str, extra: str, purpose: str) -> ModuleType:
     """Import what an extra installs. Raises: ImportError naming the extra."""
     try:
         return import_module(module)
@@ -361,11 +362,11 @@ def _checked(values: Any, where: str) -> dict[str, Any]:
     return values
 
 
-def _bytes_to_json(value: Any) -> Any:
+def _bytes_to_json(value: Any) -> dict[str, str] | str:
     if isinstance(value, bytes):
         return {"base64": base64.b64encode(value).decode()}
     return str(value)  # dates and the like, which no layout asks for
 
 
-def _bytes_from_json(values: dict[str, Any]) -> Any:
+def _bytes_from_json(values: dict[str, Any]) -> bytes | dict[str, Any]:
     return base64.b64decode(values["base64"]) if values.keys() == {"base64"} else values

@@ -1,6 +1,6 @@
 """What `inspect` and `audit` found, as terminal text and as one HTML page.
 
-The page needs no other file and no script: pictures are data URIs, and its own policy forbids the
+The page needs no other file and no script: images are data URIs, and its own policy forbids the
 browser to load anything. All text of the data is escaped, and characters that would steer a
 terminal or turn the reading direction are written as escapes.
 """
@@ -30,7 +30,7 @@ _STYLES: dict[Role, Style] = {
     "assistant": Style(color="magenta", bold=True),
 }
 _THUMBNAIL = 36  # characters; a character shows one pixel above another
-_LOSSLESS = 256  # pixels; pictures up to this side are PNG in the page, larger ones JPEG
+_LOSSLESS = 256  # pixels; images up to this side are PNG in the page, larger ones JPEG
 
 
 def visible(text: str) -> str:
@@ -54,9 +54,9 @@ def print_views(views: Iterable[View | Fault], console: Console) -> None:
             continue
         console.print(Text(_headline(view), style="bold"), soft_wrap=True)
         if console.color_system is not None:
-            drawn = [picture for branch in view.branches for _, picture in branch.drawn]
-            for picture in (drawn or view.pictures)[:1]:
-                console.print(_half_blocks(picture))
+            drawn = [image for branch in view.branches for _, image in branch.drawn]
+            for image in (drawn or view.images)[:1]:
+                console.print(_half_blocks(image))
         for name, crop in view.crops:
             console.print(f"  {name}: {crop.width} x {crop.height} pixels", highlight=False)
         rows = Table.grid(padding=(0, 1))
@@ -145,10 +145,10 @@ def _token_text(tokens: Iterable[Token]) -> Text:
     return text
 
 
-def _half_blocks(picture: Image.Image) -> Text:
-    """A picture in characters: the upper half of each is one pixel, the lower the next."""
-    rows = max(1, round(_THUMBNAIL * picture.height / picture.width / 2))
-    small = picture.resize((_THUMBNAIL, 2 * rows))
+def _half_blocks(image: Image.Image) -> Text:
+    """An image in characters: the upper half of each is one pixel, the lower the next."""
+    rows = max(1, round(_THUMBNAIL * image.height / image.width / 2))
+    small = image.resize((_THUMBNAIL, 2 * rows))
     text = Text(no_wrap=True)
     for y in range(0, 2 * rows, 2):
         text.append("  ")
@@ -206,16 +206,16 @@ def _view_html(view: View | Fault) -> str:
             f"<article><h2>record {view.record}</h2>"
             f'<p class="fatal">{_html(view.cause)}: {_html(view.detail)}</p></article>'
         )
-    pictures = [
-        _figure(picture, f"picture {number}, {width} x {height} pixels")
-        for number, (picture, (width, height)) in enumerate(
-            zip(view.pictures, view.sizes, strict=True), start=1
+    images = [
+        _figure(image, f"picture {number}, {width} x {height} pixels")
+        for number, (image, (width, height)) in enumerate(
+            zip(view.images, view.sizes, strict=True), start=1
         )
     ]
     crops = [_figure(crop, name) for name, crop in view.crops]
     parts = [f"<h2>{_html(_headline(view))}</h2>"]
-    if pictures:
-        parts.append(f'<div class="figures">{"".join(pictures)}</div>')
+    if images:
+        parts.append(f'<div class="figures">{"".join(images)}</div>')
     if crops:
         parts.append(
             f"<details><summary>what the vision encoder gets: {len(crops)}</summary>"
@@ -223,7 +223,7 @@ def _view_html(view: View | Fault) -> str:
         )
     parts.append(f"<h3>prefix</h3>{_tokens_html(view.prefix)}")
     for number, branch in enumerate(view.branches):
-        drawn = [_figure(picture, name) for name, picture in branch.drawn]
+        drawn = [_figure(image, name) for name, image in branch.drawn]
         parts.append(f"<h3>{_html(_branch_line(number, branch))}</h3>")
         parts.append(_tokens_html(branch.tokens))
         parts += [f'<p class="fatal">{_html(problem)}</p>' for problem in branch.problems]
@@ -274,21 +274,21 @@ def _table(heads: Iterable[str], rows: Iterable[str]) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
-def _figure(picture: Image.Image, caption: str) -> str:
+def _figure(image: Image.Image, caption: str) -> str:
     name = escape(caption)
-    image = f'<img src="{data_uri(picture)}" alt="{name}" width="{picture.width}">'
-    return f"<figure>{image}<figcaption>{name}</figcaption></figure>"
+    shown = f'<img src="{data_uri(image)}" alt="{name}" width="{image.width}">'
+    return f"<figure>{shown}<figcaption>{name}</figcaption></figure>"
 
 
-def data_uri(picture: Image.Image) -> str:
-    """A picture as text that an ``img`` shows."""
+def data_uri(image: Image.Image) -> str:
+    """An image as text that an ``img`` shows."""
     stream = io.BytesIO()
-    if max(picture.size) <= _LOSSLESS:
+    if max(image.size) <= _LOSSLESS:
         kind = "png"
-        picture.save(stream, format="PNG")
+        image.save(stream, format="PNG")
     else:
         kind = "jpeg"
-        picture.save(stream, format="JPEG", quality=90)
+        image.save(stream, format="JPEG", quality=90)
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 

@@ -2,6 +2,7 @@
 
     SourceConfig -> open_source -> source[i]     records.py   file -> record i
                                                  layouts.py   record -> Example
+                                                 registry.py  sources that are known by a name
 
 Nothing is decoded before it is asked for, and sources can be pickled for worker processes.
 """
@@ -9,37 +10,20 @@ Nothing is decoded before it is asked for, and sources can be pickled for worker
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, ClassVar, Self, get_args
 
 import numpy as np
 
 from nanomolmo2.config import Config
-from nanomolmo2.data.emoji.source import EmojiConfig, EmojiScenes
-from nanomolmo2.data.example import BadExample, Example
+from nanomolmo2.data.example import BadExample, Example, Source
 from nanomolmo2.data.layouts import LAYOUTS, Prompts, Record, address_key, layout_of
 from nanomolmo2.data.mixture import Mixture
 from nanomolmo2.data.records import Rows, open_rows
+from nanomolmo2.data.registry import SOURCES
 
 __all__ = ["BadExample", "Source", "SourceConfig", "address_key", "open_mixture", "open_source"]
-
-EMOJI = "emoji"
-Format = Literal[
-    "auto", "own", "llava", "cauldron", "pixmo_cap", "pixmo_points", "cosyn_point", "emoji"
-]
-
-
-class Source(Protocol):
-    """Examples by number; the same number is always the same example."""
-
-    name: str
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> Example:
-        """Raises: `BadExample` where there is nothing to learn from; IndexError past the end."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -48,50 +32,86 @@ class SourceConfig(Config):
 
     Attributes:
         path: a file (.jsonl, .json, .parquet, .tar), a folder or a pattern of them, ``hub:`` and
-            the name of a data set on the Hugging Face hub, or ``emoji``.
+            the name of a data set on the Hugging Face hub, or the name of a registered source, such
+            as ``emoji``.
         format: layout of the records; ``auto`` tells it from their fields. See docs/data.md.
-        rate: share of the examples drawn, 0 to 1; None shares what the given rates leave by the
-            square root of the sizes.
+        sampling_weight: share of the examples drawn, 0 to 1; None shares what the given weights
+            leave by the square root of the sizes.
         name: for reports; taken from the path where it is empty.
-        pictures: folder of the pictures; empty: paths are relative to the file of records.
+        image_folder: where the images lie; empty: paths are relative to the file of records.
         prompts: how a data set without questions asks: ``natural`` sentences, or ``styles``, the
             bare style names of Molmo2's first stage (``long_caption 42:``, ``pointing: dogs``).
         separate_turns: the questions of a conversation do not build on each other: each becomes a
             branch of its own.
         subset, split: which part of a data set on the hub.
         seed: of what is drawn within an example: scenes, wordings.
-        emoji: which scenes, for the path ``emoji``.
+        options: of a registered source, as plain JSON types, such as ``{"length": 1000}``; those
+            that are left out have its defaults.
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {"rate": "sampling_weight", "pictures": "image_folder"}
+
     path: str
-    format: Format = "auto"
-    rate: float | None = None
+    format: str = "auto"
+    sampling_weight: float | None = None
     name: str = ""
-    pictures: str = ""
+    image_folder: str = ""
     prompts: Prompts = "natural"
     separate_turns: bool = False
     subset: str = ""
     split: str = "train"
     seed: int = 0
-    emoji: EmojiConfig = field(default_factory=EmojiConfig)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("path is empty: give a file, a folder, hub:NAME or emoji")
-        for name, kind in (("format", Format), ("prompts", Prompts)):
-            if getattr(self, name) not in get_args(kind):
+        formats = ("auto", *LAYOUTS, *SOURCES)
+        for name, known in (("format", formats), ("prompts", get_args(Prompts))):
+            if getattr(self, name) not in known:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected one of "
-                    f"{', '.join(get_args(kind))}"
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
-        if self.rate is not None and not 0 <= self.rate <= 1:
-            raise ValueError(f"rate is {self.rate}, expected a share from 0 to 1, or None")
+        weight = self.sampling_weight
+        if weight is not None and not 0 <= weight <= 1:
+            raise ValueError(f"sampling_weight is {weight}, expected a share from 0 to 1, or None")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, expected 0 or more")
+        if self.options and self.registered is None:
+            raise ValueError(
+                f"options are for the registered sources ({', '.join(SOURCES)}), and {self.path} "
+                f"is none of them: leave them out"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """As `Config.from_dict`; files of before the registry have a block by a source's name,
+        whichever source they are about.
+        """
+        if isinstance(values, dict):
+            values = dict(values)
+            path, format = values.get("path"), values.get("format", "auto")
+            for name in SOURCES:
+                block = values.pop(name, None)
+                if block and name == (path if format == "auto" else format):
+                    values.setdefault("options", block)
+        return super().from_dict(values)
 
     @property
-    def is_emoji(self) -> bool:
-        return self.format == EMOJI or (self.format == "auto" and self.path == EMOJI)
+    def registered(self) -> str | None:
+        """Name of the registered source that this is; None for records."""
+        name = self.path if self.format == "auto" else self.format
+        return name if name in SOURCES else None
+
+    def with_all_options(self) -> Self:
+        """The same source with every option written out.
+
+        Raises: ValueError for options that the registered source does not know.
+        """
+        if self.registered is None:
+            return self
+        options = SOURCES[self.registered].from_dict(self.options)
+        return replace(self, options=options.to_dict())
 
 
 class RecordSource:
@@ -113,7 +133,7 @@ class RecordSource:
         record = Record(
             values,
             where,
-            Path(config.pictures).expanduser() if config.pictures else folder,
+            Path(config.image_folder).expanduser() if config.image_folder else folder,
             np.random.default_rng([config.seed, i]),
             config.prompts,
             config.separate_turns,
@@ -129,8 +149,9 @@ def open_source(spec: str | Path | SourceConfig) -> Source:
         shows when that is asked for.
     """
     config = spec if isinstance(spec, SourceConfig) else SourceConfig(str(spec))
-    if config.is_emoji:
-        return EmojiScenes(config.emoji, config.seed, config.name or EMOJI)
+    if (known := config.registered) is not None:
+        options = SOURCES[known].from_dict(config.options)
+        return options.open(config.seed, config.name or known)
     source = RecordSource(open_rows(config.path, config.subset, config.split), config)
     if not len(source):
         raise ValueError(f"{config.path} holds no records: was it written to the end?")
@@ -138,5 +159,6 @@ def open_source(spec: str | Path | SourceConfig) -> Source:
 
 
 def open_mixture(configs: Sequence[SourceConfig], seed: int = 0) -> Mixture:
-    """Open sources and mix them at their rates."""
-    return Mixture([open_source(c) for c in configs], [c.rate for c in configs], seed)
+    """Open sources and mix them by their sampling weights."""
+    weights = [config.sampling_weight for config in configs]
+    return Mixture([open_source(config) for config in configs], weights, seed)

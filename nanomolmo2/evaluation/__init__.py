@@ -1,1 +1,1 @@
-"""Evaluation: scorers, and the fixed emoji test sets."""
+"""Evaluation: exams of any benchmark, scorers, intervals, reports."""

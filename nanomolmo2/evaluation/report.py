@@ -1,4 +1,4 @@
-"""The emoji scores as a table, and as a page with pictures of the worst answers."""
+"""Scores of a benchmark as a table, and as a page with images of the worst answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw
 
-from nanomolmo2.evaluation.emoji import ROWS, Failure, Scores, shown_in
+from nanomolmo2.evaluation.exam import Benchmark, Failure, Row, Scores, shown_in
 from nanomolmo2.files import atomic_path
 from nanomolmo2.processor.draw import draw_frames, draw_points
 from nanomolmo2.processor.image import load_image
@@ -21,7 +21,7 @@ from nanomolmo2.processor.points import SCALE
 LEGEND = "score [95 % interval, scenes resampled] ≥ goal that is met, < goal that is missed"
 PAGE = "index.html"
 PICTURES = "pictures"
-ENLARGED = 2  # test pictures are small beside the discs that mark points
+ENLARGED = 2  # test images are small beside the discs that mark points
 FRAMES_A_LINE = 4
 TRUE_COLOUR = "#00ff40"
 
@@ -34,23 +34,23 @@ def format_score(value: float) -> str:
     return f"{value:.3f}".removeprefix("0")
 
 
-def format_cell(scores: Scores, name: str) -> str:
+def format_cell(scores: Scores, name: str, row: Row) -> str:
     """``".912 [.903, .921] < .95"``: score, interval, goal; ``"-"`` for what was not asked."""
     if name not in scores.means:
         return "-"
     low, high = (format_score(end) for end in scores.intervals[name])
     cell = f"{format_score(scores.means[name])} [{low}, {high}]"
-    goal = ROWS[name].goal(scores.group)
+    goal = row.goal(scores.group)
     if goal is not None:
         cell += f" {'≥' if scores.means[name] >= goal else '<'} {goal:.2f}".replace(" 0.", " .")
     return cell
 
 
-def score_table(scores: Sequence[Scores]) -> str:
-    """Scores of some art groups side by side, as a Markdown table; see `LEGEND`."""
-    titles, cells = ["", *(row.title for row in ROWS.values())], []
+def score_table(scores: Sequence[Scores], rows: Mapping[str, Row]) -> str:
+    """Scores of some groups side by side, as a Markdown table; see `LEGEND`."""
+    titles, cells = ["", *(row.title for row in rows.values())], []
     for one in scores:
-        cells.append([one.group, *(format_cell(one, name) for name in ROWS)])
+        cells.append([one.group, *(format_cell(one, name, row) for name, row in rows.items())])
     widths = [max(map(len, column)) for column in (titles, *cells)]
     lines = []
     for title, *row in zip(titles, *cells, strict=True):
@@ -60,25 +60,25 @@ def score_table(scores: Sequence[Scores]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def goals_met(scores: Sequence[Scores]) -> tuple[int, int]:
+def goals_met(scores: Sequence[Scores], rows: Mapping[str, Row]) -> tuple[int, int]:
     """How many goals are met, of how many."""
     found = [
         one.means[name] >= goal
         for one in scores
-        for name, row in ROWS.items()
+        for name, row in rows.items()
         if name in one.means and (goal := row.goal(one.group)) is not None
     ]
     return sum(found), len(found)
 
 
-def scores_to_json(scores: Sequence[Scores]) -> dict[str, Any]:
+def scores_to_json(scores: Sequence[Scores], rows: Mapping[str, Row]) -> dict[str, Any]:
     """Scores, answers, intervals and goals of every group, as plain JSON types."""
     return {
         one.group: {
             "scores": one.means,
             "answers": one.counts,
             "intervals": {name: list(ends) for name, ends in one.intervals.items()},
-            "goals": {n: ROWS[n].goal(one.group) for n in one.means if ROWS[n].goal(one.group)},
+            "goals": {n: rows[n].goal(one.group) for n in one.means if rows[n].goal(one.group)},
         }
         for one in scores
     }
@@ -104,8 +104,10 @@ def check_report_folder(path: Path) -> None:
         raise ValueError(f"nothing can be written to {parent}: {error.strerror}") from None
 
 
-def write_report(path: Path, scores: Sequence[Scores], about: Mapping[str, object]) -> None:
-    """Write ``index.html`` and its pictures into a new folder; complete or not at all.
+def write_report(
+    path: Path, scores: Sequence[Scores], about: Mapping[str, object], benchmark: Benchmark
+) -> None:
+    """Write ``index.html`` and its images into a new folder; complete or not at all.
 
     Args:
         path: a folder that is not there yet, or is empty.
@@ -129,11 +131,13 @@ def write_report(path: Path, scores: Sequence[Scores], about: Mapping[str, objec
                     sections.append(_figure(failure, name))
                 sections.append("</div>")
         page = _PAGE.format(
+            name=html.escape(benchmark.name),
+            title=html.escape(benchmark.title),
             about="".join(
                 f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>"
                 for key, value in about.items()
             ),
-            table=_html_table(scores),
+            table=_html_table(scores, benchmark.rows),
             legend=html.escape(LEGEND),
             sections="\n".join(sections),
         )
@@ -143,7 +147,7 @@ def write_report(path: Path, scores: Sequence[Scores], about: Mapping[str, objec
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
-<title>nanomolmo2 eval emoji</title>
+<title>nanomolmo2 eval {name}</title>
 <style>
 body {{ font: 15px/1.4 sans-serif; margin: 2em; }}
 dl {{ display: grid; grid-template-columns: max-content auto; gap: 0 1em; }}
@@ -156,7 +160,7 @@ div {{ display: flex; flex-wrap: wrap; gap: 16px; align-items: start; }}
 figure {{ margin: 0; max-width: 800px; }}
 figcaption {{ overflow-wrap: anywhere; max-width: 400px; }}
 </style>
-<h1>Emoji test set</h1>
+<h1>{title}</h1>
 <dl>{about}</dl>
 <table>
 {table}
@@ -167,38 +171,38 @@ figcaption {{ overflow-wrap: anywhere; max-width: 400px; }}
 """
 
 
-def _html_table(scores: Sequence[Scores]) -> str:
+def _html_table(scores: Sequence[Scores], rows: Mapping[str, Row]) -> str:
     lines = ["<tr><th>" + "".join(f"<th>{html.escape(one.group)}" for one in scores)]
-    for name, row in ROWS.items():
+    for name, row in rows.items():
         line = f"<tr><td>{html.escape(row.title)}"
         for one in scores:
             goal = row.goal(one.group)
             style = ""
             if goal is not None and name in one.means:
                 style = ' class="met"' if one.means[name] >= goal else ' class="missed"'
-            line += f"<td{style}>{html.escape(format_cell(one, name))}"
+            line += f"<td{style}>{html.escape(format_cell(one, name, row))}"
         lines.append(line)
     return "\n".join(lines)
 
 
-def _figure(failure: Failure, picture: str) -> str:
+def _figure(failure: Failure, image: str) -> str:
     def escaped(text: object) -> str:
         return html.escape(str(text))
 
     truth = failure.branch.truth
     return (
-        f'<figure><img src="{escaped(picture)}" alt="{escaped(failure.name)}"><figcaption>'
+        f'<figure><img src="{escaped(image)}" alt="{escaped(failure.name)}"><figcaption>'
         f"<b>{escaped(failure.branch.messages[0]['content'])}</b><br>"
         f"said: {escaped(failure.answer)}<br>true: {escaped(truth.get('answer', '-'))}<br>"
         f"{escaped(failure.name)}, score {failure.score:.2f}</figcaption></figure>"
     )
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 class _Mark(NamedTuple):
-    """A true box, in a picture (from 1) or at a time in seconds."""
+    """A true box, in an image (from 1) or at a time in seconds."""
 
     box: Sequence[float]
     image: int = 1
@@ -206,7 +210,7 @@ class _Mark(NamedTuple):
 
 
 def draw_failure(failure: Failure) -> Image.Image:
-    """An example's pictures or frames with the true boxes and the points of the answer."""
+    """An example's images or frames with the true boxes and the points of the answer."""
     example, shown = failure.example, shown_in(failure.example)
     points, marks = shown.points(failure.answer), _true_marks(failure)
     if example.video is None:
@@ -241,7 +245,7 @@ def _true_marks(failure: Failure) -> list[_Mark]:
         ]
     boxes = [box for box in truth.get("boxes", ()) if box is not None]
     boxes += [box for group in truth.get("groups", ()) for box in group["boxes"]]
-    if failure.branch.task == "at":
+    if {"x", "y"} <= truth.keys():  # a place that the question names
         (width, height), side = shown_in(failure.example).image_sizes[0], 3
         x, y = truth["x"] * width / SCALE, truth["y"] * height / SCALE
         boxes.append((x - side, y - side, x + side, y + side))
@@ -249,8 +253,8 @@ def _true_marks(failure: Failure) -> list[_Mark]:
 
 
 def _enlarged(image: Any) -> Image.Image:
-    picture = load_image(image)
-    return picture.resize((ENLARGED * picture.width, ENLARGED * picture.height))
+    loaded = load_image(image)
+    return loaded.resize((ENLARGED * loaded.width, ENLARGED * loaded.height))
 
 
 def _draw_box(canvas: Image.Image, box: Sequence[float]) -> None:
@@ -261,15 +265,15 @@ def _draw_box(canvas: Image.Image, box: Sequence[float]) -> None:
     draw.rectangle((x0, y0, x1, y1), outline=TRUE_COLOUR, width=2)
 
 
-def _tiled(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of any sizes in lines of so many, with a gap between."""
-    gap, width = 6, max(picture.width for picture in pictures)
-    height = max(picture.height for picture in pictures)
-    columns = min(columns, len(pictures))
-    lines = -(-len(pictures) // columns)
+def _tiled(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images of any sizes in lines of so many, with a gap between."""
+    gap, width = 6, max(image.width for image in images)
+    height = max(image.height for image in images)
+    columns = min(columns, len(images))
+    lines = -(-len(images) // columns)
     size = (columns * (width + gap) - gap, lines * (height + gap) - gap)
     sheet = Image.new("RGB", size, "white")
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         line, column = divmod(number, columns)
-        sheet.paste(picture, (column * (width + gap), line * (height + gap)))
+        sheet.paste(image, (column * (width + gap), line * (height + gap)))
     return sheet

@@ -1,8 +1,7 @@
-"""Scores of single answers, 0 to 1, by task. Positions are pixels of the original picture.
+"""Scores of single answers, 0 to 1. Positions are pixels of the original image.
 
-What a task's truth holds is told where its questions are made: `data/emoji/questions.py`,
-`pairs.py` and `clips.py`. Wherever nothing is the right answer, it must be said in the very words:
-an answer without points is not taken for one, or silence would be right.
+Wherever nothing is the right answer, it must be said in the very words: an answer without points is
+not taken for one, or silence would be right.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from nanomolmo2.data.emoji.sprites import CATEGORIES, PLURALS
 from nanomolmo2.processor.points import (
     NO_TRACKS,
     NOTHING_THERE,
@@ -24,27 +22,17 @@ from nanomolmo2.processor.points import (
 Box = Sequence[float]  # x0, y0, x1, y1
 Truth = Mapping[str, Any]
 
-NOTHING = "Nothing."
-DECLINED = "I do not know"
 NEAR_SECONDS = 0.26  # a point belongs to a frame if it is not further away in time than this
-
-_FORMS = {
-    form: noun for n, p in zip(CATEGORIES, PLURALS, strict=True) for form, noun in ((n, n), (p, n))
-}
-# Longest first: "hot dog" must not be read as "dog".
-_NOUN = re.compile(
-    r"\b(" + "|".join(sorted(map(re.escape, _FORMS), key=len, reverse=True)) + r")\b"
-)
 
 
 class Shown(NamedTuple):
-    """What a question was about: (width, height) of its pictures, or of its video, in pixels."""
+    """What a question was about: (width, height) of its images, or of its video, in pixels."""
 
     image_sizes: tuple[Size, ...] = ()
     video_size: Size | None = None
 
     def points(self, answer: str) -> list[Point]:
-        """Points of an answer; those of pictures that were not shown are left out."""
+        """Points of an answer; those of images that were not shown are left out."""
         return parse_points(answer, self.image_sizes, video_size=self.video_size, problems=[])
 
 
@@ -88,15 +76,28 @@ def count_matches(points: Sequence[tuple[float, float]], boxes: Sequence[Box]) -
     return sum(place(i, set()) for i in range(len(points)))
 
 
-def nouns_in(text: str) -> set[str]:
-    """The known nouns that a text names, in singular or plural."""
-    return {_FORMS[form] for form in _NOUN.findall(text.lower())}
+class Nouns:
+    """The nouns of a world, as texts name them: in singular or plural."""
 
+    def __init__(self, nouns: Sequence[str], plurals: Sequence[str]) -> None:
+        self._forms = {p: n for n, p in zip(nouns, plurals, strict=True)}
+        self._forms |= {noun: noun for noun in nouns}
+        # Longest first: "hot dog" must not be read as "dog".
+        longest = sorted(map(re.escape, self._forms), key=len, reverse=True)
+        self._pattern = re.compile(rf"\b({'|'.join(longest)})\b")
 
-def caption_f1(text: str, nouns: Collection[str]) -> float:
-    """F1 of the set of nouns that a caption names."""
-    named = nouns_in(text)
-    return f1(len(named & set(nouns)), len(named), len(nouns))
+    def singular(self, form: str) -> str:
+        """The noun of a form; what is none stays as it is."""
+        return self._forms.get(form, form)
+
+    def named_in(self, text: str) -> set[str]:
+        """The known nouns that a text names."""
+        return {self._forms[form] for form in self._pattern.findall(text.lower())}
+
+    def f1(self, text: str, nouns: Collection[str]) -> float:
+        """F1 of the set of nouns that a text names."""
+        named = self.named_in(text)
+        return f1(len(named & set(nouns)), len(named), len(nouns))
 
 
 def track_f1(points: Iterable[Point], frames: Sequence[Truth]) -> float:
@@ -121,82 +122,36 @@ def track_f1(points: Iterable[Point], frames: Sequence[Truth]) -> float:
 
 # ---- answers to tasks ----
 
-
-def score_task(task: str, truth: Truth, answer: str, shown: Shown) -> float:
-    """Score of an answer, 0 to 1.
-
-    Raises: ValueError for a task that is not in `SCORERS`.
-    """
-    if task not in SCORERS:
-        raise ValueError(f"no score for the task {task!r}: choose from {', '.join(SCORERS)}")
-    return SCORERS[task](truth, answer.strip(), shown)
+Scorer = Callable[[Truth, str, Shown], float]
 
 
-def _exact(truth: Truth, answer: str, shown: Shown) -> float:
+def exact(truth: Truth, answer: str, shown: Shown) -> float:
+    """The very words of ``answer``."""
     return float(answer == truth["answer"])
 
 
-def _count(truth: Truth, answer: str, shown: Shown) -> float:
+def count(truth: Truth, answer: str, shown: Shown) -> float:
+    """The number ``count``, however it is said."""
     return float(parse_count(answer) == truth["count"])
 
 
-def _nouns(truth: Truth, answer: str, shown: Shown) -> float:
-    if not truth["counts"]:
-        return float(answer == NOTHING)
-    return caption_f1(answer, truth["counts"])
-
-
-def _declined(truth: Truth, answer: str, shown: Shown) -> float:
-    return float(answer.startswith(DECLINED))
-
-
-def _points(truth: Truth, answer: str, shown: Shown) -> float:
+def points(truth: Truth, answer: str, shown: Shown) -> float:
+    """Points in ``boxes``, one each."""
     if not truth["boxes"]:
         return float(answer == NOTHING_THERE)
     return point_f1([(p.x, p.y) for p in shown.points(answer)], truth["boxes"])
 
 
-def _labelled_points(truth: Truth, answer: str, shown: Shown) -> float:
-    """Points of several nouns; a point with another noun's label misses."""
-    if not truth["groups"]:
-        return float(answer == NOTHING_THERE)
-    by_label: dict[str, list[tuple[float, float]]] = {}
-    for p in shown.points(answer):
-        label = (p.label or "").strip().lower()
-        by_label.setdefault(_FORMS.get(label, label), []).append((p.x, p.y))
-    groups = [(by_label.pop(group["noun"], []), group["boxes"]) for group in truth["groups"]]
-    return group_f1([*groups, *((points, []) for points in by_label.values())])
-
-
-def _track(truth: Truth, answer: str, shown: Shown) -> float:
+def track(truth: Truth, answer: str, shown: Shown) -> float:
+    """Points in the boxes of all ``frames``."""
     if not any(box is not None for frame in truth["frames"] for box in frame["boxes"]):
         return float(answer == NO_TRACKS)
     return track_f1(shown.points(answer), truth["frames"])
 
 
-def _video_points(truth: Truth, answer: str, shown: Shown) -> float:
+def video_points(truth: Truth, answer: str, shown: Shown) -> float:
+    """Points in ``boxes`` at the ``time``."""
     boxes = [box for box in truth["boxes"] if box is not None]
     if not boxes:
         return float(answer == NOTHING_THERE)
     return track_f1(shown.points(answer), [{"time": truth["time"], "boxes": boxes}])
-
-
-Scorer = Callable[[Truth, str, Shown], float]
-
-SCORERS: dict[str, Scorer] = {
-    "presence": _exact,
-    "count": _count,
-    "number": _count,
-    "point": _points,
-    "points": _labelled_points,
-    "caption": _nouns,
-    "spatial": _exact,
-    "size": _exact,
-    "at": _exact,
-    "unknown": _declined,
-    "more": _exact,
-    "difference": _nouns,
-    "track": _track,
-    "appears": _exact,
-    "video_point": _video_points,
-}

@@ -5,7 +5,7 @@
 Outside of tags anything may come. Once ``<points`` or ``<tracks`` is written, only what continues
 the tag as `nanomolmo2.processor.points` writes it, and the answer can not end before it is closed:
 
-    pictures: keys are numbers of pictures that the prompt has, in order
+    images:   keys are numbers of images that the prompt has, in order
     a video:  keys are seconds with one decimal, in order
     points:   ids run on from 1; tracks: ids go up within a group
     x, y:     three digits, or 1000
@@ -15,7 +15,7 @@ The automaton reads characters. A token is allowed if all of its text is, and wh
 found in a tree of the texts of all tokens: in a list of numbers only a few branches are walked. An
 answer that is cut off at max_new_tokens can still end within a tag.
 
-`PointsGuide` uses the same automaton the other way: much of a list is known before it is written.
+`PointsProposer` uses the same automaton the other way: much of a list is known before it comes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TAGS = ("points", "tracks")
 _OPENINGS = tuple(f"<{tag}" for tag in _TAGS)
 _CLOSINGS = tuple(f"</{tag}>" for tag in _TAGS)
 _COORDS = ' coords="'
-_MOST = 10**9 - 1  # nine digits: largest id, number of a picture, tenth of a second
+_MOST = 10**9 - 1  # nine digits: largest id, number of an image, tenth of a second
 _ASCII_BYTE = re.compile(r"<0x[0-7][0-9A-F]>")
 _CACHED_STATES = 4096
 
@@ -64,7 +64,7 @@ class PointsGrammar:
     def __init__(self, num_images: int | None = 1, *, video: bool = False) -> None:
         """
         Args:
-            num_images: pictures in the prompt; None = not known, any number.
+            num_images: images in the prompt; None = not known, any number.
             video: the keys are times; num_images says nothing.
         """
         if num_images is not None and num_images < 0:
@@ -78,7 +78,7 @@ class PointsGrammar:
         new = part + char
         if phase == "out":
             if new in _OPENINGS:
-                # With no picture and no video there is nothing to point at.
+                # With no image and no video there is nothing to point at.
                 return State("open", "", new[1:]) if self._key_left(-1) else None
             return State("out", _pending(new, _OPENINGS))
         if phase == "open":
@@ -264,7 +264,7 @@ class PointsConstraint:
     ) -> None:
         """
         Args:
-            num_images: pictures in the prompt; None = any number.
+            num_images: images in the prompt; None = any number.
             video: the prompt has a video: the keys are times.
         """
         self.grammar = PointsGrammar(num_images, video=video)
@@ -368,8 +368,8 @@ class PointsState:
         self.state = following
 
 
-class PointsGuide:
-    """A `Guide` of `nanomolmo2.generation.lookup`: ids and separators of lists before they come.
+class PointsProposer:
+    """A `DraftProposer`: ids and separators of lists of points before they come.
 
     Made in microseconds: only the tokens of the answer are read, not the whole vocabulary.
     """
@@ -382,7 +382,7 @@ class PointsGuide:
         self._grammar = PointsGrammar(num_images, video=video)
         self._before, self._skip = _before(tokenizer)
         self._state = State()
-        # Where a digit comes in one token with the space before it, that space can not be guessed.
+        # Where a digit comes in one token with the space before it, that space can not be drafted.
         self._space_alone = len(tokenizer.encode_text(" 4")) > 1
 
     def extend(self, ids: Iterable[int]) -> None:

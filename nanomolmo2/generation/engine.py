@@ -1,10 +1,13 @@
 """Engine: prefill, then a token or more a step, for rows that join and leave between steps.
 
-Knows token ids and embeddings, nothing of pictures or text. B rows, T prompt positions, N new
+Knows token ids and embeddings, nothing of images or text. B rows, T prompt positions, N new
 positions of all rows in a step, D width, V vocabulary.
 
 A step computes the new positions of all rows behind one another, as one row of N: linear layers see
 no padding. Keys and values of a row are its own, and so is its attention.
+
+A decoding step sends one tensor of ids and positions to the device and waits for one that comes
+back: what the samplers need of the logits.
 """
 
 from __future__ import annotations
@@ -12,9 +15,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -22,18 +24,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanomolmo2.accelerate.prefill import last_hidden_state
+from nanomolmo2.accelerate.quantization import cache_dtype
 from nanomolmo2.generation.invariant import FixedBlocks
-from nanomolmo2.generation.lookup import MAX_NGRAM, AdaptiveWidth, Drafter, Guide, Shares, StepCosts
-from nanomolmo2.generation.prefix_cache import Keys, Prefix, PrefixCache, reach_of
-from nanomolmo2.generation.sampling import Sampled, Sampler, SamplingParams, sample_rows
-from nanomolmo2.models.attention import causal_mask
-from nanomolmo2.models.kv_cache import RaggedStep, RowCache
-from nanomolmo2.models.language_model import LanguageModel
+from nanomolmo2.generation.kv_cache import RaggedStep, RowCache
+from nanomolmo2.generation.prefix_cache import Prefix, PrefixCache, lookahead_of
+from nanomolmo2.generation.request import Event as Event
+from nanomolmo2.generation.request import Request as Request
+from nanomolmo2.generation.request import Result as Result
+from nanomolmo2.generation.sampling import Likeliest, Sampled, Sampler, fetch
+from nanomolmo2.generation.speculative import (
+    MAX_NGRAM,
+    AcceptanceRate,
+    AdaptiveWidth,
+    Drafter,
+    StepCosts,
+)
+from nanomolmo2.models import LanguageModel
+from nanomolmo2.models.attention import causal_mask, sequence_mask
+from nanomolmo2.models.forms import check_ids
 
 # Slots allocated behind a prompt at once, if the answer may be that long; more are added as needed.
 _ANSWER_SLOTS = 512
 
-# Ids of earlier answers that are looked at for guesses: how a model begins and ends an answer.
+# Ids of earlier answers that are looked through for drafts: how a model begins and ends an answer.
 _EARLIER_IDS = 512
 
 
@@ -42,83 +56,11 @@ class _Learned:
 
     def __init__(self) -> None:
         self.costs = StepCosts()
-        self.shares = Shares()
+        self.acceptance = AcceptanceRate()
         self.answers: deque[int] = deque(maxlen=_EARLIER_IDS)  # each behind the end of its prompt
 
 
 _LEARNED: WeakKeyDictionary[LanguageModel, _Learned] = WeakKeyDictionary()
-
-
-@dataclass
-class Request:
-    """A prompt and how to continue it.
-
-    Attributes:
-        input_ids: (T,) ids; may be left out where ``inputs_embeds`` is given.
-        inputs_embeds: (T, D), in place of the embeddings of the ids.
-        attention_mask: (T, T) bool, True = see, where it is more than causal.
-        position_ids: (T,) rotary positions; by default 0 .. T - 1.
-        prefix_keys: (T,) numbers that tell positions apart by their content, for the prefix cache;
-            by default the ids. With embeddings: see `prefix_cache.position_keys`; without any,
-            nothing is reused. A mask must follow from them.
-        max_new_tokens: longest answer.
-        sampling: how to choose; one seed. ``sampling.stop`` is for a layer that knows text: here it
-            needs ``stops``.
-        eos_token_ids: any of them, or of ``sampling.stop_token_ids``, ends the answer and is its
-            last token.
-        stops: called with every new id, in order; True ends the answer there.
-        guide: knows likely continuations, for lookup; it belongs to this request alone.
-    """
-
-    input_ids: Sequence[int] | Tensor | None = None
-    inputs_embeds: Tensor | None = None
-    attention_mask: Tensor | None = None
-    position_ids: Tensor | None = None
-    prefix_keys: Keys | None = None
-    max_new_tokens: int = 256
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    eos_token_ids: tuple[int, ...] = ()
-    stops: Callable[[int], bool] | None = None
-    guide: Guide | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """An answer.
-
-    Attributes:
-        token_ids: with the id that ended it.
-        finish_reason: ``stop`` (an end token, or ``stops``), ``length`` (max_new_tokens).
-        prompt_tokens: T.
-        reused_tokens: those of them whose keys and values were there already.
-        sampled: every token with its log-probabilities, if ``sampling.logprobs`` asks for them.
-    """
-
-    token_ids: list[int]
-    finish_reason: str
-    prompt_tokens: int
-    reused_tokens: int
-    sampled: tuple[Sampled, ...] = ()
-
-
-@dataclass(frozen=True)
-class Event:
-    """A new token of a request; with ``result`` it is the last.
-
-    ``sampled`` is the token with its log-probabilities; None only where an answer ends without one.
-    """
-
-    request_id: int
-    sampled: Sampled | None
-    result: Result | None = None
-
-    @property
-    def token(self) -> int | None:
-        return None if self.sampled is None else self.sampled.token
-
-    @property
-    def finished(self) -> bool:
-        return self.result is not None
 
 
 class _Row:
@@ -134,25 +76,31 @@ class _Row:
                 f"with every new id"
             )
         ids = request.input_ids
-        self.ids = None if ids is None else torch.as_tensor(ids, dtype=torch.long).flatten()
-        embeds = request.inputs_embeds
-        if embeds is None:
-            if self.ids is None:
-                raise ValueError("a request needs input_ids or inputs_embeds: neither was given")
-            embeds = llm.embed(self.ids[None].to(llm.embed_tokens.weight.device))[0]
-        self.embeds = embeds  # (T, D)
-        self.T = len(embeds)
-        _check_length(llm, self.T, request.max_new_tokens)
-        self.mask = _more_than_causal(request.attention_mask, self.T)
-        self.reach = reach_of(self.mask)
+        self.ids: list[int] | None = None  # (T,)
+        if ids is not None:
+            on_host = torch.as_tensor(ids, dtype=torch.long).flatten().cpu()
+            check_ids(on_host[None], llm.config.num_embeddings)
+            self.ids = on_host.tolist()
+        self.embeds = request.inputs_embeds  # (T, D); None = those of the ids
+        if self.embeds is not None:
+            self.T = len(self.embeds)
+        elif self.ids is not None:
+            self.T = len(self.ids)
+        else:
+            raise ValueError("a request needs input_ids or inputs_embeds: neither was given")
+        self._check_length(llm.config.max_position_embeddings)
+        self._mask = _more_than_causal(request.attention_mask, self.T)
+        self.lookahead = lookahead_of(self._mask)
+        if request.bidirectional is not None:
+            at = np.flatnonzero(request.bidirectional)
+            self.lookahead = int(at[-1]) + 1 if len(at) > 1 else 0
         self.keys = request.prefix_keys
         if self.keys is None and request.inputs_embeds is None and request.position_ids is None:
-            assert self.ids is not None
-            self.keys = self.ids.cpu().numpy()
+            self.keys = np.array(self.ids, dtype=np.int64)
         positions = request.position_ids
-        self.positions = torch.arange(self.T) if positions is None else positions.flatten()
+        self.positions = torch.arange(self.T) if positions is None else positions.flatten().cpu()
         self.next_position = int(self.positions.max()) + 1
-        self.sampler = Sampler(request.sampling, () if self.ids is None else self.ids.tolist())
+        self.sampler = Sampler(request.sampling, self.ids or ())
         self.stop_ids = {*request.eos_token_ids, *request.sampling.stop_token_ids}
         self.cache = RowCache(0)
         self.drafter: Drafter | None = None
@@ -160,15 +108,35 @@ class _Row:
         self.sampled: list[Sampled] = []
         self.reused = 0
 
+    def _check_length(self, context: int) -> None:
+        T, new = self.T, self.request.max_new_tokens
+        if T == 0:
+            raise ValueError("the prompt is empty: pass at least one token to continue")
+        if new < 0 or new + T > context:
+            raise ValueError(
+                f"the prompt has {T} positions and max_new_tokens is {new}, but the context "
+                f"holds {context}: max_new_tokens may be 0 to {context - T}"
+            )
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """(T - reused, T) of the positions to compute; None where they see nothing ahead."""
+        if self.reused >= self.lookahead:
+            return None
+        if self.request.bidirectional is None:
+            return None if self._mask is None else self._mask[self.reused :]
+        both = torch.from_numpy(self.request.bidirectional).to(device, non_blocking=True)
+        new = slice(self.reused, None)
+        return sequence_mask(self.T, image_tokens=both[None], device=device, queries=new)[0, 0]
+
     def prefix(self) -> Prefix:
         """What the row's cache holds, the answer included."""
         assert self.keys is not None
         keys = np.concatenate([self.keys, np.array(self.tokens, dtype=np.int64)])
-        return Prefix(keys[: self.cache.length], self.reach, self.cache)
+        return Prefix(keys[: self.cache.length], self.lookahead, self.cache)
 
-    def choose(self, logits: Tensor) -> Sampled:
-        """(1, V) -> the next token."""
-        (sampled,) = sample_rows(logits, [self.sampler])
+    def choose(self, logits: Likeliest | Tensor) -> Sampled:
+        """The next token."""
+        sampled = self.sampler.choose(logits)
         self.tokens.append(sampled.token)
         if self.request.sampling.logprobs is not None:
             self.sampled.append(sampled)
@@ -209,9 +177,9 @@ class Engine:
         Args:
             max_rows: most rows in a step; other requests wait.
             batch_invariant: bit-identical logits for a row, alone and in any batch, with and
-                without reuse and lookup, at every precision. Slower: see docs/generation.md.
+                without reuse and drafts, at every precision. Slower: see docs/generation.md.
             prefix_cache: where to look for, and leave, keys and values of prompts; None: nowhere.
-            lookup: let rows guess several tokens from what was read and written before, and check
+            lookup: let rows draft several tokens from what was read and written before, and check
                 them in one step, where that is faster. The answer is the same, also a drawn one.
         """
         if max_rows < 1:
@@ -222,7 +190,8 @@ class Engine:
         self.prefix_cache = prefix_cache
         self.lookup = lookup
         learned = _LEARNED.setdefault(llm, _Learned())
-        self._costs, self._shares, self._answers = learned.costs, learned.shares, learned.answers
+        self._costs, self._answers = learned.costs, learned.answers
+        self._acceptance = learned.acceptance
         self._numbers = itertools.count()
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
@@ -270,9 +239,12 @@ class Engine:
         return events
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
-        """Submit the requests and step until everything has ended, event by event."""
+        """Submit the requests, then step until everything has ended, event by event."""
         for request in requests:
             self.submit(request)
+        return self._events()
+
+    def _events(self) -> Iterator[Event]:
         while self.busy:
             yield from self.step()
 
@@ -294,31 +266,28 @@ class Engine:
         if cache is not None and row.keys is not None:
             cache.check("llm", self.llm)
             running = (other.prefix() for other in self._rows if other.keys is not None)
-            prefix, row.reused = cache.find(row.keys, row.reach, running)
+            prefix, row.reused = cache.find(row.keys, row.lookahead, running)
             row.cache = prefix.row.fork(row.reused, capacity) if row.reused else self._new(capacity)
         else:
             row.cache = self._new(capacity)
-        mask = row.mask if row.mask is not None and row.reused < row.reach else None
         hidden = self._transform(
             [row],
             [row.T - row.reused],
-            row.positions[row.reused :],
-            row.embeds[row.reused :],
-            mask,
+            row.positions[row.reused :].to(self._device, non_blocking=True),
+            self._prompt_embeds(row),
+            row.mask(self._device),
             last_only=True,
         )
-        row.embeds = row.embeds[:0]  # not needed any more
+        row.embeds = None  # not needed any more
         self._rows.append(row)
-        logits = self._head(hidden)
+        logits = fetch(self._head(hidden), [row.sampler])
         if self.lookup and row.ids is not None:
-            width = AdaptiveWidth(self._costs, shares=self._shares)
-            row.drafter = Drafter(
-                [*self._answers, *row.ids.tolist()], width, guide=row.request.guide
-            )
+            width = AdaptiveWidth(self._costs, acceptance=self._acceptance)
+            row.drafter = Drafter([*self._answers, *row.ids], width, proposer=row.request.proposer)
         self._take(row, logits, [], events)
 
     def _continue(self, rows: list[_Row], events: list[Event]) -> None:
-        """Decode: the last token of every row, and behind it what it guesses."""
+        """Decode: the last token of every row, and behind it its draft."""
         start = time.perf_counter()
         drafts: list[list[int]] = []
         others = len(rows) - 1  # positions of the other rows, as far as they are known
@@ -332,12 +301,14 @@ class Engine:
             for row, count in zip(rows, counts, strict=True)
             for i in range(count)
         ]
-        device = self.llm.embed_tokens.weight.device
-        embeds = self.llm.embed(torch.tensor([ids], device=device))[0]
-        hidden = self._transform(rows, counts, torch.tensor(positions), embeds)
-        logits = self._head(hidden)
-        for row, draft, own in zip(rows, drafts, logits.split(counts), strict=True):
-            self._take(row, own, draft, events)
+        on_host = torch.tensor([ids, positions])
+        check_ids(on_host[:1], self.llm.config.num_embeddings)  # a proposer may say anything
+        new = on_host.to(self._device, non_blocking=True)
+        hidden = self._transform(rows, counts, new[1], self._embed(new[0]))
+        samplers = [row.sampler for row, n in zip(rows, counts, strict=True) for _ in range(n)]
+        logits = iter(fetch(self._head(hidden), samplers))
+        for row, draft, n in zip(rows, drafts, counts, strict=True):
+            self._take(row, list(itertools.islice(logits, n)), draft, events)
         self._costs.record(len(ids), time.perf_counter() - start)
 
     @staticmethod
@@ -347,8 +318,10 @@ class Engine:
         room = row.request.max_new_tokens - len(row.tokens) - 1
         return row.drafter.draft(room, other_positions=others)
 
-    def _take(self, row: _Row, logits: Tensor, draft: list[int], events: list[Event]) -> None:
-        """Choose from logits (n, V) as long as the draft holds; forget what was read behind.
+    def _take(
+        self, row: _Row, logits: list[Likeliest | Tensor], draft: list[int], events: list[Event]
+    ) -> None:
+        """Choose from the logits of n positions as long as the draft holds; forget the rest.
 
         Penalty, constraint and generator of the row see only tokens that stay: nothing is chosen
         behind the first one that differs from the draft.
@@ -356,7 +329,7 @@ class Engine:
         new: list[int] = []
         reason: str | None = None
         for i in range(len(logits)):
-            sampled = row.choose(logits[i : i + 1])
+            sampled = row.choose(logits[i])
             new.append(sampled.token)
             reason = row.finish_reason()
             result = None if reason is None else row.result(reason)
@@ -373,12 +346,29 @@ class Engine:
         self._rows.remove(row)
         if row.drafter is not None:
             assert row.ids is not None
-            self._answers.extend([*row.ids[-MAX_NGRAM:].tolist(), *row.tokens])
+            self._answers.extend([*row.ids[-MAX_NGRAM:], *row.tokens])
         if self.prefix_cache is not None and row.keys is not None:
             self.prefix_cache.keep(row.prefix())
 
     def _new(self, capacity: int) -> RowCache:
-        return RowCache(self.llm.config.num_hidden_layers, capacity, self.llm.cache_dtype)
+        return RowCache(self.llm.config.num_hidden_layers, capacity, cache_dtype(self.llm))
+
+    # ---- all calls into the language model ----
+
+    @property
+    def _device(self) -> torch.device:
+        return self.llm.embed_tokens.weight.device
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """(N,) -> (N, D); what the ids are was checked on the host."""
+        return self.llm.embed_tokens(ids)
+
+    def _prompt_embeds(self, row: _Row) -> Tensor:
+        """(T - reused, D) of what is to be computed."""
+        if row.embeds is not None:
+            return row.embeds[row.reused :]
+        assert row.ids is not None
+        return self._embed(torch.tensor(row.ids[row.reused :]).to(self._device, non_blocking=True))
 
     def _transform(
         self,
@@ -394,114 +384,14 @@ class Engine:
             [row.cache for row in rows], counts, mask=mask, fixed_blocks=self.batch_invariant
         )
         with FixedBlocks() if self.batch_invariant else nullcontext():
-            return self.llm.transform(
-                inputs_embeds=embeds[None],
-                position_ids=positions[None].to(embeds.device),
-                past_key_values=step,
-                last_only=last_only,
-            )[0]
+            run = partial(last_hidden_state, self.llm) if last_only else self.llm.hidden_states
+            hidden = run(embeds[None], positions[None], cache=step)
+        step.advance()
+        return hidden[0]
 
     def _head(self, hidden: Tensor) -> Tensor:
         with FixedBlocks() if self.batch_invariant else nullcontext():
             return self.llm.head(hidden)
-
-
-@torch.no_grad()
-def generate(
-    llm: LanguageModel,
-    inputs_embeds: Tensor,
-    *,
-    input_ids: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    sampling: SamplingParams,
-    max_new_tokens: int,
-    eos_token_ids: tuple[int, ...],
-    pad_token_id: int,
-    on_token: Callable[[Tensor], None] | None = None,
-    on_result: Callable[[int, Result], None] | None = None,
-    stops: Callable[[int, int], bool] | None = None,
-    prefix_cache: PrefixCache | None = None,
-    prefix_keys: Sequence[Keys] | None = None,
-    lookup: bool = True,
-    guide: Callable[[], Guide] | None = None,
-    batch_invariant: bool = False,
-) -> Tensor:
-    """Continue a batch of prompts, all rows at once.
-
-    Args:
-        inputs_embeds: (B, T, D), rows padded on either side.
-        input_ids: (B, T) of the same positions, for lookup; None: no lookup.
-        key_mask: (B, T) bool, False = padding; None = no padding.
-        attention_mask: (B, 1, T, T) bool of the prompt, where it is more than causal.
-        on_token: called with the new ids (B,) as soon as every row has its next one.
-        on_result: called with (row, its result) as soon as a row ends.
-        stops: called with (row, new id); True ends the row there.
-        guide: makes the guide of a row, see :class:`Request`.
-        prefix_keys: of every row's real positions, see :class:`Request`.
-        prefix_cache, lookup, batch_invariant: see :class:`Engine`.
-    Returns: (B, new) ids, new <= max_new_tokens; a row that ended is filled with ``pad_token_id``.
-    Raises: ValueError for an empty prompt, or if prompt and answer cannot fit the context.
-    """
-    B, T = inputs_embeds.shape[:2]
-    device = inputs_embeds.device
-    _check_length(llm, T, max_new_tokens)
-    engine = Engine(
-        llm,
-        max_rows=max(B, 1),
-        batch_invariant=batch_invariant,
-        prefix_cache=prefix_cache,
-        lookup=lookup,
-    )
-    for b, seed in enumerate(sampling.seeds(B)):
-        real = slice(None) if key_mask is None else key_mask[b]
-        mask = None if attention_mask is None else attention_mask[b % len(attention_mask), 0]
-        request = Request(
-            input_ids=None if input_ids is None else input_ids[b][real],
-            inputs_embeds=inputs_embeds[b][real],
-            attention_mask=None if mask is None else mask[real][:, real],
-            prefix_keys=None if prefix_keys is None else prefix_keys[b],
-            max_new_tokens=max_new_tokens,
-            sampling=sampling.with_seed(seed),
-            eos_token_ids=eos_token_ids,
-            stops=None if stops is None else partial(stops, b),
-            guide=None if guide is None else guide(),
-        )
-        engine.submit(request)
-    rows: list[list[int]] = [[] for _ in range(B)]
-    ended = [False] * B
-    columns: list[Tensor] = []
-    while engine.busy:
-        for event in engine.step():
-            if event.token is not None:
-                rows[event.request_id].append(event.token)
-            if event.result is not None:
-                ended[event.request_id] = True
-                if on_result is not None:
-                    on_result(event.request_id, event.result)
-        # A column is whole once every row has its token, or has ended before.
-        while any(len(row) > len(columns) for row in rows) and all(
-            end or len(row) > len(columns) for row, end in zip(rows, ended, strict=True)
-        ):
-            at = len(columns)
-            column = [row[at] if at < len(row) else pad_token_id for row in rows]
-            columns.append(torch.tensor(column, device=device))
-            if on_token is not None:
-                on_token(columns[-1])
-    if not columns:
-        return torch.empty(B, 0, dtype=torch.long, device=device)
-    return torch.stack(columns, dim=1)
-
-
-def _check_length(llm: LanguageModel, T: int, max_new_tokens: int) -> None:
-    context = llm.config.max_position_embeddings
-    if T == 0:
-        raise ValueError("the prompt is empty: pass at least one token to continue")
-    if max_new_tokens < 0 or max_new_tokens + T > context:
-        raise ValueError(
-            f"the prompt has {T} positions and max_new_tokens is {max_new_tokens}, but the context "
-            f"holds {context}: max_new_tokens may be 0 to {context - T}"
-        )
 
 
 def _more_than_causal(mask: Tensor | None, T: int) -> Tensor | None:

@@ -1,26 +1,25 @@
-"""Pipeline: pictures or a video and a question in, an answer with its points out."""
+"""Pipeline: images or a video and a question in, an answer with its points out."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Self, Unpack
 
 import torch
-from torch import Tensor
 
-from nanomolmo2.generation.constraint import PointsConstraint, PointsGuide
-from nanomolmo2.generation.engine import Result
+from nanomolmo2.accelerate.quantization import Modes
+from nanomolmo2.generation.constraint import PointsConstraint, PointsProposer
+from nanomolmo2.generation.engine import Engine, Event, Request, Result
+from nanomolmo2.generation.options import GenerateKeywords, GenerateOptions
 from nanomolmo2.generation.prefix_cache import DEFAULT_BYTES, PrefixCache
-from nanomolmo2.generation.sampling import Sampled, SamplingParams
+from nanomolmo2.generation.prompt import request_of
+from nanomolmo2.generation.sampling import Sampled
 from nanomolmo2.generation.stopping import StopText
-from nanomolmo2.models.nanomolmo2 import NanoMolmo2
-from nanomolmo2.models.quantized import Modes
-from nanomolmo2.processor import Message, Point, Processor, collate, parse_count, parse_points
+from nanomolmo2.models import NanoMolmo2
+from nanomolmo2.processor import Encoded, Message, Point, Processor, parse_count, parse_points
 from nanomolmo2.processor.image import ImageSource
 from nanomolmo2.processor.video import VideoSource
 
@@ -31,17 +30,17 @@ class Answer:
 
     Attributes:
         text: the answer as written, points in the model's own format.
-        points: points of the answer in pixels of the pictures, or of the video, they belong to.
+        points: points of the answer in pixels of the images, or of the video, they belong to.
         count: the number that the answer gives; None if it gives none.
         problems: what of the answer's points could not be read, one line each.
-        image_sizes: (width, height) of the pictures, pixels.
+        image_sizes: (width, height) of the images, pixels.
         video_size: (width, height) of the video, pixels; None without one.
         frame_times: seconds of the frames that the model saw.
-        input_tokens: length of the prompt; a picture that the model expands counts as one token.
+        input_tokens: length of the prompt; an image that the model expands counts as one token.
         output_tokens: length of the answer with its end token, or the tokens of a stop text.
-        timings: seconds: ``prepare`` (pictures and text to tensors), then ``first_token`` (to the
+        timings: seconds: ``prepare`` (images and text to tensors), then ``first_token`` (to the
             first token of the answer) and ``generate`` (to the last).
-        reused_tokens: positions of the prompt that were known from an earlier question; a picture
+        reused_tokens: positions of the prompt that were known from an earlier question; an image
             that the model expands counts with all its visual tokens.
         finish_reason: ``stop`` (an end token or a stop text), ``length`` (cut off at
             max_new_tokens).
@@ -68,7 +67,7 @@ class Pipeline:
     """A model together with its processor.
 
     What an earlier question had computed for the beginning of a prompt is not computed again: the
-    visual tokens, keys and values of a picture, the turns of a conversation.
+    visual tokens, keys and values of an image, the turns of a conversation.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class Pipeline:
         Args:
             dtype: of the weights; by default float32 on the CPU, where 16-bit arithmetic is slow,
                 and as stored elsewhere.
-            quantize: a mode of :func:`nanomolmo2.models.quantized.quantize`, or one for each part;
+            quantize: a mode of :func:`nanomolmo2.accelerate.quantize`, or one for each part;
                 None = as stored.
         """
         from nanomolmo2.convert.pretrained import load
@@ -122,62 +121,65 @@ class Pipeline:
         question: str | Sequence[Message],
         *,
         video: VideoSource | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        logprobs: int | None = None,
+        options: GenerateOptions | None = None,
         well_formed_points: bool = False,
-        on_text: Callable[[str], None] | None = None,
         reuse: bool = True,
-        lookup: bool = True,
-        batch_invariant: bool = False,
+        on_text: Callable[[str], None] | None = None,
+        **keywords: Unpack[GenerateKeywords],
     ) -> Answer:
-        """Answer a question about pictures or a video.
+        """Answer a question about images or a video.
 
         Args:
-            images: one picture or several in order (path, bytes, PIL image, array); None or empty
-                where the messages hold the pictures, or there are none.
+            images: one image or several in order (path, bytes, PIL image, array); None or empty
+                where the messages hold the images, or there are none.
             question: a text, or a conversation that ends with the user's turn.
-            video: anything `load_video` takes, in place of pictures; None where the messages hold
+            video: anything `load_video` takes, in place of images; None where the messages hold
                 it, or there is none.
-            max_new_tokens: longest answer; it is cut off there.
-            temperature: 0 = greedy.
-            top_p, top_k, min_p, repetition_penalty, logit_bias: see
-                :class:`nanomolmo2.generation.sampling.SamplingParams`; by default all off.
-            seed: makes a drawn answer repeatable; None = another one each time.
-            stop: texts that end the answer at once; they are neither shown nor part of it.
-            logprobs: how many of the likeliest tokens come with their log-probabilities, for every
-                token of the answer; 0 = only the chosen one's, None = nothing.
-            well_formed_points: let the model write only points that can be read, of pictures that
+            options: how to answer; by default greedy, at most 256 tokens.
+            well_formed_points: let the model write only points that can be read, of images that
                 there are. The first such question takes about a second with a large vocabulary.
+            reuse: take what earlier questions computed, and keep this for later ones.
             on_text: called with each piece of the answer as it is written; the pieces together are
                 ``Answer.text``.
-            reuse: take what earlier questions computed, and keep this for later ones.
-            lookup: guess tokens and check several in one step, where that is faster; the answer is
-                the same.
-            batch_invariant: the same bits with and without reuse and lookup; slower.
-        Raises: ValueError for pictures and videos that do not open, a video where the model takes
-            none, messages out of order, a prompt longer
-            than the model's context, sampling values out of range.
+            keywords: fields of `GenerateOptions` and of its ``sampling`` by name, in place of those
+                of ``options``: ``max_new_tokens=64, temperature=0.5, stop=["."], seed=1``.
+        Raises: ValueError for images and videos that do not open, a video where the model takes
+            none, messages out of order, a prompt longer than the model's context, sampling values
+            out of range.
+        """
+        pieces = self.stream(
+            images,
+            question,
+            video=video,
+            options=options,
+            well_formed_points=well_formed_points,
+            reuse=reuse,
+            **keywords,
+        )
+        for piece in pieces:
+            if isinstance(piece, Answer):
+                return piece
+            if on_text is not None:
+                on_text(piece)
+        raise AssertionError("a stream ends with its answer")
+
+    def stream(
+        self,
+        images: ImageSource | Sequence[ImageSource] | None,
+        question: str | Sequence[Message],
+        *,
+        video: VideoSource | None = None,
+        options: GenerateOptions | None = None,
+        well_formed_points: bool = False,
+        reuse: bool = True,
+        **keywords: Unpack[GenerateKeywords],
+    ) -> Iterator[str | Answer]:
+        """The pieces of an answer as they are written, and last the `Answer`. See :meth:`ask`.
+
+        What is wrong with the question is raised at once, before the first piece is asked for.
         """
         start = time.perf_counter()
-        sampling = SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            logit_bias=logit_bias,
-            seed=seed,
-            stop=stop,
-            logprobs=logprobs,
-        )
+        options = (options or GenerateOptions()).updated(**keywords)
         messages: Sequence[Message]
         messages = (
             [{"role": "user", "content": question}] if isinstance(question, str) else question
@@ -188,75 +190,91 @@ class Pipeline:
                 "the conversation ends with an answer, expected a question: leave the last "
                 "assistant message out"
             )
-        device = next(self.model.parameters()).device
-        batch = collate([encoded], self.processor.pad_token_id).to(device)
-        tokenizer, num_images = self.processor.tokenizer, len(encoded.image_sizes)
-        has_video = encoded.video_size is not None
         if well_formed_points:
-            constraint = PointsConstraint(tokenizer, num_images, video=has_video)
-            sampling = replace(sampling, constraint=constraint)
-        guide = partial(PointsGuide, tokenizer, num_images, video=has_video)
+            constraint = PointsConstraint(
+                self.processor.tokenizer,
+                len(encoded.image_sizes),
+                video=encoded.video_size is not None,
+            )
+            options = options.updated(constraint=constraint)
         prepared = time.perf_counter()
-
-        # Pieces are shown between steps: what that takes is not the model's time.
-        pieces: deque[str] = deque()
-        stream = TextStream(self.processor, pieces.append, sampling.stop)
-        first_token = 0.0
-        results: list[Result] = []
-
-        def on_token(new: Tensor) -> None:
-            nonlocal first_token
-            first_token = first_token or time.perf_counter()
-            show()
-
-        def show() -> None:
-            while pieces:
-                piece = pieces.popleft()
-                if on_text is not None:
-                    on_text(piece)
-
         cache = self.prefix_cache if reuse and self.prefix_cache.max_bytes else None
-        stop_token_ids = {*self.processor.stop_token_ids, *self.model.config.eos_token_ids}
-        self.model.generate(
-            batch.input_ids,
-            batch.pixel_values,
-            image_token_pooling=batch.image_token_pooling,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            eos_token_id=sorted(stop_token_ids),
-            on_token=on_token,
-            on_result=lambda row, result: results.append(result),
-            stops=lambda row, id: stream.put(id),
+        text = TextStream(self.processor, stop=options.sampling.stop)
+        engine = Engine(
+            self.model.llm,
+            batch_invariant=options.batch_invariant,
             prefix_cache=cache,
-            lookup=lookup,
-            guide=guide if lookup else None,
-            batch_invariant=batch_invariant,
+            lookup=options.lookup,
         )
-        (result,) = results
-        text = stream.end()
-        show()
+        events = engine.stream([self._request(encoded, options, cache, text)])
+        return self._pieces(events, text, encoded, start, prepared)
+
+    def _request(
+        self,
+        encoded: Encoded,
+        options: GenerateOptions,
+        cache: PrefixCache | None,
+        text: TextStream,
+    ) -> Request:
+        processor = self.processor
+        ends = sorted({*processor.stop_token_ids, *self.model.config.eos_token_ids})
+        proposer = None
+        if options.lookup:
+            proposer = PointsProposer(
+                processor.tokenizer,
+                len(encoded.image_sizes),
+                video=encoded.video_size is not None,
+            )
+        return replace(
+            request_of(self.model, encoded, cache),
+            max_new_tokens=options.max_new_tokens,
+            sampling=options.sampling,
+            eos_token_ids=options.end_ids(ends),
+            stops=text.put,
+            proposer=proposer,
+        )
+
+    def _pieces(
+        self,
+        events: Iterator[Event],
+        text: TextStream,
+        encoded: Encoded,
+        start: float,
+        prepared: float,
+    ) -> Iterator[str | Answer]:
+        # Pieces are shown between steps: what that takes is not the model's time.
+        first_token = 0.0
+        result: Result | None = None
+        for event in events:
+            if event.token is not None:
+                first_token = first_token or time.perf_counter()
+            result = event.result
+            yield from text.new_pieces()
+        assert result is not None
+        whole = text.end()
+        yield from text.new_pieces()
         done = time.perf_counter()
         problems: list[str] = []
         points = parse_points(
-            text, encoded.image_sizes, video_size=encoded.video_size, problems=problems
+            whole, encoded.image_sizes, video_size=encoded.video_size, problems=problems
         )
-        return Answer(
-            text=text,
+        yield Answer(
+            text=whole,
             points=tuple(points),
-            count=parse_count(text),
+            count=parse_count(whole),
             problems=tuple(problems),
             image_sizes=encoded.image_sizes,
             video_size=encoded.video_size,
             frame_times=tuple(encoded.frame_times),
             input_tokens=len(encoded.input_ids),
-            output_tokens=len(stream.ids),
+            output_tokens=len(text.ids),
             timings={
                 "prepare": prepared - start,
                 "first_token": (first_token or done) - prepared,
                 "generate": done - prepared,
             },
             reused_tokens=result.reused_tokens,
-            finish_reason="stop" if stream.stopped else result.finish_reason,
+            finish_reason="stop" if text.stopped else result.finish_reason,
             logprobs=result.sampled,
         )
 
@@ -285,6 +303,7 @@ class TextStream:
         self._on_text = on_text
         self._stop = StopText(stop)
         self._pieces: list[str] = []
+        self._taken = 0  # pieces before this were taken by new_pieces
         self._context = 0  # ids from here on are decoded
         self._written = 0  # ids before this are in the pieces
 
@@ -307,6 +326,12 @@ class TextStream:
             self._write(text)
         self._show(self._stop.end())
         return "".join(self._pieces)
+
+    def new_pieces(self) -> list[str]:
+        """The pieces since the last call."""
+        new = self._pieces[self._taken :]
+        self._taken = len(self._pieces)
+        return new
 
     def _unwritten(self) -> str:
         before = self._processor.decode(self.ids[self._context : self._written])

@@ -1,12 +1,12 @@
 """PrefixCache: what was computed for the beginning of a prompt is not computed again.
 
 Keys and values of a position depend on the positions before it alone, so they are found by content:
-every position has a number, the token's id or, where a picture is, a digest of its features. Which
-prompts share a beginning, the second question about a picture or the next turn of a chat, then
-shows by comparing numbers.
+every position has a number, the token's id or, where an image is, a hash of its pixels and the
+place in it. Which prompts share a beginning, the second question about an image or the next turn of
+a chat, then shows by comparing numbers.
 
 Where image tokens see each other in both directions, a position also depends on those it sees ahead
-of it. ``reach`` is how far that goes; a beginning can be reused only if it reaches that far.
+of it. ``lookahead`` is how far that goes; a beginning can be reused only if it reaches that far.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nanomolmo2.models.kv_cache import RowCache
+from nanomolmo2.generation.kv_cache import RowCache
 
 Keys = NDArray[np.int64]
 
@@ -36,15 +36,15 @@ class Prefix:
     """Keys and values of a sequence that begins a row's life, or did."""
 
     keys: Keys  # (T,), a number of every position
-    reach: int  # positions from here on see nothing ahead of them, and nothing before sees further
+    lookahead: int  # no position sees ahead of itself from here on, nor further than this
     row: RowCache
 
-    def shared(self, keys: Keys, reach: int) -> int:
+    def shared(self, keys: Keys, lookahead: int) -> int:
         """Positions that a prompt can take from here."""
         n = min(len(self.keys), len(keys), self.row.length)
         unequal = np.flatnonzero(self.keys[:n] != keys[:n])
         n = int(unequal[0]) if len(unequal) else n
-        return n if n >= max(self.reach, reach) else 0
+        return n if n >= max(self.lookahead, lookahead) else 0
 
 
 class PrefixCache:
@@ -58,7 +58,7 @@ class PrefixCache:
         max_bytes: most bytes of everything held.
         nbytes: bytes held now.
         reused_tokens: positions that were not computed again, since it was made.
-        reused_pictures: pictures that were not encoded again, likewise.
+        reused_images: images that were not encoded again, likewise.
     """
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES) -> None:
@@ -67,7 +67,7 @@ class PrefixCache:
         self.max_bytes = max_bytes
         self.nbytes = 0
         self.reused_tokens = 0
-        self.reused_pictures = 0
+        self.reused_images = 0
         self._entries: OrderedDict[Any, tuple[Any, int]] = OrderedDict()  # key -> value, bytes
         self._stamps: dict[str, int] = {}
 
@@ -86,7 +86,7 @@ class PrefixCache:
             self.clear()
             self._stamps[part] = stamp
 
-    def find(self, keys: Keys, reach: int, others: Iterable[Prefix] = ()) -> tuple[Prefix, int]:
+    def find(self, keys: Keys, lookahead: int, others: Iterable[Prefix] = ()) -> tuple[Prefix, int]:
         """The longest reusable beginning of a prompt, and its length; 0 if there is none.
 
         Args:
@@ -97,8 +97,8 @@ class PrefixCache:
         found: Any = None
         own = ((k, v) for k, (v, _) in self._entries.items() if isinstance(v, Prefix))
         for key, prefix in (*own, *((None, p) for p in others)):
-            shared = min(prefix.shared(keys, reach), len(keys) - 1)
-            if shared > most and shared >= max(reach, prefix.reach):
+            shared = min(prefix.shared(keys, lookahead), len(keys) - 1)
+            if shared > most and shared >= max(lookahead, prefix.lookahead):
                 best, most, found = prefix, shared, key
         if found is not None:
             self._entries.move_to_end(found)
@@ -108,14 +108,14 @@ class PrefixCache:
     def keep(self, prefix: Prefix) -> None:
         """Hold a sequence that ended; it must not be written to any more."""
         length = prefix.row.length
-        if not length or length < prefix.reach:
+        if not length or length < prefix.lookahead:
             return
         keys = prefix.keys[:length]
         for key, (held, _) in list(self._entries.items()):
             if not isinstance(held, Prefix):
                 continue
             n = min(len(held.keys), length)
-            if np.array_equal(held.keys[:n], keys[:n]) and held.reach == prefix.reach:
+            if np.array_equal(held.keys[:n], keys[:n]) and held.lookahead == prefix.lookahead:
                 if len(held.keys) >= length:
                     self._entries.move_to_end(key)
                     return  # it is the beginning of one that is held
@@ -123,27 +123,24 @@ class PrefixCache:
         row = prefix.row
         if row.capacity > (1 + _SLACK) * length:
             row = row.fork(length)
-        self._put(object(), Prefix(keys, prefix.reach, row), row.nbytes)
+        self._put(object(), Prefix(keys, prefix.lookahead, row), row.nbytes)
 
     def visual_tokens(
-        self,
-        pictures: Sequence[tuple[Tensor, ...]],
-        encode: Callable[[list[Any]], Iterable[Tensor]],
+        self, digests: Sequence[str], encode: Callable[[list[int]], Iterable[Tensor]]
     ) -> list[Tensor]:
-        """Features of pictures, encoded together where they are new.
+        """Features of images, encoded together where they are new.
 
         Args:
-            pictures: of each, the tensors that it is made of.
-            encode: gives the features of a list of pictures.
+            digests: of each image.
+            encode: gives the features of those with these numbers.
         """
-        digests = [digest(*picture) for picture in pictures]
         features: dict[str, Tensor] = {}
         for name in digests:
             if name in self._entries:
                 self._entries.move_to_end(name)
                 features[name] = self._entries[name][0]
-        self.reused_pictures += sum(name in features for name in digests)
-        new = {n: p for n, p in zip(digests, pictures, strict=True) if n not in features}
+        self.reused_images += sum(name in features for name in digests)
+        new = {name: i for i, name in enumerate(digests) if name not in features}
         if new:
             for name, encoded in zip(new, encode(list(new.values())), strict=True):
                 features[name] = encoded.detach().clone()
@@ -171,20 +168,31 @@ def digest(*tensors: Tensor) -> str:
     return hashed.hexdigest()
 
 
-def position_keys(ids: Tensor, embeds: Tensor, visual: Tensor) -> Keys:
-    """A number of every position of a prompt.
+def visual_keys(digests: Sequence[str], images: NDArray[np.int64], offsets: Keys) -> Keys:
+    """A negative number for every visual token: the same for the same place in the same image.
 
     Args:
-        ids: (T,). embeds: (T, D). visual: (T,) bool, the positions that hold a picture's features.
-    Returns: (T,): the id; where a picture is, a negative digest of what it puts there.
+        digests: of every image, or crop.
+        images: (n, K) number of the image that each of a token's K patches comes from, -1 = none.
+        offsets: (n, K) place of the patch in it.
+    Returns: (n,).
     """
-    keys: Keys = ids.cpu().numpy().astype(np.int64)
-    for at in visual.nonzero()[:, 0].tolist():
-        keys[at] = -1 - (int(digest(embeds[at])[:15], 16))
-    return keys
+    halves = np.array([int(digest[:16], 16) for digest in digests] + [0], dtype=np.uint64)
+    keys = np.zeros(len(images), dtype=np.uint64)
+    for hashes, places in zip(halves[images].T, offsets.T, strict=True):
+        keys = _mixed(keys ^ _mixed(hashes + _mixed(places.astype(np.uint64))))
+    return -1 - (keys >> np.uint64(1)).astype(np.int64)
 
 
-def reach_of(mask: Tensor | None) -> int:
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Spreads every bit over all: the end of splitmix64 (Steele et al. 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def lookahead_of(mask: Tensor | None) -> int:
     """How far positions of a (T, T) mask see ahead: the last that an earlier one sees, plus 1."""
     if mask is None:
         return 0

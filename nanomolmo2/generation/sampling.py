@@ -12,161 +12,17 @@ it gives the same token alone, in any batch and with any device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nanomolmo2.generation.options import Constraint as Constraint
+from nanomolmo2.generation.options import ConstraintState as ConstraintState
+from nanomolmo2.generation.options import SamplingParams as SamplingParams
+
 _FIRST_CANDIDATES = 256  # likeliest tokens among which top_p mostly finds its share
-
-
-class ConstraintState(Protocol):
-    """Where one answer stands in a grammar."""
-
-    def allowed(self) -> Tensor | None:
-        """(tokens,) bool on the CPU, False = must not come next; None = anything may."""
-
-    def advance(self, id: int) -> None:
-        """Take the next id of the answer."""
-
-
-class Constraint(Protocol):
-    """A grammar; several rows share it. See `nanomolmo2.generation.constraint`."""
-
-    def start(self) -> ConstraintState:
-        """The beginning of an answer."""
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to choose tokens, and where to stop.
-
-    Attributes:
-        temperature: 0 = greedy (the likeliest, the first of equals). Usual values are 0.2 to 1.
-        top_k: only the likeliest k tokens; 0 = off.
-        top_p: only the likeliest tokens that together have this share; 1 = off.
-        seed: makes draws repeatable; one, or one a row; None = others each time.
-        min_p: only tokens with at least this share of the likeliest one's probability; 0 = off.
-        repetition_penalty: above 1 makes tokens of prompt and answer less likely: their logits are
-            divided by it where positive and multiplied where negative; 1 = off.
-        logit_bias: id -> what is added to its logit; -inf forbids the token.
-        logprobs: how many of the likeliest tokens are reported with their log-probabilities; 0 =
-            only the chosen one's; None = nothing. They are the model's own, in front of all of the
-            above, so they do not depend on the settings.
-        stop: texts that end the answer; they are no part of it. For a layer that knows text, such
-            as `Pipeline`.
-        stop_token_ids: tokens that end the answer, besides the model's own.
-        constraint: a grammar of the answer, such as `PointsConstraint`; None = off.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | Sequence[int] | None = None
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] | None = None
-    logprobs: int | None = None
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    constraint: Constraint | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"temperature must be 0 (greedy) or more, found {self.temperature}: usual values "
-                f"are 0.2 to 1"
-            )
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or more tokens, found {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1 (off), found {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be 0 (off) to 1, found {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(
-                f"repetition_penalty must be above 0, 1 is off, found {self.repetition_penalty}: "
-                f"usual values are 1 to 1.3"
-            )
-        for id, bias in (self.logit_bias or {}).items():
-            if id < 0 or not bias < math.inf:  # not true for nan either
-                raise ValueError(
-                    f"logit_bias gives token {id} the bias {bias}, expected ids from 0 on and "
-                    f"numbers: -inf forbids a token, 100 all but forces it"
-                )
-        if self.logprobs is not None and self.logprobs < 0:
-            raise ValueError(f"logprobs must be 0 or more tokens, or None, found {self.logprobs}")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(stop):
-            raise ValueError(
-                "a stop text is empty, it would end every answer at once: leave it out"
-            )
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-
-    @property
-    def greedy_only(self) -> bool:
-        """Nothing but the likeliest token is asked for, so a whole batch needs one argmax."""
-        return (
-            self.temperature == 0
-            and self.repetition_penalty == 1
-            and not self.logit_bias
-            and self.logprobs is None
-            and self.constraint is None
-        )
-
-    def seeds(self, rows: int) -> list[int]:
-        """One seed a row: the one given for all of them, each row's own, or fresh ones."""
-        if self.seed is None:
-            return [int(torch.randint(2**62, ())) for _ in range(rows)]
-        if isinstance(self.seed, int):
-            return [self.seed] * rows
-        seeds = list(self.seed)
-        if len(seeds) != rows:
-            raise ValueError(f"{len(seeds)} seeds for {rows} rows: give one, or one a row")
-        return seeds
-
-    def with_seed(self, seed: int) -> SamplingParams:
-        """The same settings for one row."""
-        return replace(self, seed=seed)
-
-    def generators(self, rows: int) -> list[torch.Generator]:
-        """One generator a row: what a row draws does not depend on the others."""
-        return [torch.Generator().manual_seed(seed) for seed in self.seeds(rows)]
-
-
-def settings(
-    sampling: SamplingParams | None,
-    *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int | Sequence[int] | None = None,
-) -> SamplingParams:
-    """The settings of a call that takes them as one object, or the usual four by name.
-
-    Raises: ValueError if both are given.
-    """
-    if sampling is None:
-        return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    named = {
-        name: value
-        for name, value, off in (
-            ("temperature", temperature, 0),
-            ("top_p", top_p, 1),
-            ("top_k", top_k, 0),
-            ("seed", seed, None),
-        )
-        if value != off
-    }
-    if named:
-        found = ", ".join(f"{name}={value}" for name, value in named.items())
-        raise ValueError(
-            f"found sampling and beside it {found}: sampling holds all settings, put them there"
-        )
-    return sampling
 
 
 class Sampled(NamedTuple):
@@ -175,6 +31,13 @@ class Sampled(NamedTuple):
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+
+class Likeliest(NamedTuple):
+    """All that a greedy choice needs of a row of logits."""
+
+    token: int
+    value: float
 
 
 class Sampler:
@@ -209,15 +72,22 @@ class Sampler:
             logits: (V,) of any floating type and device; not changed.
         Raises: ValueError for logits with nan or +inf, and where no token is left to choose.
         """
-        raw = logits.detach().float().cpu()
-        row = self._process(raw)
+        return self.choose(fetch(logits[None], [self])[0])
+
+    def choose(self, logits: Likeliest | Tensor) -> Sampled:
+        """`sample` from what `fetch` brought to the host."""
+        if isinstance(logits, Likeliest):
+            _check_best(logits.value)
+            self.take(logits.token)
+            return Sampled(logits.token)
+        row = self._process(logits)
         if self.params.temperature == 0:
             token = int(row.argmax())
             _check_best(float(row[token]))
         else:
             token = _draw(row, self.params, self._generator)
         self.take(token)
-        return Sampled(token, *_logprobs(raw, token, self.params.logprobs))
+        return Sampled(token, *_logprobs(logits, token, self.params.logprobs))
 
     def take(self, token: int) -> None:
         """Count a token as chosen, without choosing it."""
@@ -238,7 +108,7 @@ class Sampler:
             row = row.clone()
             row[ids] += torch.tensor(list(params.logit_bias.values()))
         if params.repetition_penalty != 1 and self._seen:
-            # A prompt may hold ids that can not be written: those of pictures.
+            # A prompt may hold ids that can not be written: those of images.
             seen = torch.tensor([id for id in self._seen if id < size], dtype=torch.long)
             before = row[seen]
             penalty = params.repetition_penalty
@@ -257,17 +127,36 @@ class Sampler:
         return row
 
 
-def greedy(logits: Tensor) -> Tensor:
-    """The likeliest token of every row, the first of equals: (B, V) -> (B,) int64.
+def fetch(logits: Tensor, samplers: Sequence[Sampler]) -> list[Likeliest | Tensor]:
+    """What the samplers need of their rows, on the host, in a single transfer.
 
-    Raises: ValueError for logits with nan or +inf, and for a row without any token.
+    Args:
+        logits: (B, V) of any floating type and device.
+        samplers: one a row.
+    Returns: of a row that is simply greedy its likeliest token, else its logits (V,), float32.
     """
-    tokens = logits.argmax(dim=-1)
-    best = logits.gather(-1, tokens[:, None])[:, 0]
-    if not bool(best.isfinite().all()):  # argmax finds nan and inf before all else
-        for value in best.tolist():
-            _check_best(value)
-    return tokens
+    B, V = logits.shape
+    logits = logits.detach()
+    whole = [b for b in range(B) if not samplers[b].params.greedy_only]
+    greedy = [b for b in range(B) if samplers[b].params.greedy_only]
+    parts = [logits[b].float() for b in whole]
+    tokens = logits.new_empty(0, dtype=torch.int32)
+    if greedy:
+        rows = torch.stack([logits[b] for b in greedy]) if whole else logits
+        likeliest = rows.argmax(dim=-1)  # finds nan and inf before all else, the first of equals
+        parts.append(rows.gather(-1, likeliest[:, None])[:, 0].float())
+        tokens = likeliest.int()
+    if not parts:
+        return []
+    # Ids and the bits of floats in one tensor of int32.
+    host = torch.cat([*(part.view(torch.int32) for part in parts), tokens]).cpu()
+    values = host[: len(host) - len(tokens)].view(torch.float32)
+    ids = host[len(values) :].tolist()
+    brought: dict[int, Likeliest | Tensor] = {}
+    brought |= zip(whole, values[: len(whole) * V].view(len(whole), V), strict=True)
+    best = values[len(whole) * V :].tolist()
+    brought |= {b: Likeliest(*one) for b, *one in zip(greedy, ids, best, strict=True)}
+    return [brought[b] for b in range(B)]
 
 
 def sample_rows(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
@@ -277,15 +166,8 @@ def sample_rows(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
         logits: (B, V).
         samplers: one a row.
     """
-    plain = [b for b, sampler in enumerate(samplers) if sampler.params.greedy_only]
-    tokens: dict[int, int] = {}
-    if plain:
-        rows = logits if len(plain) == len(samplers) else logits[plain]
-        tokens = dict(zip(plain, greedy(rows).tolist(), strict=True))
-    return [
-        Sampled(tokens[b]) if b in tokens else sampler.sample(logits[b])
-        for b, sampler in enumerate(samplers)
-    ]
+    pairs = zip(samplers, fetch(logits, samplers), strict=True)
+    return [sampler.choose(row) for sampler, row in pairs]
 
 
 def sample(logits: Tensor, params: SamplingParams, generators: list[torch.Generator]) -> Tensor:
@@ -297,10 +179,11 @@ def sample(logits: Tensor, params: SamplingParams, generators: list[torch.Genera
     Returns: (B,) int64.
     """
     if params.greedy_only:
-        return greedy(logits)
-    pairs = zip(logits, generators, strict=True)
-    tokens = [Sampler(params, (), generator).sample(row).token for row, generator in pairs]
-    return torch.tensor(tokens, device=logits.device)
+        samplers = [Sampler(params) for _ in range(len(logits))]
+    else:
+        samplers = [Sampler(params, (), generator) for generator in generators]
+    tokens = [sampled.token for sampled in sample_rows(logits, samplers)]
+    return torch.tensor(tokens, dtype=torch.long, device=logits.device)
 
 
 # ---- the draw ----

@@ -1,21 +1,25 @@
-"""The nets: tensors in, tensors out; no files, no network, no tokenizer."""
+"""The nets: tensors in, tensors out; no files, no network, no tokenizer.
+
+Read attention, vision_encoder, connector, language_model and nanomolmo2; face.py is how they are
+called from outside.
+"""
 
 from nanomolmo2.models.connector import ConnectorConfig, MultimodalConnector
-from nanomolmo2.models.kv_cache import KVCache
-from nanomolmo2.models.language_model import LanguageModel, LLMConfig
-from nanomolmo2.models.nanomolmo2 import NanoMolmo2, NanoMolmo2Config
+from nanomolmo2.models.face import LanguageModel, NanoMolmo2, VisionEncoder
+from nanomolmo2.models.language_model import LLMConfig
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config, Output
 from nanomolmo2.models.presets import PRESETS, preset
-from nanomolmo2.models.vision_encoder import VisionConfig, VisionEncoder
+from nanomolmo2.models.vision_encoder import VisionConfig
 
 __all__ = [
     "PRESETS",
     "ConnectorConfig",
-    "KVCache",
     "LLMConfig",
     "LanguageModel",
     "MultimodalConnector",
     "NanoMolmo2",
     "NanoMolmo2Config",
+    "Output",
     "VisionConfig",
     "VisionEncoder",
     "preset",

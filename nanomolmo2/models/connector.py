@@ -1,6 +1,6 @@
 """The connector: vision features to tokens of the language model's width.
 
-B pictures or crops, N patches, n visual tokens, F feature width, Dv vision_dim, D llm_dim, W slots
+B images or crops, N patches, n visual tokens, F feature width, Dv vision_dim, D llm_dim, W slots
 of a window.
 """
 
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from nanomolmo2.config import Config
 from nanomolmo2.models.attention import attend
-from nanomolmo2.models.kernels import Linear
-from nanomolmo2.models.language_model import MLP
-from nanomolmo2.models.vision_encoder import LayerNorm
+from nanomolmo2.models.layers import LayerNorm, SwiGLU
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class ConnectorConfig(Config):
         return self.vision_dim * (1 if self.vit_layers is None else len(self.vit_layers))
 
     def num_visual_tokens(self, num_patches: int) -> int:
-        """n: visual tokens of a picture with a square grid of ``num_patches`` patches."""
+        """n: visual tokens of an image with a square grid of ``num_patches`` patches."""
         if self.connector_type == "resampler":
             return self.num_query_tokens
         if self.connector_type == "pooling":
@@ -94,13 +92,13 @@ class CrossAttention(nn.Module):
     def __init__(self, query_dim: int, key_dim: int, width: int, num_heads: int) -> None:
         super().__init__()
         self.head_dim = width // num_heads
-        self.q_proj = Linear(query_dim, width)
-        self.k_proj = Linear(key_dim, width)
-        self.v_proj = Linear(key_dim, width)
-        self.o_proj = Linear(width, width)
+        self.q_proj = nn.Linear(query_dim, width)
+        self.k_proj = nn.Linear(key_dim, width)
+        self.v_proj = nn.Linear(key_dim, width)
+        self.o_proj = nn.Linear(width, width)
 
     def forward(self, query: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, T, query_dim), (B, S, key_dim), (B, 1, 1, S) True = see -> (B, T, width)."""
+        """(B, T, query_dim), (B, S, key_dim), (B, 1, 1, S) True = attend -> (B, T, width)."""
         q, k, v = (
             x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for x in (self.q_proj(query), self.k_proj(keys), self.v_proj(keys))
@@ -113,7 +111,7 @@ class LinearConnector(nn.Module):
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
-        self.proj = Linear(config.feature_dim, config.llm_dim)
+        self.proj = nn.Linear(config.feature_dim, config.llm_dim)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.proj(features)
@@ -124,8 +122,8 @@ class MLPConnector(nn.Module):
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
-        self.fc1 = Linear(config.feature_dim, config.hidden_dim)
-        self.fc2 = Linear(config.hidden_dim, config.llm_dim)
+        self.fc1 = nn.Linear(config.feature_dim, config.hidden_dim)
+        self.fc2 = nn.Linear(config.hidden_dim, config.llm_dim)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(features)))
@@ -142,8 +140,8 @@ class ResamplerConnector(nn.Module):
         self.norm_queries = LayerNorm(D, eps=1e-6)
         self.attention = CrossAttention(D, config.feature_dim, D, config.num_attention_heads)
         self.norm_mlp = LayerNorm(D, eps=1e-6)
-        self.fc1 = Linear(D, config.hidden_dim)
-        self.fc2 = Linear(config.hidden_dim, D)
+        self.fc1 = nn.Linear(D, config.hidden_dim)
+        self.fc2 = nn.Linear(config.hidden_dim, D)
 
     def forward(self, features: Tensor) -> Tensor:
         x = self.queries.expand(features.shape[0], -1, -1)
@@ -163,57 +161,38 @@ class PoolingConnector(nn.Module):
         self.image_pooling_2d = CrossAttention(
             config.feature_dim, config.feature_dim, config.vision_dim, config.num_attention_heads
         )
-        self.image_projector = MLP(config.vision_dim, config.intermediate_size, config.llm_dim)
+        self.image_projector = SwiGLU(config.vision_dim, config.intermediate_size, config.llm_dim)
 
     def forward(self, features: Tensor, image_token_pooling: Tensor | None = None) -> Tensor:
         """(B, N, F) -> (B, n, D) by square windows; with an index (n, W) over all B * N -> (n, D).
 
-        A window of the index that is empty (only -1) gives no token.
+        -1 in the index is an empty slot. It leaves the mean and the keys: a vector of zeros would
+        still be attended to through the key bias.
         """
-        B, N, _ = features.shape
-        if image_token_pooling is None:
-            windows, uneven = self._square_windows(B, N, features.device)
-            return self._pool(features, windows, uneven).unflatten(0, (B, -1))
-        index = image_token_pooling.to(features.device)
-        if index.ndim != 2 or index.is_floating_point():
-            raise ValueError(
-                f"expected image_token_pooling of shape (tokens, slots) and an integer type, found "
-                f"{tuple(index.shape)} {index.dtype}"
-            )
-        if index.numel() and (int(index.min()) < -1 or int(index.max()) >= B * N):
-            raise ValueError(
-                f"image_token_pooling runs from {int(index.min())} to {int(index.max())}, but "
-                f"{B} crop(s) of {N} patches were given: it counts the patches of all crops of the "
-                f"batch from 0, -1 = empty"
-            )
-        index = index[(index >= 0).any(dim=1)]
-        return self._pool(features, index, has_empty=bool((index < 0).any()))
-
-    def _pool(self, features: Tensor, index: Tensor, has_empty: bool) -> Tensor:
-        """(B, N, F), (n, W) -> (n, D); ``has_empty``: there are -1 in the index."""
+        index = image_token_pooling
+        if index is None:
+            index = self._square_windows(features)
         valid = index >= 0
-        windows = features.flatten(0, 1)[index.clamp(min=0)]  # (n, W, F)
-        if has_empty:
-            # Empty slots leave the mean and the keys: a zero vector would still be attended to
-            # through the key bias.
-            windows = windows * valid[:, :, None]
+        windows = features.flatten(0, 1)[index.clamp(min=0)] * valid[:, :, None]  # (n, W, F)
         query = windows.sum(dim=1) / valid.sum(dim=1).clamp(min=1)[:, None]  # (n, F)
-        mask = valid[:, None, None, :] if has_empty else None
-        pooled = self.image_pooling_2d(query[:, None], windows, mask)  # (n, 1, Dv)
-        return self.image_projector(pooled[:, 0])
+        pooled = self.image_pooling_2d(query[:, None], windows, valid[:, None, None, :])
+        tokens = self.image_projector(pooled[:, 0])  # (n, D)
+        if image_token_pooling is not None:
+            return tokens
+        return tokens.unflatten(0, (len(features), -1))
 
-    def _square_windows(self, B: int, N: int, device: torch.device) -> tuple[Tensor, bool]:
-        """(B * n, W) windows of B pictures, each a square grid of N patches; are some uneven?"""
+    def _square_windows(self, features: Tensor) -> Tensor:
+        """(B * n, W): the windows of B images, each a square grid of N patches."""
+        B, N, _ = features.shape
         side = math.isqrt(N)
         if side * side != N:
             raise ValueError(
                 f"the pooling connector cuts a square grid into windows, found {N} patches: "
                 f"send square pictures"
             )
-        index = window_index(side, side, self.pooling_size).to(device)  # (n, W)
-        first = torch.arange(0, B * N, N, device=device)[:, None, None]
-        windows = torch.where(index < 0, index, index + first).flatten(0, 1)
-        return windows, side % self.pooling_size != 0
+        index = window_index(side, side, self.pooling_size).to(features.device, non_blocking=True)
+        first = torch.arange(0, B * N, N, device=index.device)[:, None, None]
+        return torch.where(index < 0, index, index + first).flatten(0, 1)
 
 
 CONNECTORS: dict[str, type[nn.Module]] = {
@@ -251,4 +230,26 @@ class MultimodalConnector(nn.Module):
                 f"image_token_pooling belongs to the pooling connector, this one is "
                 f"{self.config.connector_type!r}: send whole pictures (I, 3, H, W) instead"
             )
-        return self.layers(features, image_token_pooling)
+        index = image_token_pooling
+        if index.device.type == "cpu":  # elsewhere a look at values makes the host wait
+            index = checked_pooling(index, *features.shape[:2])
+        return self.layers(features, index.to(features.device))
+
+
+def checked_pooling(index: Tensor, B: int, N: int) -> Tensor:
+    """The rows of an index (n, W) over B crops of N patches that are not empty.
+
+    Raises: ValueError for an index of another form or range.
+    """
+    if index.ndim != 2 or index.is_floating_point():
+        raise ValueError(
+            f"expected image_token_pooling of shape (tokens, slots) and an integer type, found "
+            f"{tuple(index.shape)} {index.dtype}"
+        )
+    if index.numel() and (int(index.min()) < -1 or int(index.max()) >= B * N):
+        raise ValueError(
+            f"image_token_pooling runs from {int(index.min())} to {int(index.max())}, but "
+            f"{B} crop(s) of {N} patches were given: it counts the patches of all crops of the "
+            f"batch from 0, -1 = empty"
+        )
+    return index[(index >= 0).any(dim=1)]

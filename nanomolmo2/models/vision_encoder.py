@@ -1,6 +1,6 @@
 """The SigLIP 2 vision transformer.
 
-B pictures, N patches, D hidden_size, H heads, Dh head width, P patch_size.
+B images, N patches, D hidden_size, H heads, Dh head width, P patch_size.
 
 Source: google/siglip2-so400m-patch14-384 (the vision tower without its pooling head).
 """
@@ -10,22 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nanomolmo2.config import Config
 from nanomolmo2.models.attention import attend
-from nanomolmo2.models.kernels import Linear, linear
-from nanomolmo2.models.quantized import Modes, project, quantize
-
-# Activations of the pictures that go through together where no graph is kept. Measured: a picture
-# takes the same time alone and in groups of 2 to 8, so two of full size are enough for a CPU.
-GROUP_BYTES = {"cpu": 128 * 2**20}
-GROUP_BYTES_ELSEWHERE = 2**30  # a GPU is not busy with two
+from nanomolmo2.models.layers import LayerNorm
 
 
 @dataclass(frozen=True)
@@ -72,16 +65,6 @@ class VisionConfig(Config):
         return self.hidden_size // self.num_attention_heads
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer norm in float32 whatever the compute dtype."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(
-            x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
-        )
-        return y.to(x.dtype)
-
-
 class VisionAttention(nn.Module):
     """Multi-head self-attention over all patches, with biases."""
 
@@ -89,17 +72,20 @@ class VisionAttention(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.head_dim = config.head_dim
-        self.q_proj = Linear(D, D)
-        self.k_proj = Linear(D, D)
-        self.v_proj = Linear(D, D)
-        self.out_proj = Linear(D, D)
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, D)
+        self.v_proj = nn.Linear(D, D)
+        self.out_proj = nn.Linear(D, D)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Three projections of one input."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, N, Dh)
-            for y in project(x, self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(attend(q, k, v, mask=None).transpose(1, 2).flatten(2))
+            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv(x)
+        )  # (B, H, N, Dh)
+        return self.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class VisionMLP(nn.Module):
@@ -107,8 +93,8 @@ class VisionMLP(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -130,7 +116,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Pictures to one feature a patch.
+    """Images to one feature a patch.
 
     Args:
         config: sizes.
@@ -153,7 +139,6 @@ class VisionEncoder(nn.Module):
         self.position_embedding = nn.Embedding(config.num_patches, D)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(depth))
         self.post_layernorm = LayerNorm(D, eps=config.layer_norm_eps) if post_layernorm else None
-        self.gradient_checkpointing = False
         self.frozen = False
         nn.init.normal_(self.position_embedding.weight, std=D**-0.5)
 
@@ -163,8 +148,8 @@ class VisionEncoder(nn.Module):
         *,
         layers: Sequence[int] | None = None,
         output_hidden_states: bool = False,
-    ) -> Any:
-        """Encode pictures.
+    ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], tuple[Tensor, ...]]:
+        """Encode images.
 
         Args:
             images: (B, 3, H, W), normalised. A grid other than the configured one interpolates the
@@ -177,58 +162,34 @@ class VisionEncoder(nn.Module):
         Returns:
             (B, N, D); with ``layers`` a list of (B, N, D) in the asked order; with
             ``output_hidden_states`` a pair of that and a tuple of ``len(self.layers) + 1`` tensors.
-        Raises: ValueError for pictures of another rank, channel count or less than one patch.
+        Raises: ValueError for images of another rank, channel count or less than one patch.
         """
         wanted = None if layers is None else [self._block_index(i) for i in layers]
-        x = self._embed(images)
+        x = self.embed(images)
         states = [x]
         depth = len(self.layers) if wanted is None or output_hidden_states else max(wanted) + 1
         kept: dict[int, Tensor] = {}
         for i, layer in enumerate(self.layers[:depth]):
-            if self.gradient_checkpointing and torch.is_grad_enabled() and not self.frozen:
-                x = checkpoint(layer, x, use_reentrant=False)
-            else:
-                x = layer(x)
+            x = layer(x)
             if wanted is not None and i in wanted:
                 kept[i] = x
             if output_hidden_states:
                 states.append(x)
-        features: Any
+        features: Tensor | list[Tensor]
         if wanted is not None:
             features = [kept[i] for i in wanted]
         else:
             features = x if self.post_layernorm is None else self.post_layernorm(x)
         return (features, tuple(states)) if output_hidden_states else features
 
-    def features(
-        self,
-        images: Tensor,
-        layers: Sequence[int] | None = None,
-        *,
-        max_bytes: int | None = None,
-    ) -> Tensor:
+    def features(self, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
         """Features as the connector reads them: (B, N, D), or those of ``layers`` joined.
 
-        Where no graph is kept, pictures go through in groups, so that beside the result the memory
-        does not grow with their number; a frozen encoder keeps none.
-
-        Args:
-            images, layers: as in :meth:`forward`.
-            max_bytes: activations of a group, about; never less than one picture.
+        Arguments as in :meth:`forward`. A frozen encoder keeps no graph.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            B = len(images)
-            group = B if torch.is_grad_enabled() else self._group(images, max_bytes)
-            if group >= B:
-                return self._joined(images, layers)
-            features: Tensor | None = None
-            for start in range(0, B, group):
-                part = self._joined(images[start : start + group], layers)
-                if features is None:
-                    features = part.new_empty(B, *part.shape[1:])
-                features[start : start + group] = part
-            assert features is not None
-            return features
+            features = self(images, layers=layers)
+            return features if layers is None else torch.cat(features, dim=-1)
 
     def freeze(self) -> Self:
         """No gradients for any weight, and evaluation mode even under ``train()``."""
@@ -244,70 +205,40 @@ class VisionEncoder(nn.Module):
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
 
-    def quantize(self, mode: Modes, **options: Any) -> Self:
-        """8-bit or 16-bit weights, in place; see :func:`nanomolmo2.models.quantized.quantize`."""
-        return quantize(self, mode, **options)
+    def embed(self, images: Tensor) -> Tensor:
+        """Images or patches -> (B, N, D): patches projected, positions added."""
+        self.check(images)
+        images = images.to(self.patch_embedding.weight.dtype)
+        if images.ndim == 3:  # patches: the same convolution, as a matrix
+            matrix = self.patch_embedding.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*3)
+            side = math.isqrt(images.shape[1])
+            x = F.linear(images, matrix, self.patch_embedding.bias)
+            return x + self.positions(side, side)
+        x = self.patch_embedding(images)  # (B, D, rows, columns)
+        return x.flatten(2).transpose(1, 2) + self.positions(*x.shape[2:])
 
-    @classmethod
-    def from_pretrained(cls, name_or_path: str | None = None, **options: Any) -> VisionEncoder:
-        """Load weights; see :func:`nanomolmo2.convert.pretrained.load_vision_encoder`."""
-        from nanomolmo2.convert.pretrained import load_vision_encoder
-
-        return load_vision_encoder(name_or_path, **options)
-
-    def _joined(self, images: Tensor, layers: Sequence[int] | None) -> Tensor:
-        """(B, N, D), or (B, N, D * layers)."""
-        features = self(images, layers=layers)
-        return features if layers is None else torch.cat(features, dim=-1)
-
-    def _group(self, images: Tensor, max_bytes: int | None) -> int:
-        """Pictures that may go through together; wrong shapes are for :meth:`forward` to refuse."""
-        if images.ndim not in (3, 4):
-            return len(images)
-        if max_bytes is None:
-            max_bytes = GROUP_BYTES.get(images.device.type, GROUP_BYTES_ELSEWHERE)
-        P = self.config.patch_size
-        rows, columns = (side // P for side in images.shape[-2:])
-        N = rows * columns if images.ndim == 4 else images.shape[1]
-        # The peak is in the MLP: its inner width before and after the GELU, beside the residual,
-        # the norm in float32 and the result.
-        widths = 2 * self.config.intermediate_size + 4 * self.config.hidden_size
-        size = max(1, N) * widths * self.position_embedding.weight.element_size()
-        return max(1, max_bytes // size)
-
-    def _embed(self, images: Tensor) -> Tensor:
-        """Pictures or patches -> (B, N, D): patches projected, positions added."""
-        config, P = self.config, self.config.patch_size
-        if images.ndim == 3 and images.shape[2] == config.num_channels * P * P:
-            return self._embed_patches(images)
-        if images.ndim != 4 or images.shape[1] != config.num_channels or min(images.shape[2:]) < P:
+    def check(self, images: Tensor) -> None:
+        """Raises: ValueError for what is no batch of normalised images or patches."""
+        C, P = self.config.num_channels, self.config.patch_size
+        if images.ndim == 3 and images.shape[2] == C * P * P:
+            side = math.isqrt(images.shape[1])
+            if side * side != images.shape[1] or not images.is_floating_point():
+                raise ValueError(
+                    f"expected normalised patches of a square grid in floating point, found "
+                    f"{images.shape[1]} of {images.dtype}: let the processor prepare them"
+                )
+        elif images.ndim != 4 or images.shape[1] != C or min(images.shape[2:]) < P:
             raise ValueError(
-                f"expected pictures of shape (B, {config.num_channels}, H, W) with sides of at "
-                f"least {P} pixels, found {tuple(images.shape)}: let the processor prepare them"
+                f"expected pictures of shape (B, {C}, H, W) with sides of at least {P} pixels, "
+                f"found {tuple(images.shape)}: let the processor prepare them"
             )
-        if not images.is_floating_point():
+        elif not images.is_floating_point():
             raise ValueError(
                 f"expected normalised floating point pictures, found {images.dtype}: scale to "
                 f"0..1, subtract the mean and divide by the deviation, or let the processor do it"
             )
-        x = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))  # (B, D, h, w)
-        position = self._positions(x.shape[2], x.shape[3])
-        return x.flatten(2).transpose(1, 2) + position
 
-    def _embed_patches(self, patches: Tensor) -> Tensor:
-        """(B, N, 3*P*P) -> (B, N, D): the same convolution, as a matrix."""
-        side = math.isqrt(patches.shape[1])
-        if side * side != patches.shape[1] or not patches.is_floating_point():
-            raise ValueError(
-                f"expected normalised patches of a square grid in floating point, found "
-                f"{patches.shape[1]} of {patches.dtype}: let the processor prepare them"
-            )
-        weight = self.patch_embedding.weight  # (D, 3, P, P)
-        matrix = weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*3), as the patches run
-        x = linear(patches.to(weight.dtype), matrix, self.patch_embedding.bias)
-        return x + self._positions(side, side)
-
-    def _positions(self, rows: int, columns: int) -> Tensor:
+    def positions(self, rows: int, columns: int) -> Tensor:
         """(rows * columns, D): the learned table, interpolated where the grid is another one."""
         side = self.config.patches_per_side
         table = self.position_embedding.weight

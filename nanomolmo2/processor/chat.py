@@ -1,17 +1,17 @@
 """Chat formats: messages -> segments of a prompt, each marked as control, text or answer.
 
 ``qwen3`` is Qwen3's template without a default system message and without thinking, ``molmo2`` is
-the format of Molmo2 (one answer, P for the pictures, / for a newline):
+the format of Molmo2 (one answer, P for the images, / for a newline):
 
     qwen3   <|im_start|>user/P{text}<|im_end|>/<|im_start|>assistant/{answer}<|im_end|>/
     molmo2  <|im_end|>P<|im_start|>user/{text}<|im_end|>/<|im_start|>assistant/{answer}<|im_end|>
 
-Pictures or a video always come first, wherever they stand in the messages. With several pictures
+Images or a video always come first, wherever they stand in the messages. With several images
 ``molmo2`` puts the text ``Image 1``, ``Image 2``, ... directly before each; each frame of a video
 follows its time: ``0.0 F 0.5 F 1.0 F``. Turns follow each other with a newline between.
 
 A rendered prompt is a prefix (what the branches of a message tree share: everything up to the end
-of the pictures) and the turns. Prompt and labels come from the same segments: what is an answer is
+of the images) and the turns. Prompt and labels come from the same segments: what is an answer is
 decided here and nowhere else.
 
 The chat template that Molmo2 ships differs from Molmo2's training in what precedes the answers.
@@ -68,7 +68,7 @@ class ContentItem(TypedDict):
     """A part of a message: of ``type`` text, image or video.
 
     ``image`` is anything that `processor.image.load_image` takes, ``video`` anything that
-    `processor.video.load_video` takes; without it the item stands for the next of the pictures, or
+    `processor.video.load_video` takes; without it the item stands for the next of the images, or
     for the video, given beside the messages. ``style`` is one of Molmo2's names for kinds of
     answers, such as ``vqa2`` for short ones.
     """
@@ -103,7 +103,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Turn:
-    """A checked message: its text in one piece, its pictures and videos (None: given beside)."""
+    """A checked message: its text in one piece, its images and videos (None: given beside)."""
 
     role: str
     text: str
@@ -145,17 +145,17 @@ def read_messages(messages: Sequence[Message], *, styled: bool = False) -> list[
     return turns
 
 
-def show_pictures(chat_format: ChatFormat, pictures: Sequence[str]) -> tuple[Segment, ...]:
-    """Pictures as they stand in the prefix.
+def show_images(chat_format: ChatFormat, images: Sequence[str]) -> tuple[Segment, ...]:
+    """Images as they stand in the prefix.
 
     Args:
-        pictures: control string of each: start tokens, image tokens, end tokens.
+        images: control string of each: start tokens, image tokens, end tokens.
     """
-    if chat_format == "qwen3" or len(pictures) == 1:
-        return tuple(_control(picture) for picture in pictures)
+    if chat_format == "qwen3" or len(images) == 1:
+        return tuple(_control(image) for image in images)
     segments: list[Segment] = []
-    for number, picture in enumerate(pictures, start=1):
-        segments += [_text(f"Image {number}"), _control(picture)]
+    for number, image in enumerate(images, start=1):
+        segments += [_text(f"Image {number}"), _control(image)]
     return tuple(segments)
 
 
@@ -177,7 +177,7 @@ def render_prefix(
     """What comes before the first user's text and is shared by all branches of a message tree.
 
     Args:
-        visual: what `show_pictures` or `show_video` returned.
+        visual: what `show_images` or `show_video` returned.
         opening: a system message, which only qwen3 has, or a subtitle, which only molmo2 has.
     """
     role = opening.role if opening is not None else None

@@ -19,10 +19,10 @@ def collate(
     pad_token_id: int,
     padding_side: Literal["right", "left"] = "right",
 ) -> Batch:
-    """Pad examples to the longest and stack them; pictures are joined in reading order.
+    """Pad examples to the longest and stack them; images are joined in reading order.
 
     Crops are counted through the batch, and so are the patches in ``image_token_pooling``; windows
-    of pictures and of videos (4 and 9 patches) are filled up with -1 to the widest.
+    of images and of videos (4 and 9 patches) are filled up with -1 to the widest.
 
     Padding is ``pad_token_id``, mask False, label -100, weight 0, position 0, subsegment -1.
     What no example has is None: labels without any answer, weights, and for rows without message
@@ -50,7 +50,7 @@ def collate(
                 out[length - len(row) :] = row
         return torch.from_numpy(padded)
 
-    pictures = [e.pixel_values for e in encoded if e.pixel_values is not None]
+    images = [e.pixel_values for e in encoded if e.pixel_values is not None]
     windows = join_windows(encoded)
     return Batch(
         input_ids=pad([e.input_ids for e in encoded], pad_token_id),
@@ -59,7 +59,7 @@ def collate(
         labels=pad([labels_of(e) for e in encoded], IGNORED_LABEL) if has_labels else None,
         loss_weights=pad([weights_of(e) for e in encoded], 0) if has_weights else None,
         subsegment_ids=pad([subsegments_of(e) for e in encoded], -1) if has_trees else None,
-        pixel_values=torch.from_numpy(np.concatenate(pictures)) if pictures else None,
+        pixel_values=torch.from_numpy(np.concatenate(images)) if images else None,
         image_token_pooling=None if windows is None else torch.from_numpy(windows),
     )
 

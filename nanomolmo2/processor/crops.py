@@ -1,8 +1,8 @@
-"""Crops: one picture -> an overview and overlapping details, cut into patches, as Molmo2 sees it.
+"""Crops: one image -> an overview and overlapping details, cut into patches, as Molmo2 sees it.
 
-A square of 378 pixels shows little of a page of text. So a picture is sent as one overview,
+A square of 378 pixels shows little of a page of text. So an image is sent as one overview,
 squashed to the crop size, and as a grid of tiles cut from a larger copy (the canvas), whose size is
-chosen so that the picture has to shrink as little as `max_crops` tiles allow:
+chosen so that the image has to shrink as little as `max_crops` tiles allow:
 
     canvas   one crop, and one window further for every more tile: rows x window + margins
     window   crop without its margins, 27 - 4 - 4 = 19 patches: neighbours overlap by the margins
@@ -37,7 +37,7 @@ from nanomolmo2.processor.image import ImageSource, load_image
 
 @dataclass(frozen=True)
 class MultiCrop(Config):
-    """How a picture becomes crops, and which patches each image token pools.
+    """How an image becomes crops, and which patches each image token pools.
 
     Attributes:
         max_crops: most tiles, the overview not counted; 8 as shipped, 24 in published results.
@@ -93,7 +93,7 @@ class MultiCrop(Config):
         return sum(self.overlap_margins) * self.patch_size
 
     def __call__(self, picture: ImageSource) -> dict[str, NDArray[Any]]:
-        """Cut a picture into crops: the overview, then the tiles row by row.
+        """Cut an image into crops: the overview, then the tiles row by row.
 
         Args:
             picture: anything `load_image` takes; EXIF rotation is applied, transparency put on
@@ -121,7 +121,7 @@ class MultiCrop(Config):
         }
 
     def tiling(self, width: int, height: int) -> tuple[int, int]:
-        """(rows, columns) of tiles for a picture of this size in pixels.
+        """(rows, columns) of tiles for an image of this size in pixels.
 
         The tiling that enlarges least; where every one shrinks, the one that shrinks least. Sizes
         are compared without the margins and in float32, as the references do.
@@ -135,7 +135,7 @@ class MultiCrop(Config):
         return tilings[int(np.where(scales < 1, np.float32(10e9), scales).argmin())]
 
     def image_grid(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """``image_grid`` of a picture of this size without cutting it."""
+        """``image_grid`` of an image of this size without cutting it."""
         return _pooling_index(
             *self.tiling(width, height),
             self.patches_per_side,

@@ -1,4 +1,4 @@
-"""Draw points over their picture or the frames of a video: numbered discs, and each label once."""
+"""Draw points over their image or the frames of a video: numbered discs, and each label once."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _OVERSAMPLE = 4  # PIL draws hard edges: discs are drawn larger and shrunk
 
 
 def draw_points(image: ImageSource, points: Iterable[Point], *, number: int = 1) -> Image.Image:
-    """Mark points on a copy of their picture.
+    """Mark points on a copy of their image.
 
     Each point is a disc with its id, ringed in white and black so that it shows on any background;
     points with the same label share a colour, and the first of them carries the label. Sizes follow
-    the picture's.
+    the image's.
 
     Args:
-        image: picture the points belong to, anything `load_image` takes.
-        points: in its pixels, as `parse_points` gives them; those of other pictures are left out.
-        number: which picture of the prompt this is, from 1.
+        image: image the points belong to, anything `load_image` takes.
+        points: in its pixels, as `parse_points` gives them; those of other images are left out.
+        number: which image of the prompt this is, from 1.
     Returns: RGB image of the same size.
     """
     shown = [point for point in points if point.image == number and point.time is None]
@@ -55,9 +55,9 @@ def draw_frames(
     its own.
 
     Args:
-        frames: pictures of the video, anything `load_image` takes.
+        frames: images of the video, anything `load_image` takes.
         times: seconds, one a frame, rising.
-        points: in pixels of the frames, as `parse_points` gives them; those of pictures, which have
+        points: in pixels of the frames, as `parse_points` gives them; those of images, which have
             no time, are left out.
     Returns: RGB images, one a frame, of the same size.
     Raises: ValueError if there is not one time for each frame.
@@ -132,7 +132,7 @@ def _colour_numbers(points: Iterable[Point], *, by_id: bool) -> dict[Hashable, i
 def _paint(
     image: ImageSource, points: Sequence[Point], colours: dict[Hashable, int], *, by_id: bool
 ) -> Image.Image:
-    """A copy of a picture with points; ``colours`` has a number for each label, or label and id."""
+    """A copy of an image with points; ``colours`` has a number for each label, or label and id."""
     canvas = load_image(image).copy()
     radius = max(7, round(0.018 * math.sqrt(canvas.width * canvas.height)))
 
@@ -150,7 +150,7 @@ def _paint(
 
 
 def _disc(radius: int, text: str, fill: str, ink: str) -> Image.Image:
-    """RGBA picture of a numbered disc; the radius does not count the rings."""
+    """RGBA image of a numbered disc; the radius does not count the rings."""
     ring = max(1, radius // 6)
     side = 2 * (radius + 2 * ring) + 1
     large = Image.new("RGBA", (side * _OVERSAMPLE, side * _OVERSAMPLE), (0, 0, 0, 0))
@@ -167,7 +167,7 @@ def _disc(radius: int, text: str, fill: str, ink: str) -> Image.Image:
 def _draw_label(
     canvas: Image.Image, point: Point, label: str, radius: int, fill: str, ink: str
 ) -> None:
-    """A box beside the disc: to the right, or to the left where the picture ends."""
+    """A box beside the disc: to the right, or to the left where the image ends."""
     draw = ImageDraw.Draw(canvas)
     font = _font(max(11, 1.3 * radius))
     label = label if len(label) <= 40 else label[:39] + "…"

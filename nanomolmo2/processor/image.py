@@ -1,4 +1,4 @@
-"""Pictures: whatever people have -> RGB -> the float tensor the vision encoder takes.
+"""Images: whatever people have -> RGB -> the float tensor the vision encoder takes.
 
 `load_image` is about people (files, rotation, transparency, bit depths, broken files), `preprocess`
 is about the model and equals transformers' ``SiglipImageProcessor`` (PIL backend) bit for bit.
@@ -35,7 +35,7 @@ _FORMAT_NAMES = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 _EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {  # value of the EXIF orientation tag -> what makes the picture upright
+_UPRIGHT = {  # value of the EXIF orientation tag -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -48,7 +48,7 @@ _ORIENTATION_HOLDERS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "x
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open any picture as an upright RGB image on white.
+    """Open any image as an upright RGB image on white.
 
     Files (by path or as bytes) may be JPEG, PNG, WebP, GIF and the like; of several frames the
     first is taken. EXIF rotation is applied, transparency is composited on white, palettes, CMYK,
@@ -63,7 +63,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         max_pixels: largest width x height; checked before anything is decoded.
     Returns: the image; the very object that was given if there is nothing to change.
     Raises: FileNotFoundError if there is no such file; ValueError, in one line, for whatever else
-        keeps the source from being a picture.
+        keeps the source from being an image.
     """
     if isinstance(source, Image.Image):
         return _decode(source, f"the {source.mode} image", max_pixels)
@@ -303,7 +303,7 @@ _SIGNATURES = (
 
 
 def _guess(head: bytes) -> str:
-    """What a file that is no readable picture seems to be, by its first bytes."""
+    """What a file that is no readable image seems to be, by its first bytes."""
     for signature, found in _SIGNATURES:
         if head.startswith(signature):
             return found

@@ -1,11 +1,11 @@
-"""Points in answers: text of Molmo2's ``html-v2`` format <-> pixels of the pictures or the video.
+"""Points in answers: text of Molmo2's ``html-v2`` format <-> pixels of the images or the video.
 
     <points coords="1 1 210 455 2 640 480;2 3 100 042">dogs</points>
                     | |  |   |             |
-                    | |  |   |             group of the second picture; ids run on over the groups
+                    | |  |   |             group of the second image; ids run on over the groups
                     | |  x and y in thousandths of the width and height, at least three digits
                     | id, from 1
-                    key of the group: number of the picture, from 1, also where there is only one
+                    key of the group: number of the image, from 1, also where there is only one
 
     <points coords="0.0 1 259 340;12.5 2 138 427">goals</points>
                     key in a video: seconds, one decimal
@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-SCALE = 1000  # coordinates are written in thousandths of the picture's side
+SCALE = 1000  # coordinates are written in thousandths of the image's side
 NOTHING_THERE = "There are none."
 NO_TRACKS = "No tracks available."
 
@@ -35,16 +35,16 @@ Size = tuple[int, int]  # (width, height), pixels
 
 @dataclass(frozen=True)
 class Point:
-    """A point in pixels of an original picture or of a video's frames.
+    """A point in pixels of an original image or of a video's frames.
 
     Attributes:
-        x: 0 .. width of the picture, pixels; right from the top-left corner.
-        y: 0 .. height of the picture, pixels; down from the top-left corner.
-        image: number of the picture in the prompt, from 1; says nothing where there is a time.
+        x: 0 .. width of the image, pixels; right from the top-left corner.
+        y: 0 .. height of the image, pixels; down from the top-left corner.
+        image: number of the image in the prompt, from 1; says nothing where there is a time.
         id: number of the point in its answer, from 1, or of the object that a track follows; None
             before it was written.
         label: what the point marks, as the answer says it; None if the answer broke off before it.
-        time: seconds from the start of the video; None for a point in a picture.
+        time: seconds from the start of the video; None for a point in an image.
     """
 
     x: float
@@ -67,16 +67,16 @@ def format_points(
 
     Args:
         points: in pixels, in any order, all with a time or none; their ids and labels are not read.
-            Groups are sorted by picture or time, the points of one group by (x, y) after rounding,
+            Groups are sorted by image or time, the points of one group by (x, y) after rounding,
             and ids are given in that order from 1 over all groups.
         label: what the points mark, such as ``dogs``.
-        image_sizes: (width, height) of each picture in prompt order, pixels.
+        image_sizes: (width, height) of each image in prompt order, pixels.
         mode: ``point``: the tag alone; ``point_count``: ``Counting the <tag> shows a total of N.``;
             ``count_point``: ``There are N <tag>.``; ``count``: ``N``
         video_size: (width, height) of the video, pixels; for points with a time, which is written
             with one decimal.
     Returns: the answer; ``There are none.`` for no points, in every mode.
-    Raises: ValueError if a point lies outside its picture, names a picture that is not there or has
+    Raises: ValueError if a point lies outside its image, names an image that is not there or has
         an impossible time, if the label holds a tag, or if the mode is unknown.
     """
     if mode not in get_args(PointMode):
@@ -149,7 +149,7 @@ def parse_points(
     video_size: Size | None = None,
     problems: list[str] | None = None,
 ) -> list[Point]:
-    """Read the points in an answer, in pixels of the original pictures or of the video.
+    """Read the points in an answer, in pixels of the original images or of the video.
 
     Reads every points and tracks tag of the text, with ``;``, a tab, ``:`` or ``,`` between the
     groups and with other attributes. A tag that breaks off is read as far as its numbers are surely
@@ -158,13 +158,13 @@ def parse_points(
 
     Args:
         text: answer such as ``<points coords="1 1 512 300">cat</points>``.
-        image_sizes: (width, height) of each picture in prompt order, pixels.
+        image_sizes: (width, height) of each image in prompt order, pixels.
         video_size: (width, height) of the video, pixels. With it and without image_sizes every key
-            is a time; otherwise ``1`` is a picture and ``1.0`` a time.
+            is a time; otherwise ``1`` is an image and ``1.0`` a time.
         problems: gets one line for each thing that was left out: what and where.
     Returns: points in order of appearance; empty if the answer has none. Those of a video have a
         time (without video_size they are left out); those of tracks have the id of their object.
-    Raises: ValueError if a point names a picture the prompt did not have; with ``problems`` it is
+    Raises: ValueError if a point names an image the prompt did not have; with ``problems`` it is
         left out and reported instead.
     """
     points = []
@@ -200,7 +200,7 @@ def parse_count(text: str) -> int | None:
     and ``no`` are 0), and 0 for ``No tracks available``; an answer that is only a number; the
     number of points in the answer, where the points of one track count once.
 
-    Molmo2's own scorer of picture counting ignores the number in the text and takes the points:
+    Molmo2's own scorer of image counting ignores the number in the text and takes the points:
     that is ``len(parse_points(...))``.
 
     Returns: the count; None if the answer gives neither a number nor a point, which is not 0.
@@ -224,10 +224,10 @@ def points_to_json(
 ) -> list[dict[str, Any]]:
     """Points as dicts that `json.dumps` takes.
 
-    Each has ``image`` (number of its picture, from 1) or ``time`` (seconds), ``id``, ``label``,
+    Each has ``image`` (number of its image, from 1) or ``time`` (seconds), ``id``, ``label``,
     ``x`` and ``y`` in pixels, ``x_thousandths`` and ``y_thousandths`` of the width and height.
 
-    Raises: ValueError for a point without its picture, or with a time and without ``video_size``.
+    Raises: ValueError for a point without its image, or with a time and without ``video_size``.
     """
     dicts = []
     for point in points:
@@ -400,7 +400,7 @@ def _to_thousandths(point: Point, size: Size) -> tuple[int, int]:
 def _size_of(
     image: int, time: float | None, image_sizes: Sequence[Size], video_size: Size | None
 ) -> Size:
-    """Size of what a point is in: a picture by its number, or the video."""
+    """Size of what a point is in: an image by its number, or the video."""
     if time is not None:
         if video_size is None:
             raise ValueError(

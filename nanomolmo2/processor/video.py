@@ -1,9 +1,9 @@
 """Videos: whatever people have -> a few RGB frames and the second that each one stands for.
 
 `sample_times` is the rule (which moments of a video the model looks at), `load_video` is about
-people: video files, animated pictures, frames they already have.
+people: video files, animated images, frames they already have.
 
-Files are decoded by torchcodec or PyAV (the extra ``video``), animated pictures by Pillow alone.
+Files are decoded by torchcodec or PyAV (the extra ``video``), animated images by Pillow alone.
 Nothing is downloaded, and only files that begin like a video reach a decoder: FFmpeg would also
 follow playlists to other files and addresses.
 """
@@ -209,22 +209,22 @@ def _from_frames(
     max_frames: int,
     max_fps: float,
 ) -> Video:
-    pictures = list(frames)
+    images = list(frames)
     if isinstance(times, (int, float)):
-        chosen = sample_indices(len(pictures), times, max_frames, max_fps)
-        seconds = [index / times for index in range(len(pictures))]
+        chosen = sample_indices(len(images), times, max_frames, max_fps)
+        seconds = [index / times for index in range(len(images))]
     else:
-        chosen = _evenly(len(pictures), max_frames)
+        chosen = _evenly(len(images), max_frames)
         seconds = [float(time) for time in times]
-        if len(seconds) != len(pictures):
+        if len(seconds) != len(images):
             raise ValueError(
-                f"found {len(pictures)} frames and {len(seconds)} times, expected one time, in "
+                f"found {len(images)} frames and {len(seconds)} times, expected one time, in "
                 f"seconds, for each frame"
             )
     arrays = []
     for index in chosen:
         try:
-            arrays.append(np.asarray(load_image(pictures[index])))
+            arrays.append(np.asarray(load_image(images[index])))
         except ValueError as error:
             raise ValueError(f"frame {index + 1}: {error}") from None
     return Video(tuple(arrays), tuple(seconds[index] for index in chosen))
@@ -257,7 +257,7 @@ def _read(name: str, file: Path | bytes, head: bytes, max_frames: int, max_fps: 
     """Decode a file; ``head`` is its beginning, which decides how."""
     if not head:
         raise ValueError(f"{name}: found an empty file (0 bytes), {_EXPECTED}: copy it again")
-    if _is_picture(head):
+    if _is_image(head):
         return _read_animation(name, file, max_frames, max_fps)
     if _is_video(head):
         return _decode(name, file, max_frames, max_fps)
@@ -269,7 +269,7 @@ def _read(name: str, file: Path | bytes, head: bytes, max_frames: int, max_fps: 
     raise ValueError(f"{name}: found {found}, {_EXPECTED}: {_HELP}")
 
 
-def _is_picture(head: bytes) -> bool:
+def _is_image(head: bytes) -> bool:
     return head.startswith((b"GIF8", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (
         head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     )
@@ -322,7 +322,7 @@ def _on_screen(
     return found
 
 
-# ---- animated pictures ----
+# ---- animated images ----
 
 
 def _read_animation(name: str, file: Path | bytes, max_frames: int, max_fps: float) -> Video:
@@ -359,7 +359,7 @@ def _read_animation(name: str, file: Path | bytes, max_frames: int, max_fps: flo
 
 def _frame_durations(image: Image.Image) -> Iterator[int]:
     """Turn to frame after frame and give the milliseconds that each is shown."""
-    # An animated PNG may begin with a picture for programs that show only stills.
+    # An animated PNG may begin with a still for programs that show only stills.
     for number in itertools.count(1 if image.info.get("default_image") else 0):
         try:
             image.seek(number)
@@ -448,13 +448,13 @@ def _decode_pyav(name: str, file: Path | bytes, max_frames: int, max_fps: float)
 
 @contextlib.contextmanager
 def _video_stream(name: str, file: Path | bytes) -> Iterator[Any]:
-    """The moving pictures of a file, open."""
+    """The video stream of a file, open."""
     import av
 
     opened = io.BytesIO(file) if isinstance(file, bytes) else str(file)
     with av.open(opened, metadata_errors="replace") as container:
         stream = container.streams.best("video")
-        # The cover of a song is a "video" of one picture.
+        # The cover of a song is a "video" of one image.
         if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
             has_sound = bool(container.streams.audio)
             raise ValueError(
@@ -507,6 +507,6 @@ def _frames(stream: Any) -> Iterator[tuple[int, Any]]:
 
 def _to_rgb(frame: Any, width: int | None, height: int | None) -> Frame:
     # Calls and screen recordings change their size on the way; all frames get the first one.
-    picture = frame.to_ndarray(format="rgb24", width=width, height=height)
-    # Phones store lying pictures and a note how far to turn them, counter-clockwise.
-    return np.ascontiguousarray(np.rot90(picture, frame.rotation // 90))
+    image = frame.to_ndarray(format="rgb24", width=width, height=height)
+    # Phones store the image as it lies on the sensor, and how far to turn it counter-clockwise.
+    return np.ascontiguousarray(np.rot90(image, frame.rotation // 90))

@@ -1,1 +1,1 @@
-"""Training: a resumable loop, optimisers, and the recipe of the bundled ``tiny`` model."""
+"""Training: recipes, a resumable loop, optimisers, ranks, checkpoints."""

@@ -70,30 +70,30 @@ class Checkpoints:
         self,
         run: Path,
         keep: int = 2,
-        say: Callable[[str], None] = lambda text: None,
+        info: Callable[[str], None] = lambda text: None,
         world: World | None = None,
     ) -> None:
         """
         Args:
             keep: how many of the newest stay; the best stays too.
-            say: told of damaged files.
+            info: told of damaged files.
             world: with more than one rank, each writes its shards.
         """
-        self.folder, self.keep, self.say = run / FOLDER, keep, say
+        self.folder, self.keep, self.info = run / FOLDER, keep, info
         self.world = world or World()
 
-    def save(self, position: Position, learner: nn.Module, optimizers: Optimizers) -> None:
+    def save(self, position: Position, model: nn.Module, optimizers: Optimizers) -> None:
         """Write a checkpoint, then delete those that are neither new nor the best.
 
         Raises: OSError, with all earlier checkpoints as they were.
         """
         try:
-            if is_sharded(learner):
-                self._save_shards(position, learner, optimizers)
+            if is_sharded(model):
+                self._save_shards(position, model, optimizers)
             else:
                 with atomic_path(self.folder / position.name) as aside:
                     aside.mkdir(parents=True)
-                    self._write(aside, learner, optimizers)
+                    self._write(aside, model, optimizers)
                     self._describe(position, aside, {FILE: sha256_of(aside / FILE)})
         except (OSError, RuntimeError, ValueError) as error:
             # torch's writers turn the system's error into kinds of their own.
@@ -107,7 +107,7 @@ class Checkpoints:
     def newest(self) -> Position | None:
         """The position of the newest intact checkpoint; None if there is no checkpoint at all.
 
-        Damaged ones are moved aside, and `say` is told.
+        Damaged ones are moved aside, and `info` is told.
         Raises: ValueError if all are damaged.
         """
         found, problem = None, ""
@@ -122,23 +122,21 @@ class Checkpoints:
             )
         return found
 
-    def restore(
-        self, position: Position, learner: nn.Module, optimizers: Optimizers | None
-    ) -> None:
+    def restore(self, position: Position, model: nn.Module, optimizers: Optimizers | None) -> None:
         """Read weights, random states and, unless None, moments of a checkpoint in place."""
         folder = self.folder / position.name
         if not (folder / FILE).exists():
-            load_sharded(folder, learner, optimizers.parts if optimizers else {})
+            load_sharded(folder, model, optimizers.parts if optimizers else {})
             return
         values = torch.load(folder / FILE, weights_only=True, map_location="cpu")
-        learner.load_state_dict(values["weights"])
+        model.load_state_dict(values["weights"])
         if optimizers is not None:
             optimizers.load_state_dict(values["optimizer"])
         set_random_state(values["random"])
 
-    def _write(self, folder: Path, learner: nn.Module, optimizers: Optimizers) -> None:
+    def _write(self, folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
         values = {
-            "weights": learner.state_dict(),
+            "weights": model.state_dict(),
             "optimizer": optimizers.state_dict(),
             "random": random_state(),
         }
@@ -147,11 +145,11 @@ class Checkpoints:
             stream.flush()
             os.fsync(stream.fileno())  # else the new name may outlive a power cut, and this not
 
-    def _save_shards(self, position: Position, learner: nn.Module, optimizers: Optimizers) -> None:
+    def _save_shards(self, position: Position, model: nn.Module, optimizers: Optimizers) -> None:
         folder = self.folder / position.name
         if self.world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-        save_sharded(folder, learner, optimizers.parts, {})
+        save_sharded(folder, model, optimizers.parts, {})
         if self.world.is_main:
             self._describe(position, folder, stored_checksums(folder))
 
@@ -174,7 +172,7 @@ class Checkpoints:
                 problem = f"the checkpoint {folder} is damaged ({error})"
                 if name != names[0]:
                     os.replace(folder, folder.with_name(f"{name}-{os.getpid()}{DAMAGED}"))
-                    self.say(f"{problem}: going on from the one before it")
+                    self.info(f"{problem}: going on from the one before it")
         return None, problem
 
     def _verify(self, folder: Path) -> Position:
@@ -205,16 +203,16 @@ class Checkpoints:
         cause = os.strerror(number) if number else str(error).splitlines()[0]
         names = self.names()
         left = f"the one of step {int(names[-1])} is intact" if names else "there is none before it"
-        room = "free some space" if number in FULL_DISK else "see that the folder can be written"
+        advice = "free some space" if number in FULL_DISK else "see that the folder can be written"
         return (
             f"the checkpoint of step {position.done} could not be written to {self.folder} "
-            f"({cause}); {left}: {room} and resume"
+            f"({cause}); {left}: {advice} and resume"
         )
 
 
-def is_sharded(learner: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether every rank holds but a part of the weights."""
-    return any(isinstance(parameter, DTensor) for parameter in learner.parameters())
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def random_state() -> dict[str, Any]:

@@ -36,11 +36,13 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from nanomolmo2.accelerate import checkpoint_activations
 from nanomolmo2.files import sha256_of
+from nanomolmo2.models import NanoMolmo2, VisionEncoder
 from nanomolmo2.models.connector import MultimodalConnector
-from nanomolmo2.models.language_model import DecoderLayer, LanguageModel, RMSNorm
-from nanomolmo2.models.nanomolmo2 import NanoMolmo2
-from nanomolmo2.models.vision_encoder import LayerNorm, VisionEncoder, VisionLayer
+from nanomolmo2.models.language_model import DecoderLayer
+from nanomolmo2.models.layers import LayerNorm, RMSNorm
+from nanomolmo2.models.vision_encoder import VisionLayer
 
 GLOO_THREADS_FINISH = 0.2  # seconds; they need far less
 STATE_FILE = "state.json"  # step, data position: what is no tensor
@@ -133,7 +135,7 @@ def shard(
 
     Every rank must hold the same weights before. A vision encoder without trainable weights stays
     whole on every rank, in ``dtype``: it needs neither gradients nor moments, and ranks may encode
-    any number of pictures. Everything else is sharded block by block.
+    any number of images. Everything else is sharded block by block.
 
     Args:
         model: NanoMolmo2, or a LanguageModel; in float32, what is frozen is frozen already.
@@ -142,12 +144,12 @@ def shard(
         gradient_checkpointing: keep one activation a block, compute the rest again in backward.
         compile: torch.compile every block.
     """
+    if gradient_checkpointing:
+        checkpoint_activations(model, "full")
     blocks: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, (DecoderLayer, VisionLayer)):
             blocks.append(module)
-        if isinstance(module, (LanguageModel, VisionEncoder)):
-            module.gradient_checkpointing = gradient_checkpointing
     if compile:
         for block in blocks:
             block.compile()
@@ -162,8 +164,8 @@ def shard(
             module.to(world.device, dtype)
             unsharded |= set(module.parameters())
     if isinstance(model, NanoMolmo2):
-        # All ranks must gather the same weights: those of a rank whose texts have no picture too.
-        model.always_sees = world.size > 1
+        # All ranks must gather the same weights: those of a rank whose texts have no image too.
+        model.run_vision_without_images = world.size > 1
     _fully_shard(model, blocks, world.mesh(), dtype, unsharded)
     model.to(world.device)  # buffers, and what stays whole
     for module in model.modules():
@@ -224,18 +226,18 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     return norm
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, sharded or not, without its graph; call it on every rank."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All weights, whole and on the CPU, on rank 0; empty elsewhere. Call it on every rank."""
+    """All weights, unsharded and on the CPU, on rank 0; empty elsewhere. Call it on every rank."""
     main = not dist.is_initialized() or dist.get_rank() == 0
     weights: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():  # one at a time: no rank holds all of it
-        tensor = whole(value)
+        tensor = full_tensor(value)
         if main:
             weights[name] = tensor.cpu()
     return weights

@@ -1,14 +1,14 @@
-"""Features of a frozen vision encoder, computed once a picture and kept on disk.
+"""Features of a frozen vision encoder, computed once per image and kept on disk.
 
-One file a picture (or crop): a tiny one has 55 KB, a full-size crop 3.4 MB, so files are neither
-too many nor too large, and with one picture in each, processes need no locks, a damaged file costs
-one picture, and a folder can be copied or emptied at any time. They are safetensors, read by
+One file an image (or crop): a tiny one has 55 KB, a full-size crop 3.4 MB, so files are neither
+too many nor too large, and with one image in each, processes need no locks, a damaged file costs
+one image, and a folder can be copied or emptied at any time. They are safetensors, read by
 mapping them into memory.
 
-A picture's file is named after the content of its pixels, in a folder named after the encoder's
+An image's file is named after the content of its pixels, in a folder named after the encoder's
 weights, sizes and layers: whatever changes has another name, and nothing is ever out of date.
 
-B pictures, N patches, F feature width.
+B images, N patches, F feature width.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanomolmo2.files import atomic_path
-from nanomolmo2.models.nanomolmo2 import NanoMolmo2
-from nanomolmo2.models.vision_encoder import VisionEncoder
+from nanomolmo2.models import NanoMolmo2, VisionEncoder
 
 FORMAT = 1  # goes into every name: another way to compute features is another encoder
 
@@ -38,33 +37,33 @@ FORMAT = 1  # goes into every name: another way to compute features is another e
 class CacheSize:
     """What lies on disk: of this encoder, and of others that used the same folder."""
 
-    pictures: int
+    images: int
     bytes: int
-    other_pictures: int
+    other_images: int
     other_bytes: int
 
     def __str__(self) -> str:
-        text = f"{self.pictures:,} pictures, {self.bytes / 1e6:,.1f} MB"
-        if self.other_pictures:
+        text = f"{self.images:,} pictures, {self.bytes / 1e6:,.1f} MB"
+        if self.other_images:
             text += (
-                f"; of other encoders {self.other_pictures:,} pictures, "
+                f"; of other encoders {self.other_images:,} pictures, "
                 f"{self.other_bytes / 1e6:,.1f} MB, which can be deleted if these are not used"
             )
         return text
 
 
 class FeatureCache:
-    """Gives features of pictures as bfloat16 rounds them, from disk where they were there.
+    """Gives features of images as bfloat16 rounds them, from disk where they were there.
 
-    Every picture goes through the encoder alone, without autocast, so that its features do not
-    depend on the pictures beside it. With a folder or without, the numbers are the same.
+    Every image goes through the encoder alone, without autocast, so that its features do not
+    depend on the images beside it. With a folder or without, the numbers are the same.
 
     Args:
         folder: where to keep features; None = nowhere, everything is computed each time.
         encoder: frozen.
         layers: as in :meth:`VisionEncoder.features`.
     Attributes:
-        read, computed, damaged: pictures so far; damaged ones were computed again.
+        read, computed, damaged: images so far; damaged ones were computed again.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class FeatureCache:
 
     @torch.no_grad()
     def features(self, pixel_values: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) or crops (B, N, 3*P*P) -> (B, N, F), in the encoder's dtype.
+        """Images (B, 3, H, W) or crops (B, N, 3*P*P) -> (B, N, F), in the encoder's dtype.
 
         Raises: ValueError for an encoder with weights that train: nothing would reach them.
         """
@@ -99,7 +98,7 @@ class FeatureCache:
         weight = self.encoder.position_embedding.weight
         if self.folder is not None:
             self._look_at_encoder()
-        found = [self._one(picture, weight.device) for picture in pixel_values]
+        found = [self._one(image, weight.device) for image in pixel_values]
         return torch.stack(found).to(weight.dtype)
 
     def size(self) -> CacheSize:
@@ -114,22 +113,22 @@ class FeatureCache:
             counted[1] += path.stat().st_size
         return CacheSize(*own, *other)
 
-    def _one(self, picture: Tensor, device: torch.device) -> Tensor:
-        """(N, F) bfloat16 of one picture."""
+    def _one(self, image: Tensor, device: torch.device) -> Tensor:
+        """(N, F) bfloat16 of one image."""
         if self.folder is None:
-            return self._compute(picture, device)
-        name = _digest([picture], f"{tuple(picture.shape)} {picture.dtype}")
+            return self._compute(image, device)
+        name = _digest([image], f"{tuple(image.shape)} {image.dtype}")
         path = self._own / name[:2] / f"{name}.safetensors"
         features = self._load(path)
         if features is None:
-            features = self._compute(picture, device)
+            features = self._compute(image, device)
             self._save(path, features)
         return features.to(device)
 
-    def _compute(self, picture: Tensor, device: torch.device) -> Tensor:
+    def _compute(self, image: Tensor, device: torch.device) -> Tensor:
         self.computed += 1
         with torch.autocast(device.type, enabled=False):
-            return self.encoder.features(picture[None].to(device), self.layers)[0].bfloat16()
+            return self.encoder.features(image[None].to(device), self.layers)[0].bfloat16()
 
     def _load(self, path: Path) -> Tensor | None:
         """A file's features; None if there is none, or it is damaged."""

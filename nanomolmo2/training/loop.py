@@ -23,7 +23,7 @@ from rich.progress import TaskID
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from nanomolmo2.data.loader import leave_signals
+from nanomolmo2.data.loader import ignore_signals
 from nanomolmo2.training.checkpoint import Checkpoints, Position, is_sharded
 from nanomolmo2.training.distributed import World, sum_over_ranks
 from nanomolmo2.training.metrics import RunLog, Tracker
@@ -48,7 +48,7 @@ class Stage(ABC):
         """The optimisers of `components`."""
         return Optimizers(self.components())
 
-    def batch(self, step: int) -> Any:
+    def batch(self, step: int) -> object:
         """The data of a step; runs in a worker process, depends on nothing but the step."""
         raise NotImplementedError
 
@@ -69,21 +69,24 @@ class Stage(ABC):
             sampler=steps,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            worker_init_fn=leave_signals,
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # else it draws from the one that training draws from
         )
         return ((batch, None) for batch in loader)
 
-    def join_ranks(self, state: Any) -> Any:
+    def join_ranks(self, state: Any) -> object:
         """The state of the data for a checkpoint, of what every rank has; called on all of them."""
         return state
 
-    def gradients(self, batch: Any) -> dict[str, float]:
-        """Add up the gradients of a step; returns metrics, ``loss`` among them."""
+    def gradients(self, batch: Any) -> dict[str, float | Tensor]:
+        """Add up the gradients of a step; returns metrics, ``loss`` among them.
+
+        A metric may be a tensor without dimensions: the loop reads them all at once, so that the
+        host waits for a GPU once a step. One that is nan is left out, but for the loss.
+        """
         loss, metrics = self.loss(batch)
-        if torch.isfinite(loss):
-            loss.backward()
-        return {**metrics, "loss": loss.item()}
+        loss.backward()
+        return {**metrics, "loss": loss.detach()}
 
     def begin(self) -> None:
         """Called before the first step of a call, also on resume: sets what is frozen."""
@@ -127,7 +130,7 @@ class Stopped(Exception):
 
 
 def run(
-    learner: nn.Module,
+    model: nn.Module,
     stages: Sequence[Stage],
     folder: Path,
     config: LoopConfig | None = None,
@@ -136,20 +139,20 @@ def run(
     world: World | None = None,
     trackers: Sequence[Tracker] = (),
 ) -> bool:
-    """Train ``learner`` through all stages; ``folder`` gets ``checkpoints`` and ``log.jsonl``.
+    """Train ``model`` through all stages; ``folder`` gets ``checkpoints`` and ``log.jsonl``.
 
     Returns: whether the last stage was finished.
     Raises: ValueError if the folder already holds a run and ``resume`` is off, or the loss is not
         a number; OSError if a file cannot be written; Stopped after SIGTERM or Ctrl-C. The last
         checkpoint is intact after all of them.
     """
-    return _Run(learner, stages, folder, config or LoopConfig(), world, trackers).go(resume)
+    return _Run(model, stages, folder, config or LoopConfig(), world, trackers).go(resume)
 
 
 class _Run:
     def __init__(
         self,
-        learner: nn.Module,
+        model: nn.Module,
         stages: Sequence[Stage],
         folder: Path,
         config: LoopConfig,
@@ -157,11 +160,11 @@ class _Run:
         trackers: Sequence[Tracker],
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.learner, self.stages, self.folder, self.config = learner, stages, folder, config
+        self.model, self.stages, self.folder, self.config = model, stages, folder, config
         self.world = world or World()
         main = self.world.is_main
         self.log = RunLog(folder, config.log_every, config.quiet or not main, trackers, main)
-        self.checkpoints = Checkpoints(folder, config.keep, self.log.say, self.world)
+        self.checkpoints = Checkpoints(folder, config.keep, self.log.info, self.world)
         self.saved = 0  # steps done at the last checkpoint
         self.losses: list[float] = []  # since then
 
@@ -195,8 +198,8 @@ class _Run:
 
     def _restore_weights(self, found: Position) -> None:
         # Shards are read with their moments or not at all.
-        optimizers = self.stages[found.stage].optimizers() if is_sharded(self.learner) else None
-        self.checkpoints.restore(found, self.learner, optimizers)
+        optimizers = self.stages[found.stage].optimizers() if is_sharded(self.model) else None
+        self.checkpoints.restore(found, self.model, optimizers)
 
     def _last_step(self, done: int) -> float:
         config, last = self.config, math.inf
@@ -212,10 +215,10 @@ class _Run:
         stage.begin()
         optimizers = stage.optimizers()
         if found is not None:
-            self.checkpoints.restore(found, self.learner, optimizers)
+            self.checkpoints.restore(found, self.model, optimizers)
         end = int(min(stage.steps, position.step + last - position.done))
         batches = stage.batches(range(position.step, end), position.data, config.workers)
-        self.learner.train()
+        self.model.train()
         self.log.start_clock()
         stopping = False
         # Closed by hand: workers that an error in flight still refers to would outlive the loop,
@@ -261,11 +264,12 @@ class _Run:
     ) -> dict[str, float]:
         """One update; returns its metrics."""
         optimizers.set_rates(step, stage.steps)
-        metrics = stage.gradients(batch)
+        found = stage.gradients(batch)
+        norms = optimizers.clip(self.config.clip_norm)
+        metrics = read_metrics({**found, **{f"grad_norm_{name}": n for name, n in norms.items()}})
         self._check("loss", metrics["loss"], stage, step)
-        for name, norm in optimizers.clip(self.config.clip_norm).items():
-            self._check(f"gradient of {name}", norm, stage, step)
-            metrics[f"grad_norm_{name}"] = norm
+        for name in norms:
+            self._check(f"gradient of {name}", metrics[f"grad_norm_{name}"], stage, step)
         optimizers.step()
         stage.after_step()
         return metrics
@@ -287,7 +291,7 @@ class _Run:
         scores = stage.evaluate()
         if scores:
             self.log.write({"stage": stage.name, "step": step, "evaluation": scores})
-        self.learner.train()
+        self.model.train()
         return scores
 
     def _save(
@@ -298,7 +302,7 @@ class _Run:
         position.data = stage.join_ranks(position.data)
         mean = sum(self.losses) / len(self.losses)
         position.score, position.log = scores.get("loss", mean), self.log.state()
-        self.checkpoints.save(position, self.learner, optimizers)
+        self.checkpoints.save(position, self.model, optimizers)
         self.saved, self.losses = position.done, []
 
     @staticmethod
@@ -311,6 +315,24 @@ class _Run:
             number = sum_over_ranks(torch.tensor(stop.number, device=self.world.device))
             stop.number = max(stop.number, int(number > 0) * signal.SIGTERM)
         return stop.number > 0
+
+
+def read_metrics(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Plain numbers, in the same order; all that are on a device come in one transfer."""
+    names = [n for n, value in metrics.items() if isinstance(value, Tensor)]
+    scalars = [value.detach() for value in metrics.values() if isinstance(value, Tensor)]
+    on_device = [x for x in scalars if x.device.type != "cpu"]
+    read = iter(torch.stack([x.float() for x in on_device]).tolist() if on_device else [])
+    values = {
+        name: next(read) if x.device.type != "cpu" else x.item()
+        for name, x in zip(names, scalars, strict=True)
+    }
+    numbers = {name: values.get(name, value) for name, value in metrics.items()}
+    return {name: float(v) for name, v in numbers.items() if not _left_out(name, float(v))}
+
+
+def _left_out(name: str, value: float) -> bool:
+    return math.isnan(value) and name.startswith("loss_")
 
 
 class _StopRequest:
@@ -343,5 +365,5 @@ class _Steps(Dataset[Any]):
     def __len__(self) -> int:
         return self.stage.steps
 
-    def __getitem__(self, step: int) -> Any:
+    def __getitem__(self, step: int) -> object:
         return self.stage.batch(step)

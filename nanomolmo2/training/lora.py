@@ -26,12 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nanomolmo2.accelerate.linear import OneDNNLinear
+from nanomolmo2.accelerate.swap import replace_layer
 from nanomolmo2.config import Config, read_json_object
 from nanomolmo2.files import atomic_path
-from nanomolmo2.models.kernels import Linear
-from nanomolmo2.models.language_model import LanguageModel
-from nanomolmo2.models.quantized import replace_layer
-from nanomolmo2.training.distributed import whole
+from nanomolmo2.models import LanguageModel
+from nanomolmo2.training.distributed import full_tensor
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -61,7 +61,7 @@ class LoraConfig(Config):
             raise ValueError(f"dropout is a share of at least 0 and below 1, found {self.dropout}")
 
 
-class LoraLinear(Linear):
+class LoraLinear(OneDNNLinear):
     """A frozen linear layer with its two matrices.
 
     ``weight`` keeps its name, so the base's weights are found where they were. The matrices are
@@ -95,8 +95,8 @@ class LoraLinear(Linear):
         """Put the sum, computed in float32, into ``weight``."""
         if self.unmerged is None:
             self.unmerged = self.weight.detach()
-            whole = self.unmerged.float() + self.scale * self.lora_B.float() @ self.lora_A.float()
-            self.weight = nn.Parameter(whole.to(self.unmerged.dtype), requires_grad=False)
+            merged = self.unmerged.float() + self.scale * self.lora_B.float() @ self.lora_A.float()
+            self.weight = nn.Parameter(merged.to(self.unmerged.dtype), requires_grad=False)
 
     def unmerge(self) -> None:
         """Put the base weight back: the very same bits, since it was kept."""
@@ -140,7 +140,7 @@ def merge_lora(llm: LanguageModel, *, final: bool = False) -> LanguageModel:
     for name, layer in list(_layers(llm)):
         layer.merge()
         if final:
-            plain = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain = OneDNNLinear(layer.in_features, layer.out_features, bias=False, device="meta")
             plain.weight, plain.bias = layer.weight, layer.bias
             replace_layer(llm, name, plain)
     return llm
@@ -159,12 +159,12 @@ def lora_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def lora_state_dict(llm: LanguageModel) -> dict[str, Tensor]:
-    """All matrices by name, such as ``layers.0.mlp.up_proj.lora_A``: whole, on the CPU.
+    """All matrices by name, such as ``layers.0.mlp.up_proj.lora_A``: unsharded, on the CPU.
 
     Of a sharded model it is a joint call of all ranks.
     """
     return {
-        f"{name}.{matrix}": whole(getattr(layer, matrix)).cpu()
+        f"{name}.{matrix}": full_tensor(getattr(layer, matrix)).cpu()
         for name, layer in _layers(llm)
         for matrix in ("lora_A", "lora_B")
     }
@@ -256,7 +256,7 @@ def _fingerprint(layers: Mapping[str, nn.Linear]) -> str:
     hashed = hashlib.blake2b(digest_size=16)
     for name, layer in sorted(layers.items()):
         kept = layer.unmerged if isinstance(layer, LoraLinear) else None
-        weight = whole(layer.weight if kept is None else kept).bfloat16().cpu().contiguous()
+        weight = full_tensor(layer.weight if kept is None else kept).bfloat16().cpu().contiguous()
         hashed.update(f"{name} {tuple(weight.shape)};".encode())
         hashed.update(weight.view(torch.uint8).numpy().data)
     return hashed.hexdigest()

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -63,7 +64,7 @@ class RunLog:
         bar.add_task(name, total=total, completed=done, status="")
         return bar
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A line for people, above the bar."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
@@ -199,7 +200,7 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
     return {n: v for n, v in values.items() if isinstance(v, int | float) and n != "step"}
 
 
-def _optional(module: str, extra: str) -> Any:
+def _optional(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:

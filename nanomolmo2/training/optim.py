@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from nanomolmo2.accelerate.linear import has_bf16_matmul
 from nanomolmo2.config import Config
-from nanomolmo2.models.kernels import products_are_short
-from nanomolmo2.models.nanomolmo2 import NanoMolmo2
+from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.training.distributed import clip_grad_norm
 from nanomolmo2.training.lora import lora_parameters
 
@@ -50,7 +50,7 @@ class OptimConfig(Config):
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is replaced by the nearest orthogonal matrix, found in float32, or in
-    bfloat16 within :func:`nanomolmo2.models.kernels.bfloat16_products`.
+    bfloat16 where the group has ``bf16``.
 
     Matrices of one shape are orthogonalised together, which is what makes it cheap on a CPU.
 
@@ -58,7 +58,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Iterable[Any], lr: float = 0.02, momentum: float = 0.95) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum})
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "bf16": False})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
                 updates = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
-                updates = orthogonalise(updates)
+                updates = orthogonalise(updates, bf16=group["bf16"])
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.add_(update, alpha=-scale)
@@ -84,13 +84,16 @@ class Muon(torch.optim.Optimizer):
         return parameter.grad.lerp(buffer, momentum)
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Nearest orthogonal matrices (n, rows, columns), by a quintic Newton-Schulz iteration."""
+def orthogonalise(matrices: Tensor, steps: int = 5, *, bf16: bool = False) -> Tensor:
+    """Nearest orthogonal matrices (n, rows, columns), by a quintic Newton-Schulz iteration.
+
+    ``bf16``: multiply in bfloat16, in half the time; the direction stays, to a cosine of .9997.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if products_are_short():  # half the time; the direction stays, to a cosine of .9997
+    if bf16:
         x = x.bfloat16()
     for _ in range(steps):
         gram = x @ x.mT
@@ -191,7 +194,8 @@ def components(
 class Optimizers:
     """AdamW and Muon over named components, each with its own rates, stepped as one.
 
-    A parameter is a hidden matrix, and Muon's, if it is 2-D and no embedding.
+    A parameter is a hidden matrix, and Muon's, if it is 2-D and no embedding. Muon multiplies in
+    bfloat16 where the part's layers do, see `accelerate.bf16_matmul`.
     """
 
     def __init__(self, components: Mapping[str, tuple[nn.Module | Selection, OptimConfig]]) -> None:
@@ -222,7 +226,9 @@ class Optimizers:
                         }
                     )
             if hidden:
-                matrices.append({"params": hidden, "peak_lr": config.matrix_lr, **shared})
+                bf16 = isinstance(part, nn.Module) and has_bf16_matmul(part)
+                group = {"params": hidden, "peak_lr": config.matrix_lr, "bf16": bf16}
+                matrices.append({**group, **shared})
         self.parts: dict[str, torch.optim.Optimizer] = {}
         if vectors:
             self.parts["adamw"] = torch.optim.AdamW(vectors)
@@ -235,11 +241,11 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * group["config"].factor(step, total_steps)
 
-    def clip(self, max_norm: float) -> dict[str, float]:
-        """Clip every component's gradient on its own; return the norms before."""
+    def clip(self, max_norm: float) -> dict[str, Tensor]:
+        """Clip every component's gradient on its own; return the norms before, on the device."""
         self._hold_rows()
         return {
-            name: float(clip_grad_norm(learns.parameters, max_norm))
+            name: clip_grad_norm(learns.parameters, max_norm)
             for name, learns in self.components.items()
         }
 

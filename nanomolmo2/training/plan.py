@@ -25,13 +25,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nanomolmo2.accelerate import checkpoint_activations
+from nanomolmo2.accelerate.cross_entropy import CHUNK_SIZE, linear_cross_entropy
+from nanomolmo2.accelerate.memory import GROUP_BYTES, GROUP_BYTES_ELSEWHERE
 from nanomolmo2.convert.pretrained import load_config
+from nanomolmo2.models import LanguageModel, NanoMolmo2, VisionEncoder
 from nanomolmo2.models.connector import MultimodalConnector
-from nanomolmo2.models.language_model import LanguageModel
-from nanomolmo2.models.loss import head_loss
-from nanomolmo2.models.nanomolmo2 import NanoMolmo2, NanoMolmo2Config
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.models.presets import preset
-from nanomolmo2.models.vision_encoder import GROUP_BYTES, GROUP_BYTES_ELSEWHERE, VisionEncoder
 from nanomolmo2.training.lora import LoraConfig, add_lora
 from nanomolmo2.training.optim import Optimizers, components, set_trainable
 from nanomolmo2.training.recipe import Recipe
@@ -41,6 +42,7 @@ GB = 1e9
 # memory. An assumption: it was not measured.
 RESERVED = {"cpu": 0.0, "cuda": 2 * GB}
 SHORTEST_ROW = 512
+_HEAD_CHUNKS = 32  # of the vocabulary: more than the loss cuts a small one into
 KNOWN = {"base": "nanomolmo2", "tiny": "tiny", "allenai/Molmo2-4B": "molmo2-4b"}
 KNOWN["allenai/Molmo2-8B"] = "molmo2-8b"
 
@@ -340,7 +342,7 @@ class _Live(TorchDispatchMode):
     ) -> Any:
         result = operator(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
                 self._note(tensor.untyped_storage())
         return result
 
@@ -438,13 +440,13 @@ def _activations(shape: _Shape) -> tuple[float, float, float]:
     """Bytes that forward keeps; the most work beside them, of a block and of the head."""
     config, size = shape.model, shape.dtype.itemsize
     m, T, D = shape.rows, shape.tokens, config.llm_config.hidden_size
-    pictures = m * shape.crops
-    vision = _vision(shape, pictures)
-    connector = _connector(shape, pictures)
+    images = m * shape.crops
+    vision = _vision(shape, images)
+    connector = _connector(shape, images)
     one, two = (_decoder(shape, layers) for layers in (1, 2))
     decoder = one.deeper(two, config.llm_config.num_hidden_layers)
     side, channels = config.vision_config.image_size, config.vision_config.num_channels
-    pixels = 4 * pictures * channels * side**2
+    pixels = 4 * images * channels * side**2
     if "vision" in shape.train and shape.dtype == torch.float32:
         pixels = 0  # the first layer keeps them: they are among its activations
     merged = 2 * m * T * D * size  # embeddings, before and after the visual tokens came in
@@ -454,36 +456,37 @@ def _activations(shape: _Shape) -> tuple[float, float, float]:
     return saved, work, _head(shape).work
 
 
-def _vision(shape: _Shape, pictures: int) -> _Passes:
+def _vision(shape: _Shape, images: int) -> _Passes:
     config, size = shape.model.vision_config, shape.dtype.itemsize
     if "vision" not in shape.train:
-        features = pictures * config.num_patches * shape.model.connector.feature_dim * size
+        features = images * config.num_patches * shape.model.connector.feature_dim * size
         group = GROUP_BYTES.get(shape.device, GROUP_BYTES_ELSEWHERE)
         widths = 2 * config.intermediate_size + 4 * config.hidden_size
-        return _Passes(features, min(group, pictures * config.num_patches * widths * size))
+        return _Passes(features, min(group, images * config.num_patches * widths * size))
 
     def run(layers: int) -> _Passes:
         def build() -> nn.Module:
             encoder = VisionEncoder(config, num_layers=layers, post_layernorm=False)
-            encoder.gradient_checkpointing = shape.gradient_checkpointing
-            return encoder
+            return checkpoint_activations(
+                encoder, "full" if shape.gradient_checkpointing else "none"
+            )
 
         side = config.image_size
         return _run(
             shape,
             build,
-            lambda m: m(torch.empty(pictures, config.num_channels, side, side, dtype=shape.dtype)),
+            lambda m: m(torch.empty(images, config.num_channels, side, side, dtype=shape.dtype)),
         )
 
     return run(1).deeper(run(2), shape.vision_layers)
 
 
-def _connector(shape: _Shape, pictures: int) -> _Passes:
+def _connector(shape: _Shape, images: int) -> _Passes:
     config, train = shape.model.connector, shape.train
 
     def forward(module: nn.Module) -> Tensor:
         patches = shape.model.vision_config.num_patches
-        features = torch.empty(pictures, patches, config.feature_dim, dtype=shape.dtype)
+        features = torch.empty(images, patches, config.feature_dim, dtype=shape.dtype)
         result: Tensor = module(features.requires_grad_("vision" in train))
         return result
 
@@ -506,7 +509,7 @@ def _decoder(shape: _Shape, layers: int) -> _Passes:
                 tie_word_embeddings=True,
             )
         )
-        llm.gradient_checkpointing = shape.gradient_checkpointing
+        checkpoint_activations(llm, "full" if shape.gradient_checkpointing else "selective")
         llm.requires_grad_("llm" in shape.train)
         return llm if shape.lora is None else add_lora(llm, shape.lora)
 
@@ -514,10 +517,10 @@ def _decoder(shape: _Shape, layers: int) -> _Passes:
         assert isinstance(llm, LanguageModel)
         m, T, D = shape.rows, shape.tokens, config.hidden_size
         x = torch.empty(m, T, D, dtype=shape.dtype)
-        return llm.transform(
-            inputs_embeds=x.requires_grad_(bool(set(shape.train) - {"llm", "lora"})),
-            attention_mask=torch.empty(m, 1, T, T, dtype=torch.bool),
-            position_ids=torch.empty(m, T, dtype=torch.long),
+        return llm.hidden_states(
+            x.requires_grad_(bool(set(shape.train) - {"llm", "lora"})),
+            torch.empty(m, T, dtype=torch.long),
+            torch.empty(m, 1, T, T, dtype=torch.bool),
         )
 
     return _run(shape, build, forward)
@@ -527,16 +530,20 @@ def _head(shape: _Shape) -> _Passes:
     """The loss where every position carries one; the gradient of the weight is not counted."""
     config = shape.model.llm_config
     N = shape.rows * shape.tokens
+    # The loss takes so many columns of the logits at a time; the next ones need no more memory.
+    vocabulary = min(config.vocab_size, _HEAD_CHUNKS * max(1, CHUNK_SIZE // N))
 
     def forward(module: nn.Module) -> Tensor:
         assert isinstance(module, nn.Embedding)
         hidden = torch.empty(N, config.hidden_size, dtype=shape.dtype).requires_grad_()
         tokens = torch.empty(N, dtype=torch.long)
-        return head_loss(hidden, module.weight, tokens, torch.empty(N), z_loss=shape.z_loss)
+        return linear_cross_entropy(
+            hidden, module.weight, tokens, torch.empty(N), z_loss=shape.z_loss
+        )
 
     passes = _run(
         shape,
-        lambda: nn.Embedding(config.vocab_size, config.hidden_size).requires_grad_(False),
+        lambda: nn.Embedding(vocabulary, config.hidden_size).requires_grad_(False),
         forward,
     )
     return _Passes(0.0, passes.saved + passes.work)

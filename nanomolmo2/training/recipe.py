@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from nanomolmo2.config import Config
 from nanomolmo2.data.sources import SourceConfig
@@ -26,15 +26,15 @@ class Recipe(Config):
             hub; with ``architecture`` only its processor is used.
         architecture: sizes of a model that starts with fresh weights.
         vision, llm: with ``architecture``: checkpoints of these parts to start from, empty = fresh.
-        data: sources and their rates.
+        data: sources and their sampling weights.
         steps: updates.
         batch_size: S, on all processes together.
         micro_batch_size: rows that pass the model at once on each process.
         sequence_length: tokens that a row holds.
-        max_crops: crops that a row holds; pictures, where they are not cut.
-        pool: examples that wait for a row of each slot; more waste less padding.
+        max_crops: crops that a row holds; images, where they are not cut.
+        packing_buffer: examples that wait for a row of each slot; more waste less padding.
         crop_weight: what a crop is worth beside a token when rows are packed.
-        bad_share: share of examples that may be bad before the run stops.
+        max_bad_fraction: share of examples that may be bad before the run stops.
         train: parts that learn: vision, connector, llm, embeddings, lora.
         optimisers: rates of every part in ``train``.
         clip_norm: largest norm of the gradient of each part.
@@ -51,6 +51,8 @@ class Recipe(Config):
         log_every, save_every, keep: steps between lines and checkpoints, and how many stay.
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {"pool": "packing_buffer", "bad_share": "max_bad_fraction"}
+
     name: str
     model: str
     data: tuple[SourceConfig, ...]
@@ -62,9 +64,9 @@ class Recipe(Config):
     micro_batch_size: int = 1
     sequence_length: int = 2048
     max_crops: int = 16
-    pool: int = 48
+    packing_buffer: int = 48
     crop_weight: float = 1.0
-    bad_share: float = 0.05
+    max_bad_fraction: float = 0.05
     train: tuple[str, ...] = ("connector", "llm")
     optimisers: dict[str, OptimConfig] = field(default_factory=dict)
     clip_norm: float = 1.0
@@ -117,8 +119,12 @@ class Recipe(Config):
     def differences(self, other: Recipe) -> list[str]:
         """Fields that would make ``other`` compute something else; lengths do not count here."""
         ignored = {"steps", "log_every", "save_every", "keep", "feature_cache"}
+        own, others = (
+            dataclasses.replace(one, data=tuple(source.with_all_options() for source in one.data))
+            for one in (self, other)
+        )
         return [
             f.name
             for f in dataclasses.fields(self)
-            if f.name not in ignored and getattr(self, f.name) != getattr(other, f.name)
+            if f.name not in ignored and getattr(own, f.name) != getattr(others, f.name)
         ]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nanomolmo2.accelerate import defaults
 from nanomolmo2.batch import IGNORED_LABEL, Batch
 from nanomolmo2.convert.pretrained import (
     load,
@@ -27,21 +27,22 @@ from nanomolmo2.convert.pretrained import (
     load_processor,
     load_vision_encoder,
 )
-from nanomolmo2.data.example import Example
-from nanomolmo2.data.loader import PackedLoader, Step, merge_states
+from nanomolmo2.data.loader import PackedLoader, RowPlan, Step, merge_states
 from nanomolmo2.data.mixture import Mixture
 from nanomolmo2.data.sources import open_mixture
-from nanomolmo2.models.nanomolmo2 import NanoMolmo2
-from nanomolmo2.processor import Encoded, Processor
-from nanomolmo2.processor.processor import LossWeighting
+from nanomolmo2.models import NanoMolmo2
+from nanomolmo2.models.forms import check_batch
+from nanomolmo2.processor import Processor
+from nanomolmo2.processor.encode import EncodeTree
 from nanomolmo2.training.distributed import (
     World,
     full_state_dict,
+    full_tensor,
     gather_objects,
     shard,
     sum_over_ranks,
-    whole,
 )
+from nanomolmo2.training.dropout import residual_dropout
 from nanomolmo2.training.feature_cache import FeatureCache
 from nanomolmo2.training.loop import LoopConfig, Stage, run
 from nanomolmo2.training.lora import add_lora, merge_lora
@@ -93,7 +94,7 @@ def train_recipe(
                 cache_dir=cache_dir,
             )
     out = Path(out)
-    recipe = _settle(recipe, out, resume, max_steps)
+    recipe = resolve_recipe(recipe, out, resume, max_steps)
     model, processor = build(recipe, cache_dir)
     shard(
         model,
@@ -125,7 +126,7 @@ def train_recipe(
     return finished
 
 
-def _settle(recipe: Recipe, out: Path, resume: bool, max_steps: int | None) -> Recipe:
+def resolve_recipe(recipe: Recipe, out: Path, resume: bool, max_steps: int | None) -> Recipe:
     """The recipe of this call: on resume that of the run, else the given one."""
     path = out / RECIPE_FILE
     if resume and path.exists():
@@ -170,8 +171,7 @@ def build(recipe: Recipe, cache_dir: str | Path = "checkpoints") -> tuple[NanoMo
             f"sequence_length is {recipe.sequence_length}, but the model {recipe.model} has "
             f"{limit} positions: shorten the rows"
         )
-    model.llm.residual_dropout = recipe.residual_dropout
-    model.llm.dropout_at_targets = recipe.dropout_at_targets
+    defaults(model)
     if recipe.lora is not None:
         add_lora(model.llm, recipe.lora)
     set_trainable(model, recipe.train)
@@ -205,7 +205,7 @@ def start_from(part: nn.Module, pretrained: nn.Module) -> None:
 def save_model(
     recipe: Recipe, model: NanoMolmo2, processor: Processor, folder: Path, world: World
 ) -> None:
-    """Write the trained model, LoRA merged, whole, in the recipe's dtype; call it on every rank."""
+    """Write the trained model, LoRA merged, in the recipe's dtype; call it on every rank."""
     weights = full_state_dict(model)
     if not world.is_main:
         return
@@ -219,22 +219,6 @@ def save_model(
 
 
 # ---- the data and the steps ----
-
-
-@dataclass(frozen=True)
-class EncodeTree:
-    """An example as training sees it; can be sent to worker processes."""
-
-    processor: Processor
-    loss_weighting: LossWeighting = "token"
-
-    def __call__(self, example: Example) -> Encoded:
-        return self.processor.encode_tree(
-            example.images,
-            [branch.messages for branch in example.branches],
-            video=example.video,
-            loss_weighting=self.loss_weighting,
-        )
 
 
 class RecipeStage(Stage):
@@ -258,21 +242,24 @@ class RecipeStage(Stage):
         self.loader = PackedLoader(
             mixture or open_mixture(recipe.data, recipe.seed),
             EncodeTree(processor, recipe.loss_weighting),
-            pad_token_id=processor.pad_token_id,
-            batch_size=recipe.batch_size,
-            max_tokens=recipe.sequence_length,
-            max_crops=recipe.max_crops,
-            micro_batch_size=recipe.micro_batch_size,
+            RowPlan(
+                batch_size=recipe.batch_size,
+                max_tokens=recipe.sequence_length,
+                max_crops=recipe.max_crops,
+                pad_token_id=processor.pad_token_id,
+                micro_batch_size=recipe.micro_batch_size,
+                packing_buffer=recipe.packing_buffer,
+                crop_weight=recipe.crop_weight,
+            ),
             rank=world.rank,
             world=world.size,
-            bad_share=recipe.bad_share,
-            pool=recipe.pool,
-            crop_weight=recipe.crop_weight,
+            max_bad_fraction=recipe.max_bad_fraction,
         )
         # Also without a folder: features are then rounded alike, and so are all losses.
         frozen = "vision" not in recipe.train
+        self.dropout = residual_dropout(model.llm, recipe.residual_dropout)
         self.cache = FeatureCache.of_model(recipe.feature_cache or None, model) if frozen else None
-        row = whole(model.llm.embed_tokens.weight)[model.config.image_token_id]
+        row = full_tensor(model.llm.embed_tokens.weight)[model.config.image_token_id]
         self.holds_placeholder = not bool(row.any())
 
     def components(self) -> Mapping[str, tuple[nn.Module | Selection, OptimConfig]]:
@@ -285,58 +272,69 @@ class RecipeStage(Stage):
         for _, step in zip(steps, self.loader, strict=False):
             yield step, step.state
 
-    def join_ranks(self, state: Any) -> Any:
+    def join_ranks(self, state: Any) -> object:
         return merge_states(gather_objects(state))
 
-    def gradients(self, batch: Step) -> dict[str, float]:
-        device = self.world.device
-        weights = [
-            label_weights(micro).to(device).requires_grad_() for micro in batch.micro_batches
-        ]
-        total = sum_over_ranks(torch.stack([w.detach().sum() for w in weights]).sum())
-        loss = torch.zeros((), device=device)
+    def gradients(self, batch: Step) -> dict[str, float | Tensor]:
+        """Nothing is read from the device: the loop reads all metrics of a step at once."""
+        on_cpu = [label_weights(micro) for micro in batch.micro_batches]
+        weights = [self._moved(weight).requires_grad_() for weight in on_cpu]
+        total = sum_over_ranks(self._moved(torch.stack([w.sum() for w in on_cpu]).sum()))
+        loss = torch.zeros((), device=self.world.device)
         for micro, weight in zip(batch.micro_batches, weights, strict=True):
-            part = self._loss(micro.to(device), weight) / total
+            micro = check_batch(micro, self.model.config).prepared()
+            part = self._loss(micro.to(self.world.device), weight) / total
             part.backward()
             loss += part.detach()
         self._hold_placeholder()
-        metrics = {"loss": float(sum_over_ranks(loss))}
-        return metrics | self._by_task(batch, weights, float(total)) | self._counts(batch)
+        metrics: dict[str, float | Tensor] = {"loss": sum_over_ranks(loss)}
+        return metrics | self._by_task(batch, weights, total) | self._counts(batch)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """On the device of this rank, without waiting for it."""
+        return tensor.to(self.world.device, non_blocking=True)
 
     def _loss(self, batch: Batch, weights: Tensor) -> Tensor:
-        inputs: dict[str, Any] = {**batch.tensors(), "loss_weights": weights}
-        if self.cache is not None and "pixel_values" in inputs:
-            inputs["visual_features"] = self.cache.features(inputs.pop("pixel_values"))
-        loss: Tensor = self.model.loss(**inputs, reduction="sum", z_loss=self.recipe.z_loss)
-        return loss
+        batch = dataclasses.replace(batch, loss_weights=weights)
+        if self.cache is not None and batch.pixel_values is not None:
+            features = self.cache.features(batch.pixel_values)
+            batch = dataclasses.replace(batch, pixel_values=None, visual_features=features)
+        if self.recipe.dropout_at_targets:
+            assert batch.loss_rows is not None
+            self.dropout.at_rows(batch.loss_rows, batch.input_ids.shape)
+        return self.model.loss(batch, reduction="sum", z_loss=self.recipe.z_loss)
 
-    def _by_task(self, step: Step, weights: Sequence[Tensor], total: float) -> dict[str, float]:
+    def _by_task(
+        self, step: Step, weights: Sequence[Tensor], total: Tensor
+    ) -> dict[str, float | Tensor]:
         """The mean loss of every task. What the step's loss gains by a label's weight is the loss
         of that label, over the weight of the step.
         """
-        sums: dict[str, list[float]] = {}  # task -> weighted loss, weight
+        if any(weight.grad is None for weight in weights):
+            return {}
+        names = sorted({name for tasks in gather_objects(step.tasks) for name in tasks})
+        place = {name: i for i, name in enumerate(names)}
+        task_of_branch = torch.tensor([place[name] for name in step.tasks], dtype=torch.long)
+        sums = torch.zeros(2, len(names), device=self.world.device)  # weighted loss, weight
         for branches, weight in zip(step.branches, weights, strict=True):
-            if weight.grad is None:
-                return {}
-            number = branches.to(weight.device).clamp(min=0).flatten()  # shared tokens weigh 0
-            for column, value in enumerate((weight.grad * weight * total, weight)):
-                by_branch = torch.zeros(len(step.tasks), device=weight.device)
-                by_branch.index_add_(0, number, value.detach().flatten())
-                for task, part in zip(step.tasks, by_branch.tolist(), strict=True):
-                    sums.setdefault(task, [0.0, 0.0])[column] += part
-        joined: dict[str, list[float]] = {}
-        for rank in gather_objects(sums):
-            for task, parts in rank.items():
-                joined[task] = [a + b for a, b in zip(joined.get(task, (0, 0)), parts, strict=True)]
-        return {f"loss_{t}": a / b for t, (a, b) in sorted(joined.items()) if t and b > 0}
+            assert weight.grad is not None
+            task = self._moved(task_of_branch[branches.clamp(min=0).flatten()])
+            values = torch.stack((weight.grad * weight * total, weight))
+            sums.index_add_(1, task, values.detach().flatten(1))  # shared tokens weigh 0
+        sums = sum_over_ranks(sums)
+        # A task without a label in this step comes out as nan, and is left out when it is read.
+        means = (sums[0] / sums[1]).unbind()
+        return {f"loss_{name}": mean for name, mean in zip(names, means, strict=True) if name}
 
-    def _counts(self, step: Step) -> dict[str, float]:
-        names = ("tokens", "padding", "room", "examples", "crops")
+    def _counts(self, step: Step) -> dict[str, float | Tensor]:
+        names = ("tokens", "padding", "capacity", "examples", "crops")
         numbers = torch.tensor([float(step.counts.get(name, 0)) for name in names])
-        sums = dict(zip(names, sum_over_ranks(numbers.to(self.world.device)).tolist(), strict=True))
-        metrics = {name: sums[name] for name in ("tokens", "examples", "crops")}
+        if self.world.size > 1:
+            numbers = sum_over_ranks(self._moved(numbers))
+        sums = dict(zip(names, numbers.unbind(), strict=True))
+        metrics: dict[str, float | Tensor] = {n: sums[n] for n in ("tokens", "examples", "crops")}
         metrics["padding"] = sums["padding"] / (sums["tokens"] + sums["padding"])
-        metrics["row_fill"] = sums["tokens"] / sums["room"]
+        metrics["row_fill"] = sums["tokens"] / sums["capacity"]
         bad = {f"bad_{cause.replace(' ', '_')}": float(n) for cause, n in step.bad.items()}
         return metrics | bad
 

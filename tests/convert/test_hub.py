@@ -17,6 +17,7 @@ import pytest
 import torch
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from rich.console import Console
+from safetensors import SafetensorError
 
 from nanomolmo2.convert import hub as hub_module
 from nanomolmo2.convert.hub import download, fetch
@@ -53,8 +54,10 @@ def test_download_makes_the_cache_files(fake_hub: FakeHub, tmp_path: Path) -> No
     paths = download(cache_dir=cache, console=QUIET)
     assert [p.name for p in paths] == ["siglip2_so400m_384.pt", "qwen3_0.6b_base.pt"]
     assert sorted(p.name for p in cache.iterdir()) == [
+        "qwen3_0.6b_base",
         "qwen3_0.6b_base.json",
         "qwen3_0.6b_base.pt",
+        "siglip2_so400m_384",
         "siglip2_so400m_384.json",
         "siglip2_so400m_384.pt",
     ]
@@ -104,6 +107,52 @@ def test_intact_files_are_kept_and_damaged_ones_made_again(
     download(["llm"], tmp_path, force=True, console=QUIET)
     assert path.stat().st_mtime_ns != made
     assert path.read_bytes() == content
+
+
+def test_download_writes_the_same_weights_as_safetensors(
+    fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each folder stands for its ``.pt`` file, is kept while it is whole, and is made from that."""
+    paths = download(cache_dir=tmp_path, console=QUIET)
+    folders = [path.with_suffix("") for path in paths]
+    for folder in folders:
+        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    made = [(folder / "model.safetensors").stat().st_mtime_ns for folder in folders]
+    vision = VisionEncoder.from_pretrained(cache_dir=tmp_path)
+    llm = LanguageModel.from_pretrained(cache_dir=tmp_path)
+    assert_same_bits(vision, VisionEncoder.from_pretrained(folders[0]))
+    assert_same_bits(llm, LanguageModel.from_pretrained(folders[1]))
+    asked = len(fake_hub.sent)
+    download(cache_dir=tmp_path, console=QUIET)
+    assert made == [(folder / "model.safetensors").stat().st_mtime_ns for folder in folders]
+
+    content = (folders[1] / "model.safetensors").read_bytes()
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    for damaged in (content[:-10], flipped):
+        (folders[1] / "model.safetensors").write_bytes(damaged)
+        download(["llm"], tmp_path, console=QUIET)
+        assert (folders[1] / "model.safetensors").read_bytes() == content
+    shutil.rmtree(folders[1])
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", _no_space)
+        with pytest.raises(OSError, match=r"could not write .*qwen3.*No space.*is the disk full"):
+            download(["llm"], tmp_path, console=QUIET)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".") or p == folders[1]]
+    download(["llm"], tmp_path, console=QUIET)
+    assert (folders[1] / "model.safetensors").read_bytes() == content
+
+    for path in paths:
+        path.unlink()
+    assert_same_bits(vision, VisionEncoder.from_pretrained(cache_dir=tmp_path))
+    assert_same_bits(llm, LanguageModel.from_pretrained(cache_dir=tmp_path))
+    assert len(fake_hub.sent) == asked  # all of this without the hub
+    edit_json(folders[1] / "config.json", max_position_embeddings=1024)
+    with pytest.raises(ValueError, match=r"qwen3_0\.6b_base holds another model than llm of Qwen"):
+        LanguageModel.from_pretrained(cache_dir=tmp_path)
+
+
+def _no_space(*_: object, **__: object) -> None:
+    raise SafetensorError("No space left on device")
 
 
 def test_another_revision_is_another_file(fake_hub: FakeHub, tmp_path: Path) -> None:

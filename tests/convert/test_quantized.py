@@ -14,14 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanomolmo2 import cli
+from nanomolmo2.accelerate.kernels import MODES
+from nanomolmo2.accelerate.quantization import (
+    is_quantized,
+    quantization_config,
+    quantization_report,
+)
+from nanomolmo2.cli.loading import load_module
 from nanomolmo2.convert import export_molmo2
 from nanomolmo2.convert.pretrained import TINY, load, save_pretrained
 from nanomolmo2.generation.pipeline import Pipeline
 from nanomolmo2.models import LanguageModel, NanoMolmo2, VisionEncoder
-from nanomolmo2.models.kernels import MODES
-from nanomolmo2.models.quantized import describe, is_quantized, quantization_report
 from nanomolmo2.processor import collate
-from tests.models.test_quantized import picture_inputs
+from tests.accelerate.test_quantization import picture_inputs
 from tests.nets import LLM, VISION, randomize, text_ids
 from tests.small_model import small_model, small_processor
 
@@ -65,7 +70,7 @@ def test_a_whole_model_comes_back_bit_for_bit(mode: str, used_before: bool, tmp_
     assert torch.equal(back(**inputs), model(**inputs))
     for name, tensor in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
-    assert describe(back.llm) == describe(model.llm) == {"mode": mode}
+    assert quantization_config(back.llm) == quantization_config(model.llm) == {"mode": mode}
 
 
 def test_parts_exceptions_and_calibration_come_back(tmp_path: Path) -> None:
@@ -96,7 +101,7 @@ def test_a_language_model_comes_back(mode: str, tied: bool, tmp_path: Path) -> N
     save_pretrained(llm, tmp_path)
     back = LanguageModel.from_pretrained(tmp_path)
     assert torch.equal(back(text_ids(2, 7)), llm(text_ids(2, 7)))
-    assert type(cli.load_module(str(tmp_path), tmp_path)) is LanguageModel
+    assert type(load_module(str(tmp_path), tmp_path)) is LanguageModel
     # No program for Qwen3 checkpoints shall take it for one.
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "nanomolmo2_llm"
 
@@ -106,7 +111,7 @@ def test_a_vision_encoder_comes_back(tmp_path: Path) -> None:
     save_pretrained(encoder, tmp_path)
     pictures = torch.randn(1, 3, 22, 22)
     assert torch.equal(VisionEncoder.from_pretrained(tmp_path)(pictures), encoder(pictures))
-    assert type(cli.load_module(str(tmp_path), tmp_path)) is VisionEncoder
+    assert isinstance(load_module(str(tmp_path), tmp_path), VisionEncoder)
 
 
 def test_a_part_of_a_quantised_whole(saved: Path) -> None:
@@ -154,7 +159,7 @@ def test_quantize_at_load(mode: str) -> None:
     ids = text_ids(1, 6)
     assert torch.equal(model.llm(ids), by_hand.llm(ids))
     assert LanguageModel.from_pretrained(TINY, quantize=mode).layers[0].mlp.up_proj.mode == mode
-    assert describe(VisionEncoder.from_pretrained(TINY, quantize=mode)) == {"mode": mode}
+    assert quantization_config(VisionEncoder.from_pretrained(TINY, quantize=mode)) == {"mode": mode}
     assert is_quantized(Pipeline.from_pretrained("tiny", quantize=mode).model)
     parts = Pipeline.from_pretrained("tiny", quantize={"llm": mode}, dtype="float32").model
     assert not is_quantized(parts.vision_encoder)
@@ -236,7 +241,7 @@ def test_the_command_writes_what_answers_the_same(
     assert "3 of 86 layers" in said
     size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     assert f"{size / 1e6:,.1f} MB, 27% of float32; loads in" in said
-    picture = Path(cli.__file__).parent / "assets" / "demo" / "scene.png"
+    picture = Path(cli.__file__).parents[1] / "assets" / "demo" / "scene.png"
     answers = [
         Pipeline.from_pretrained(name, quantize=mode).ask(str(picture), "Point to the snail.").text
         for name, mode in ((out, None), ("tiny", "int8"))
@@ -252,7 +257,7 @@ def test_the_command_keeps_what_is_worse_than_a_bound(
 ) -> None:
     """Three layers, however well this CPU rounds: the bound is taken from the report."""
     model, processor = load("tiny")
-    picture = Path(cli.__file__).parent / "assets" / "demo" / "scene.png"
+    picture = Path(cli.__file__).parents[1] / "assets" / "demo" / "scene.png"
     question = [{"role": "user", "content": "Describe this picture."}]
     sample = collate([processor.encode(question, [picture])], processor.pad_token_id).tensors()
     report = quantization_report(model, sample, calibration=sample)

@@ -140,7 +140,7 @@ def test_missing_and_broken_pictures_are_fatal_above_their_share(found, tmp_path
     bad = [Example([path], [talk("?", "!")]) for path in (tmp_path / "absent.png", broken)]
     examples = [*bad, *(good(seed) for seed in range(8))]
     for share, fatal in ((0.1, True), (0.2, False)):  # two of ten
-        causes = found(*examples, bad_share=share)
+        causes = found(*examples, max_bad_fraction=share)
         assert set(causes) == {"missing picture", "broken picture"}
         assert [finding.fatal for finding in causes.values()] == [fatal, fatal]
     assert "absent.png" in causes["missing picture"].detail

@@ -10,7 +10,7 @@ from PIL import Image
 
 from nanomolmo2.batch import IGNORED_LABEL, PREFIX_SUBSEGMENT
 from nanomolmo2.data.example import BadExample, Example
-from nanomolmo2.data.inspect import Fault, View, crop_pictures, look, read_record
+from nanomolmo2.data.inspect import Fault, View, crop_images, look, read_record
 from nanomolmo2.processor import Encoded, Processor, ProcessorConfig, Tokenizer, VideoConfig
 from nanomolmo2.processor.crops import MultiCrop, resize
 from tests.data.sources import Listed, encoder, picture, talk
@@ -108,7 +108,7 @@ def test_points_are_drawn_where_they_are(processor: Processor) -> None:
     assert drawn.getpixel((50, 44)) != (255, 255, 255)
     assert drawn.getpixel((150, 50)) == (255, 255, 255)
     assert [name for name, _ in cat.drawn] == ["picture 2"]
-    assert view.pictures[0].getpixel((50, 44)) == (255, 255, 255)
+    assert view.images[0].getpixel((50, 44)) == (255, 255, 255)
 
 
 def test_points_that_cannot_be_read_are_told(processor: Processor) -> None:
@@ -149,12 +149,12 @@ def test_crops_are_put_together_from_their_patches() -> None:
 def test_large_pictures_are_shown_smaller_and_reported_as_they_are(processor: Processor) -> None:
     view, _ = see(processor, Example([Image.new("RGB", (1600, 400))], [talk("Dog?", TAG)]))
     assert view.sizes == [(1600, 400)]
-    assert view.pictures[0].size == view.branches[0].drawn[0][1].size == (640, 160)
+    assert view.images[0].size == view.branches[0].drawn[0][1].size == (640, 160)
 
 
 def test_text_alone_has_nothing_to_draw(processor: Processor) -> None:
     view, encoded = see(processor, Example([], [talk("?", "!")]))
-    assert (view.pictures, view.crops, crop_pictures(encoded, processor)) == ([], [], [])
+    assert (view.images, view.crops, crop_images(encoded, processor)) == ([], [], [])
 
 
 def test_a_record_that_cannot_be_read_is_named_by_its_cause(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from itertools import islice
 from typing import Any
 
@@ -13,10 +14,10 @@ import pytest
 import torch
 
 from nanomolmo2.batch import IGNORED_LABEL, PACK_SUBSEGMENT, PREFIX_SUBSEGMENT, Batch
-from nanomolmo2.data.emoji.source import EmojiConfig, EmojiScenes
 from nanomolmo2.data.example import BadExample, Branch, Example
-from nanomolmo2.data.loader import PackedLoader, Step, merge_states
+from nanomolmo2.data.loader import PackedLoader, RowPlan, Step, merge_states
 from nanomolmo2.data.mixture import Mixture
+from nanomolmo2.emoji.source import EmojiConfig, EmojiScenes
 from nanomolmo2.processor import Encoded
 from tests.data.sources import Listed, encoder, talk
 from tests.small_model import small_processor
@@ -72,9 +73,11 @@ def loader(**changes: Any) -> PackedLoader:
         "batch_size": 4,
         "max_tokens": 40,
         "max_crops": 5,
-        "pool": POOL,
+        "packing_buffer": POOL,
     }
-    return PackedLoader(Mixture(sources, seed=3), encode, **{**arguments, **changes})
+    names = {field.name for field in fields(RowPlan)}
+    arguments |= {name: changes.pop(name) for name in names & set(changes)}
+    return PackedLoader(Mixture(sources, seed=3), encode, RowPlan(**arguments), **changes)
 
 
 def steps_of(found: PackedLoader, count: int) -> list[Step]:
@@ -177,7 +180,7 @@ def test_micro_batches_are_padded_to_their_own_longest_row() -> None:
 def test_what_a_step_holds_is_counted() -> None:
     (step,) = steps_of(loader(micro_batch_size=2), 1)
     rows = rows_of(step)
-    assert step.counts["rows"] == 4 and step.counts["room"] == 160
+    assert step.counts["rows"] == 4 and step.counts["capacity"] == 160
     assert step.counts["tokens"] == sum(len(row["input_ids"]) for row in rows)
     assert step.counts["examples"] == sum(len(examples_of(row)) for row in rows)
     pixels = [b.pixel_values for b in step.micro_batches if b.pixel_values is not None]
@@ -299,7 +302,7 @@ def test_little_memory_costs_time_and_changes_nothing(kept_bytes: int) -> None:
 
 
 def test_bad_examples_are_left_out_and_counted_by_cause() -> None:
-    step = steps_of(loader(bad=5, bad_share=0.5, max_tokens=20), 30)[-1]
+    step = steps_of(loader(bad=5, max_bad_fraction=0.5, max_tokens=20), 30)[-1]
     assert set(step.bad) == {"missing picture", "too long"}
     assert 0.1 < step.bad["missing picture"] / step.drawn < 0.3
     kept = Counter(number for row in rows_of(step) for number in examples_of(row))
@@ -319,7 +322,7 @@ def test_too_many_bad_examples_stop_the_run() -> None:
     resumed.load_state_dict(steps[-1].state)
     with pytest.raises(ValueError, match=message):
         steps_of(resumed, 2)
-    assert steps_of(loader(bad=8, bad_share=0.2), 100)[-1].drawn > 1000
+    assert steps_of(loader(bad=8, max_bad_fraction=0.2), 100)[-1].drawn > 1000
 
 
 def test_rows_too_short_for_everything_stop_the_run() -> None:
@@ -337,11 +340,8 @@ def test_what_is_learned_from_nothing_is_no_answer() -> None:
     found = PackedLoader(
         Mixture([source]),
         encode,
-        pad_token_id=0,
-        batch_size=1,
-        max_tokens=100,
-        max_crops=0,
-        bad_share=0.9,
+        RowPlan(batch_size=1, max_tokens=100, max_crops=0, pad_token_id=0),
+        max_bad_fraction=0.9,
     )
     step = steps_of(found, 3)[-1]
     assert step.bad.keys() == {"no answer"}
@@ -354,11 +354,8 @@ def test_an_example_that_cannot_be_encoded_is_bad() -> None:
     found = PackedLoader(
         Mixture([source]),
         encoder(processor),
-        pad_token_id=0,
-        batch_size=1,
-        max_tokens=100,
-        max_crops=0,
-        bad_share=0.9,
+        RowPlan(batch_size=1, max_tokens=100, max_crops=0, pad_token_id=0),
+        max_bad_fraction=0.9,
     )
     assert steps_of(found, 1)[0].bad.keys() == {"not encodable"}
 
@@ -384,7 +381,7 @@ def test_an_example_that_changes_while_it_waits_stops_the_run() -> None:
 def test_an_example_that_breaks_while_it_waits_is_left_out() -> None:
     """Its file may be gone at a resume: the row is shorter, and the run goes on."""
     state = steps_of(loader(), 1)[0].state
-    resumed = loader(bad=2, bad_share=0.9)
+    resumed = loader(bad=2, max_bad_fraction=0.9)
     resumed.load_state_dict(state)
     step = steps_of(resumed, 1)[0]
     waited = [w[1] for slot in state["slots"].values() for w in slot["pool"]]
@@ -411,7 +408,7 @@ def test_a_state_of_other_rows_is_refused() -> None:
     state = steps_of(loader(), 1)[0].state
     for changes, message in (
         ({"max_tokens": 41}, "max_tokens 40, this run 41"),
-        ({"pool": 7}, "pool 6, this run 7"),
+        ({"packing_buffer": 7}, "packing_buffer 6, this run 7"),
         ({"sizes": (40, 91)}, "sizes"),
         ({"batch_size": 8}, "batch size"),
     ):
@@ -437,7 +434,7 @@ def test_states_of_different_runs_are_not_merged() -> None:
         ({"batch_size": 0}, r"found batch_size 0"),
         ({"micro_batch_size": 0}, r"micro_batch_size is 0"),
         ({"workers": 2}, r"workers is 2, expected 0 or 1"),
-        ({"bad_share": 1.0}, r"bad_share is 1.0"),
+        ({"max_bad_fraction": 1.0}, r"max_bad_fraction is 1.0"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
@@ -452,12 +449,14 @@ def test_emoji_scenes_through_the_real_processor() -> None:
     found = PackedLoader(
         mixture,
         encoder(processor),
-        pad_token_id=processor.pad_token_id,
-        batch_size=2,
-        micro_batch_size=2,
-        max_tokens=1024,
-        max_crops=16,
-        pool=4,
+        RowPlan(
+            batch_size=2,
+            micro_batch_size=2,
+            max_tokens=1024,
+            max_crops=16,
+            packing_buffer=4,
+            pad_token_id=processor.pad_token_id,
+        ),
         workers=1,
     )
     for step in steps_of(found, 2):

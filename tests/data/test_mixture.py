@@ -23,8 +23,8 @@ class Numbers:
         return self.size
 
 
-def mix(sizes, rates=None, seed=0) -> Mixture:
-    return Mixture([Numbers(size, f"source {k}") for k, size in enumerate(sizes)], rates, seed)
+def mix(sizes, weights=None, seed=0) -> Mixture:
+    return Mixture([Numbers(size, f"source {k}") for k, size in enumerate(sizes)], weights, seed)
 
 
 def draw(stream: SlotStream, times: int) -> list[tuple[int, int]]:
@@ -135,7 +135,7 @@ def test_streams_are_the_same_everywhere():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "rates", "expected"),
+    ("sizes", "weights", "expected"),
     [
         ([100, 900, 3600], None, [0.1, 0.3, 0.6]),
         ([7, 7], [3, 1], [0.75, 0.25]),
@@ -143,13 +143,13 @@ def test_streams_are_the_same_everywhere():
         ([10, 10], [1, 0], [1, 0]),
     ],
 )
-def test_rates(sizes, rates, expected):
-    mixture = mix(sizes, rates)
-    assert mixture.rates == pytest.approx(expected)
+def test_sampling_weights(sizes, weights, expected):
+    mixture = mix(sizes, weights)
+    assert mixture.weights == pytest.approx(expected)
     stream = mixture.slot(2, 3)
     counts = Counter(source for source, _ in draw(stream, 4000))
-    for source, rate in enumerate(expected):
-        assert abs(counts[source] / 4000 - rate) <= 4 * (rate * (1 - rate) / 4000) ** 0.5
+    for source, weight in enumerate(expected):
+        assert abs(counts[source] / 4000 - weight) <= 4 * (weight * (1 - weight) / 4000) ** 0.5
     assert stream.drawn == [counts[source] for source in range(len(sizes))]
 
 
@@ -172,20 +172,20 @@ def test_it_can_be_pickled():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "rates", "message"),
+    ("sizes", "weights", "message"),
     [
         ([], None, "at least one source"),
         ([3, 0], None, "'source 1' is empty"),
-        ([3, 4], [1], "1 rates for 2 sources"),
+        ([3, 4], [1], "1 weights for 2 sources"),
         ([3, 4], [-0.1, 1], "numbers of 0 or more"),
         ([3, 4], [float("nan"), 1], "numbers of 0 or more"),
-        ([3, 4], [0, 0], "all rates are 0"),
+        ([3, 4], [0, 0], "all weights are 0"),
         ([3, 4], [1, None], "leave nothing"),
     ],
 )
-def test_what_cannot_be_mixed(sizes, rates, message):
+def test_what_cannot_be_mixed(sizes, weights, message):
     with pytest.raises(ValueError, match=message):
-        mix(sizes, rates)
+        mix(sizes, weights)
 
 
 @pytest.mark.parametrize(("j", "slots"), [(-1, 4), (4, 4), (0, 0)])

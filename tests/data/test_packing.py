@@ -311,13 +311,13 @@ def test_long_rows_round_up_and_never_overflow(max_tokens: int) -> None:
 
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 6)), min_size=1, max_size=60),
-    pool=st.integers(1, 8),
+    packing_buffer=st.integers(1, 8),
     weight=st.sampled_from([1.0, 30.0]),
 )
 def test_no_example_is_lost_doubled_or_kept_waiting(
-    sizes: list[tuple[int, int]], pool: int, weight: float
+    sizes: list[tuple[int, int]], packing_buffer: int, weight: float
 ) -> None:
-    packer: Packer[Box] = Packer(40, 6, pool, weight)
+    packer: Packer[Box] = Packer(40, 6, packing_buffer, weight)
     rows: list[list[Box]] = []
     arrived: dict[int, int] = {}  # how many rows there were when an example came
     for number, (tokens, crops) in enumerate(sizes):
@@ -333,7 +333,7 @@ def test_no_example_is_lost_doubled_or_kept_waiting(
         assert [box.number for box in row] == sorted(box.number for box in row)
         for box in row:
             assert (box.tokens, box.crops) == sizes[box.number]
-            assert number - arrived[box.number] < pool
+            assert number - arrived[box.number] < packing_buffer
 
 
 def test_an_example_that_fits_no_row_is_bad_and_not_cut_off() -> None:
@@ -351,7 +351,7 @@ def test_an_example_that_fits_no_row_is_bad_and_not_cut_off() -> None:
     ("arguments", "message"),
     [
         ((0, 1), "max_tokens is 0, expected at least 1"),
-        ((1, 1, 0), "pool is 0, expected at least 1"),
+        ((1, 1, 0), "packing_buffer is 0, expected at least 1"),
         ((1, -1), "max_crops is -1"),
         ((1, 1, 1, -0.5), "crop_weight -0.5, expected 0 or more"),
     ],

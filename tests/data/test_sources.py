@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -15,13 +17,13 @@ import pytest
 from PIL import Image
 
 from nanomolmo2.batch import PREFIX_SUBSEGMENT
-from nanomolmo2.data.emoji.questions import BranchMix
-from nanomolmo2.data.emoji.scenes import SceneConfig
-from nanomolmo2.data.emoji.source import EmojiConfig
 from nanomolmo2.data.example import BadExample
 from nanomolmo2.data.sources import SourceConfig, address_key, open_mixture, open_source
+from nanomolmo2.emoji.model import tiny_processor
+from nanomolmo2.emoji.questions import BranchMix
+from nanomolmo2.emoji.scenes import SceneConfig
+from nanomolmo2.emoji.source import EmojiConfig
 from nanomolmo2.processor import parse_points
-from nanomolmo2.training.tiny import tiny_processor
 
 URL = "https://example.org/dog.jpg"
 
@@ -85,7 +87,7 @@ def test_pictures_may_lie_elsewhere(lines, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "none.png").write_bytes(png())
-    source = open_source(SourceConfig(str(lines), pictures=str(other)))
+    source = open_source(SourceConfig(str(lines), image_folder=str(other)))
     assert source[2].images[0].size == (40, 20)
     with pytest.raises(BadExample, match="missing picture"):
         source[0]
@@ -171,7 +173,7 @@ def test_an_empty_file(tmp_path):
 
 
 def test_a_scene_follows_from_seed_and_number_alone():
-    config = SourceConfig("emoji", emoji=EmojiConfig(length=50, snap=10))
+    config = SourceConfig("emoji", options={"length": 50, "snap": 10})
     source = open_source(config)
     assert (source.name, len(source)) == ("emoji", 50)
     again = pickle.loads(pickle.dumps(open_source(config)))
@@ -188,7 +190,7 @@ def test_a_scene_follows_from_seed_and_number_alone():
 def test_the_mix_says_what_is_asked():
     mix = BranchMix(0, 2, 0, 1, *(0,) * 6)
     scene = SceneConfig(size=96, max_objects=2, min_px=20, max_px=40)
-    config = SourceConfig("emoji", emoji=EmojiConfig(length=5, mix=mix, scene=scene))
+    config = SourceConfig("emoji", options=EmojiConfig(length=5, mix=mix, scene=scene).to_dict())
     example = open_source(config)[0]
     assert example.images[0].shape == (96, 96, 3)
     assert [branch.task for branch in example.branches] == ["count", "count", "point"]
@@ -196,7 +198,7 @@ def test_the_mix_says_what_is_asked():
 
 def test_a_scene_that_allows_no_question_is_not_left_out_silently():
     mix = BranchMix(*(0,) * 10)
-    source = open_source(SourceConfig("emoji", emoji=EmojiConfig(mix=mix)))
+    source = open_source(SourceConfig("emoji", options=EmojiConfig(mix=mix).to_dict()))
     with pytest.raises(BadExample, match="no answer: emoji, example 3"):
         source[3]
 
@@ -207,11 +209,38 @@ def test_a_file_may_be_called_emoji(tmp_path, monkeypatch):
     assert len(open_source("emoji.jsonl")) == 1
 
 
+def test_a_fresh_process_needs_no_registration(tmp_path):
+    """As a worker that is spawned, not forked."""
+    mixture = open_mixture([SourceConfig("emoji", options={"length": 9})])
+    (tmp_path / "mixture.pickle").write_bytes(pickle.dumps(mixture))
+    code = (
+        "import pickle, sys; mixture = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "[source] = mixture.sources; print(source.name, len(source), source[3].branches[0].task)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "mixture.pickle")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["emoji", "9", "presence"], done.stderr
+
+
+def test_options_are_for_registered_sources_and_have_defaults(lines):
+    with pytest.raises(ValueError, match="options are for the registered sources"):
+        SourceConfig(str(lines), options={"length": 9})
+    some = SourceConfig("emoji", options={"length": 9})
+    every = SourceConfig("emoji", options=EmojiConfig(length=9).to_dict())
+    assert some != every
+    assert some.with_all_options() == every == every.with_all_options()
+    assert SourceConfig(str(lines)).with_all_options() == SourceConfig(str(lines))
+
+
 # ---- configs and what follows ----
 
 
 def test_a_config_goes_to_json_and_back():
-    config = SourceConfig("emoji", rate=0.5, emoji=EmojiConfig(length=3, mix=BranchMix(count=5)))
+    config = SourceConfig(
+        "emoji",
+        sampling_weight=0.5,
+        options=EmojiConfig(length=3, mix=BranchMix(count=5)).to_dict(),
+    )
     assert SourceConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -221,7 +250,7 @@ def test_a_config_goes_to_json_and_back():
         ({"path": ""}, "path is empty"),
         ({"path": "a.jsonl", "format": "csv"}, "expected one of auto, own"),
         ({"path": "a.jsonl", "prompts": "loud"}, "expected one of natural, styles"),
-        ({"path": "a.jsonl", "rate": 1.5}, "share from 0 to 1"),
+        ({"path": "a.jsonl", "sampling_weight": 1.5}, "share from 0 to 1"),
         ({"path": "emoji", "seed": -1}, "seed is -1"),
     ],
 )
@@ -231,9 +260,9 @@ def test_configs_that_make_no_sense(fields, message):
 
 
 def test_a_mixture_of_configs(lines):
-    configs = [SourceConfig(str(lines), name="lines"), SourceConfig("emoji", rate=0.75)]
+    configs = [SourceConfig(str(lines), name="lines"), SourceConfig("emoji", sampling_weight=0.75)]
     mixture = open_mixture(configs, seed=3)
-    assert mixture.rates == [0.25, 0.75]
+    assert mixture.weights == [0.25, 0.75]
     assert [source.name for source in mixture.sources] == ["lines", "emoji"]
     source, index = mixture.slot(0, 2).next()
     assert 0 <= index < len(mixture.sources[source])

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from nanomolmo2.data.example import Branch, Example
+from nanomolmo2.emoji.exam import EMOJI, ROWS, make_exam
 from nanomolmo2.evaluation import report
-from nanomolmo2.evaluation.emoji import ROWS, Failure, Scores, make_exam, score
+from nanomolmo2.evaluation.exam import Failure, Scores, score
 from nanomolmo2.evaluation.report import (
     PAGE,
     TRUE_COLOUR,
@@ -39,7 +40,7 @@ def test_scores_are_written_with_three_digits(value, text):
 
 
 def test_the_table_says_score_interval_goal_and_whether_it_is_met():
-    lines = score_table([some_scores(), some_scores("openmoji", 0.8)]).splitlines()
+    lines = score_table([some_scores(), some_scores("openmoji", 0.8)], ROWS).splitlines()
     assert len(lines) == len(ROWS) + 2
     assert len({len(line) for line in lines}) == 1
     cells = {line.split("|")[1].strip(): line.split("|")[2:4] for line in lines}
@@ -51,12 +52,12 @@ def test_the_table_says_score_interval_goal_and_whether_it_is_met():
 
 
 def test_goals_that_are_met_are_counted_where_something_was_measured():
-    assert goals_met([some_scores(), some_scores("openmoji", 0.8)]) == (1, 2)
-    assert goals_met([Scores("seen")]) == (0, 0)
+    assert goals_met([some_scores(), some_scores("openmoji", 0.8)], ROWS) == (1, 2)
+    assert goals_met([Scores("seen")], ROWS) == (0, 0)
 
 
 def test_json_has_all_numbers():
-    (mild,) = scores_to_json([some_scores()]).values()
+    (mild,) = scores_to_json([some_scores()], ROWS).values()
     assert mild["scores"]["presence"] == 0.9123
     assert mild["answers"] == {"presence": 20, "number": 2}
     assert mild["intervals"]["number"] == [1.0, 1.0]
@@ -76,7 +77,7 @@ def failed():
 
 def test_the_page_shows_the_worst_answers(tmp_path, failed):
     folder = tmp_path / "new" / "report"
-    write_report(folder, [failed, Scores("seen")], {"model": "<mine>", "scenes": 6})
+    write_report(folder, [failed, Scores("seen")], {"model": "<mine>", "scenes": 6}, EMOJI)
     page = (folder / PAGE).read_text(encoding="utf-8")
     assert "&lt;mine&gt;" in page and "<mine>" not in page
     shown = re.findall(r'src="([^"]+)"', page)
@@ -93,9 +94,9 @@ def test_a_report_replaces_nothing_and_is_complete_or_not_there(tmp_path, failed
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     with pytest.raises(ValueError, match="is not empty"):
-        write_report(tmp_path / "full", [failed], {})
+        write_report(tmp_path / "full", [failed], {}, EMOJI)
     with pytest.raises(ValueError, match="is a file"):
-        write_report(tmp_path / "full" / "mine.txt", [failed], {})
+        write_report(tmp_path / "full" / "mine.txt", [failed], {}, EMOJI)
 
     def broken(failure):
         raise RuntimeError
@@ -103,7 +104,7 @@ def test_a_report_replaces_nothing_and_is_complete_or_not_there(tmp_path, failed
     monkeypatch.setattr(report, "draw_failure", broken)
     (tmp_path / "empty").mkdir()
     with pytest.raises(RuntimeError):
-        write_report(tmp_path / "empty", [failed], {})
+        write_report(tmp_path / "empty", [failed], {}, EMOJI)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["empty", "full", "mine.txt"]
 
 

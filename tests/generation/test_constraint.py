@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from nanomolmo2.generation.constraint import PointsConstraint, PointsGrammar, PointsGuide, State
-from nanomolmo2.generation.lookup import AdaptiveWidth, Drafter, StepCosts
+from nanomolmo2.generation.constraint import PointsConstraint, PointsGrammar, PointsProposer, State
 from nanomolmo2.generation.sampling import Sampler, SamplingParams
+from nanomolmo2.generation.speculative import AdaptiveWidth, Drafter, StepCosts
 from nanomolmo2.processor import Point, Tokenizer, format_points, format_tracks, parse_points
 from tests.processor.helpers import small_backend
 
@@ -309,7 +309,7 @@ def test_num_images_makes_sense() -> None:
         PointsConstraint(TOKENIZERS["tiny"], -1)
 
 
-# ---- the guide ----
+# ---- the proposer ----
 
 
 def digits_alone() -> Tokenizer:
@@ -322,15 +322,15 @@ def digits_alone() -> Tokenizer:
 
 
 def test_a_list_is_written_in_fewer_steps() -> None:
-    """Coordinates are the model's, ids and separators the guide's."""
+    """Coordinates are the model's, ids and separators the proposer's."""
     tokenizer = digits_alone()
     generator = random.Random(1)
     spots = [Point(generator.randrange(100, 999), generator.randrange(999)) for _ in range(12)]
     answer = list(tokenizer.encode_text(format_points(spots, "dogs", [SIZE])))
 
-    def steps(guide: PointsGuide | None) -> int:
+    def steps(proposer: PointsProposer | None) -> int:
         costs = StepCosts({1: 1.0, 4: 1.05, 8: 1.5})
-        drafter = Drafter([], AdaptiveWidth(costs), guide=guide)
+        drafter = Drafter([], AdaptiveWidth(costs), proposer=proposer)
         at = count = 0
         while at < len(answer):
             draft = drafter.draft(len(answer) - at - 1)
@@ -342,28 +342,28 @@ def test_a_list_is_written_in_fewer_steps() -> None:
             count += 1
         return count
 
-    assert steps(PointsGuide(tokenizer)) < len(answer) / 1.6
-    assert steps(None) > steps(PointsGuide(tokenizer))
+    assert steps(PointsProposer(tokenizer)) < len(answer) / 1.6
+    assert steps(None) > steps(PointsProposer(tokenizer))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_guide_expects_only_what_is_allowed(name: str) -> None:
+def test_the_proposer_expects_only_what_is_allowed(name: str) -> None:
     tokenizer = TOKENIZERS[name]
     text = 'Look: <points coords="1 1 100 455 2 1000 480;2 3 111 222">dogs</points> and so on'
-    guide, state = PointsGuide(tokenizer, 2), CONSTRAINTS[name, 12, False].start()
+    proposer, state = PointsProposer(tokenizer, 2), CONSTRAINTS[name, 12, False].start()
     proposed = 0
     for id in tokenizer.encode_text(text):
-        guess = guide.propose(5)
+        guess = proposer.propose(5)
         assert len(guess) <= 5
         if guess:
             allowed = state.allowed()
             assert allowed is None or allowed[guess[0]]
         proposed += len(guess)
-        guide.extend([id])
+        proposer.extend([id])
         state.advance(id)
     assert proposed > 2
-    guide.extend(tokenizer.encode_text('<points coords="9'))  # not well-formed: passed over
-    assert guide.propose(4) == []
+    proposer.extend(tokenizer.encode_text('<points coords="9'))  # not well-formed: passed over
+    assert proposer.propose(4) == []
 
 
 def test_a_mask_costs_little() -> None:

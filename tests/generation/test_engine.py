@@ -5,16 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanomolmo2.generation import engine as engine_module
 from nanomolmo2.generation.engine import Engine, Event, Request, Result
-from nanomolmo2.generation.lookup import StepCosts
 from nanomolmo2.generation.prefix_cache import PrefixCache
+from nanomolmo2.generation.prompt import requests_of
 from nanomolmo2.generation.sampling import SamplingParams, sample
+from nanomolmo2.generation.speculative import StepCosts
 from nanomolmo2.models import LanguageModel, NanoMolmo2
 from tests.nets import LLM, PAD, pictures, randomize, small_model, text_ids
 
@@ -233,7 +236,7 @@ def test_sampling_repeats_with_its_seed(plain: NanoMolmo2) -> None:
 
 def test_after_the_prompt_only_new_tokens_are_computed(plain: NanoMolmo2) -> None:
     lengths: list[int] = []
-    hook = plain.llm.layers[1].register_forward_pre_hook(
+    hook = plain.llm.layers[0].register_forward_pre_hook(
         lambda module, inputs: lengths.append(inputs[0].shape[1])
     )
     heads: list[int] = []
@@ -329,14 +332,21 @@ class Heads:
     logits: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        take = self.engine._take
+        head, take = self.engine._head, self.engine._take
+        step: list[Tensor] = []  # logits of the rows whose turn is still to come
 
-        def recorded(row: Any, logits: Tensor, draft: list[int], events: list[Event]) -> None:
+        def recorded_head(hidden: Tensor) -> Tensor:
+            logits = head(hidden)
+            step[:] = logits
+            return logits
+
+        def recorded(row: Any, logits: Any, draft: list[int], events: list[Event]) -> None:
             before = len(row.tokens)
+            own, step[:] = step[: len(logits)], step[len(logits) :]
             take(row, logits, draft, events)
-            kept = logits[: len(row.tokens) - before]
-            self.logits.setdefault(row.id, []).extend(kept)
+            self.logits.setdefault(row.id, []).extend(own[: len(row.tokens) - before])
 
+        self.engine._head = recorded_head  # type: ignore[method-assign]
         self.engine._take = recorded  # type: ignore[method-assign]
 
 
@@ -404,13 +414,17 @@ def alone(llm: LanguageModel) -> Callable[..., tuple[Result, list[Tensor]]]:
 POOL = [random_request(random.Random(number)) for number in range(60)]
 
 
+@pytest.mark.parametrize("schedules", [40, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("invariant", [False, True], ids=["plain", "batch_invariant"])
-def test_200_schedules_of_joining_and_leaving_rows(
-    llm: LanguageModel, alone: Callable[..., tuple[Result, list[Tensor]]], invariant: bool
+def test_schedules_of_joining_and_leaving_rows(
+    llm: LanguageModel,
+    alone: Callable[..., tuple[Result, list[Tensor]]],
+    invariant: bool,
+    schedules: int,
 ) -> None:
     """Every row says what it says alone; in the batch-invariant mode the logits have its bits."""
     rows = reused = 0
-    for number in range(200):
+    for number in range(schedules):
         generator = random.Random(1000 + number)
         requests = generator.sample(POOL, generator.randint(1, 5))
         cache = PrefixCache() if generator.random() < 0.5 else None
@@ -435,7 +449,7 @@ def test_200_schedules_of_joining_and_leaving_rows(
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
             rows += 1
             reused += found.reused_tokens
-    assert rows > 400 and reused > 20
+    assert rows > 2 * schedules and reused > schedules // 10
 
 
 class _FreeDrafts(StepCosts):
@@ -512,7 +526,7 @@ class Alternating:
 
 
 class HalfTruth:
-    """Guesses the answer, but every third id of it wrong."""
+    """Drafts the answer, but every third id of it wrong."""
 
     def __init__(self, answer: list[int]) -> None:
         self.answer = answer
@@ -528,7 +542,7 @@ class HalfTruth:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_guide_changes_steps_and_not_answers(llm: LanguageModel, temperature: float) -> None:
+def test_a_proposer_changes_steps_and_not_answers(llm: LanguageModel, temperature: float) -> None:
     """Penalty, constraint and generator see only the tokens that stay."""
     requests = [
         Request(
@@ -541,12 +555,12 @@ def test_a_guide_changes_steps_and_not_answers(llm: LanguageModel, temperature: 
         for n in (3, 8, 5)
     ]
     wanted = Engine(llm, lookup=False, batch_invariant=True).run(requests)
-    guides = [HalfTruth(result.token_ids) for result in wanted]
+    proposers = [HalfTruth(result.token_ids) for result in wanted]
     engine = Engine(llm, batch_invariant=True)
     engine._costs = FREE_DRAFTS
     numbers = [
-        engine.submit(replace(request, guide=guide))
-        for request, guide in zip(requests, guides, strict=True)
+        engine.submit(replace(request, proposer=proposer))
+        for request, proposer in zip(requests, proposers, strict=True)
     ]
     results, steps = {}, 0
     while engine.busy:
@@ -554,11 +568,11 @@ def test_a_guide_changes_steps_and_not_answers(llm: LanguageModel, temperature: 
         results |= {e.request_id: e.result for e in engine.step() if e.result is not None}
     assert [results[number] for number in numbers] == wanted
     assert steps == 9  # the prompts with a token each, then three tokens a step
-    assert [guide.ids for guide in guides] == [result.token_ids for result in wanted]
+    assert [proposer.ids for proposer in proposers] == [result.token_ids for result in wanted]
     assert len({tuple(result.token_ids) for result in wanted}) == 3
 
 
-def test_earlier_answers_are_guesses_of_later_ones() -> None:
+def test_earlier_answers_are_drafts_of_later_ones() -> None:
     """By another engine of the model, too; a row without lookup leaves nothing."""
     llm = randomize(LanguageModel(replace(LLM, tie_word_embeddings=False)), 4).eval()
     params = SamplingParams(temperature=1.5, seed=3)
@@ -674,6 +688,98 @@ def test_a_step_computes_no_padding(llm: LanguageModel) -> None:
     finally:
         hook.remove()
     assert widths == [3, 40, 2, 2, 5]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits for a device: values that come to the host, and shapes that depend on them.
+
+    A copy to the host is no operation on a CPU, so `fetch` counts as the one transfer that it is.
+    """
+
+    OPS: ClassVar = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.__name__.split(".")[0] in self.OPS
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["plain", "batch_invariant"])
+def test_a_decoding_step_waits_once(
+    model: NanoMolmo2, invariant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For what the samplers need, whatever the rows ask for, with drafts and without."""
+    waits = Waits()
+    in_step = False
+    log: list[int] = []
+    fetch, continue_ = engine_module.fetch, Engine._continue
+
+    def counted_fetch(logits: Tensor, samplers: list[Any]) -> Any:
+        before = waits.count
+        found = fetch(logits, samplers)
+        assert waits.count == before, "the greedy rows are compared on the host"
+        waits.count += 1
+        if in_step:
+            log.append(waits.count)
+            waits.__exit__(None, None, None)  # from here on all is on the host
+        return found
+
+    def counted_continue(self: Engine, rows: Any, events: list[Event]) -> None:
+        nonlocal in_step
+        in_step, waits.count = True, 0
+        waits.__enter__()
+        continue_(self, rows, events)
+        in_step = False
+
+    monkeypatch.setattr(engine_module, "check_ids", lambda ids, size: None)  # on the host
+    monkeypatch.setattr(engine_module, "fetch", counted_fetch)
+    monkeypatch.setattr(Engine, "_continue", counted_continue)
+    engine = Engine(model.llm, batch_invariant=invariant)
+    engine._costs = FREE_DRAFTS
+    sampling = [
+        SamplingParams(),
+        SamplingParams(temperature=1.0, seed=1, top_p=0.9),
+        SamplingParams(repetition_penalty=1.2, logprobs=2),
+        SamplingParams(constraint=Alternating()),
+    ]
+    images = requests_of(model, prompts("i.i.", "...i", "....", "i..."), pictures(4))
+    list(
+        engine.stream(
+            replace(request, sampling=params, max_new_tokens=30)
+            for request, params in zip(images, sampling, strict=True)
+        )
+    )
+    assert len(log) > 2 and set(log) == {1}
+
+
+def test_no_mask_where_nothing_is_seen_ahead(
+    model: NanoMolmo2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text, and a known picture: nothing of size T x T."""
+    masks: list[bool] = []
+    transform = Engine._transform
+
+    def recorded(self: Engine, rows: Any, *rest: Any, **named: Any) -> Tensor:
+        mask = rest[3] if len(rest) > 3 else None
+        masks.append(mask is not None)
+        return transform(self, rows, *rest, **named)
+
+    monkeypatch.setattr(Engine, "_transform", recorded)
+    engine = Engine(model.llm, prefix_cache=PrefixCache())
+    both_ways = model.config.bidirectional_image_attention
+    for row, count in (("....", 0), ("i...", 1), ("i.i.", 2)):
+        ids, images = prompts(row), pictures(count) if count else None
+        ids = torch.cat([ids, torch.tensor([[1, 2]])], dim=1)
+        for last in (3, 4):
+            ids[0, -1] = last
+            (request,) = requests_of(model, ids, images, cache=engine.prefix_cache)
+            assert request.attention_mask is None
+            engine.run([replace(request, max_new_tokens=1)])
+        assert masks == [both_ways and count > 0, False]
+        masks.clear()
 
 
 def test_streamed_events_are_the_results(llm: LanguageModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,17 @@ import torch
 from PIL import Image
 
 from nanomolmo2.batch import Batch
-from nanomolmo2.generation.constraint import PointsGuide
-from nanomolmo2.generation.lookup import Drafter, StepCosts
+from nanomolmo2.generation.constraint import PointsProposer
+from nanomolmo2.generation.options import GenerateOptions
 from nanomolmo2.generation.pipeline import Answer, Pipeline, TextStream
 from nanomolmo2.generation.sampling import SamplingParams
+from nanomolmo2.generation.speculative import Drafter, StepCosts
+from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.processor import Point, Processor, ProcessorConfig, collate
 from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.processor.processor import VideoConfig
 from nanomolmo2.processor.video import Video
-from tests.small_model import ScriptedModel, small_model, small_processor
+from tests.small_model import ScriptedModel, small_config, small_model, small_processor
 
 PICTURE = Image.fromarray(
     np.random.default_rng(0).integers(0, 256, (50, 200, 3), dtype=np.uint8)  # 200 wide, 50 high
@@ -85,6 +88,41 @@ def test_a_character_cut_off_by_the_limit_is_marked_once_the_text_ends() -> None
         stream.put(id)
     assert pieces == ["a"]
     assert stream.end().startswith("a\ufffd")
+
+
+def test_a_stream_gives_the_pieces_and_last_the_answer(pipeline: Pipeline) -> None:
+    options = GenerateOptions(12, SamplingParams(temperature=1.0, seed=3))
+    pieces: list[str] = []
+    wanted = pipeline.ask(PICTURE, "Dogs?", options=options, on_text=pieces.append)
+    *streamed, answer = pipeline.stream(PICTURE, "Dogs?", options=options, reuse=False)
+    assert isinstance(answer, Answer)
+    assert streamed == pieces
+    assert (answer.text, answer.output_tokens) == (wanted.text, wanted.output_tokens)
+    by_name = pipeline.ask(PICTURE, "Dogs?", max_new_tokens=12, temperature=1.0, seed=3)
+    assert by_name.text == wanted.text
+    shorter = pipeline.ask(PICTURE, "Dogs?", options=options, max_new_tokens=2)
+    assert (shorter.output_tokens, shorter.finish_reason) == (2, "length")
+
+
+def test_what_is_wrong_with_a_question_is_said_before_the_first_piece(pipeline: Pipeline) -> None:
+    for wrong, message in (
+        ({"max_new_tokens": 10**6}, "max_new_tokens may be 0 to"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"sampling": SamplingParams(), "seed": 3}, "found sampling and beside it seed=3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline.stream(PICTURE, "Dogs?", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_tokens'"):
+        pipeline.ask(PICTURE, "Dogs?", max_tokens=3)  # type: ignore[call-arg]
+
+
+def test_a_stream_that_is_left_leaves_nothing_behind(pipeline: Pipeline) -> None:
+    stream = pipeline.stream(PICTURE, "Dogs?", max_new_tokens=8)
+    next(stream)
+    del stream
+    assert pipeline.ask(PICTURE, "Cats?", max_new_tokens=8).text == (
+        pipeline.ask(PICTURE, "Cats?", max_new_tokens=8, reuse=False).text
+    )
 
 
 def test_points_are_pixels_of_their_own_picture() -> None:
@@ -195,10 +233,10 @@ def test_settings_reach_the_model() -> None:
     assert first["sampling"] == SamplingParams(
         min_p=0.1, repetition_penalty=1.2, logit_bias={3: 1.0}, stop="no", logprobs=2
     )
-    assert (first["lookup"], first["batch_invariant"], first["guide"]) == (False, True, None)
+    assert (first["lookup"], first["batch_invariant"], first["proposer"]) == (False, True, None)
     assert second["sampling"] == SamplingParams()
     assert (second["lookup"], second["batch_invariant"]) == (True, False)
-    assert isinstance(second["guide"](), PointsGuide)
+    assert isinstance(second["proposer"], PointsProposer)
 
 
 @pytest.mark.parametrize(
@@ -477,6 +515,24 @@ def test_a_second_question_reuses_the_picture(crops: bool) -> None:
     assert second.reused_tokens > int(np.flatnonzero(ids == image)[-1])
     assert second.reused_tokens < second.input_tokens
     assert second.text == anew.text
+
+
+def test_crops_of_the_first_picture_are_known_beside_another() -> None:
+    """Where pictures look back only, what stands before the one that differs is shared."""
+    processor = in_crops(small_processor())
+    config = replace(small_config(processor), bidirectional_image_attention=False)
+    torch.manual_seed(0)
+    pipeline = Pipeline(NanoMolmo2(config).eval(), processor)
+    one, other = (Image.new("RGB", (40, 80), (color, 10, 10)) for color in (0, 200))
+    pipeline.ask([PICTURE, one], "Dogs?", max_new_tokens=2)
+    answer = pipeline.ask([PICTURE, other], "Dogs?", max_new_tokens=2)
+    ids = processor.encode([{"role": "user", "content": "Dogs?"}], [PICTURE, other]).input_ids
+    alone = processor.encode([{"role": "user", "content": "Dogs?"}], [PICTURE]).input_ids
+    places = np.flatnonzero(ids == processor.image_token_id)
+    first_of_other = places[int((alone == processor.image_token_id).sum())]
+    assert answer.reused_tokens == first_of_other
+    again = pipeline.ask([PICTURE, other], "Dogs?", max_new_tokens=2, reuse=False)
+    assert answer.text == again.text
 
 
 def test_the_next_turn_reuses_the_ones_before(pipeline: Pipeline) -> None:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from nanomolmo2.generation.engine import Engine, Request
+from nanomolmo2.generation.kv_cache import RowCache
 from nanomolmo2.generation.prefix_cache import (
     Prefix,
     PrefixCache,
-    position_keys,
-    reach_of,
+    digest,
+    lookahead_of,
+    visual_keys,
 )
 from nanomolmo2.models import LanguageModel, NanoMolmo2
-from nanomolmo2.models.kv_cache import RowCache
 from tests.nets import LLM, pictures, randomize, small_model, text_ids
 
 IMAGE = LLM.vocab_size
@@ -100,7 +101,7 @@ def test_a_second_question_about_a_picture(model: NanoMolmo2, batch_invariant: b
     assert torch.equal(found, expected)
     assert without.positions[0] == 2 + n + 3 and without.pictures == 1
     assert with_reuse.positions[0] == 3 and with_reuse.pictures == 0
-    assert (cache.reused_tokens, cache.reused_pictures) == (2 + n, 1)
+    assert (cache.reused_tokens, cache.reused_images) == (2 + n, 1)
     for a, b in zip(with_reuse.logits, without.logits, strict=True):
         if batch_invariant:
             assert torch.equal(a, b)
@@ -190,19 +191,19 @@ def test_other_weights_forget(kind: str) -> None:
             weight.mul_(1.5)
     found, _ = ask(model, question(7), image, prefix_cache=cache)
     assert torch.equal(found, ask(model, question(7), image)[0])
-    assert (cache.reused_tokens, cache.reused_pictures) == (0, int(kind == "llm"))
+    assert (cache.reused_tokens, cache.reused_images) == (0, int(kind == "llm"))
 
 
 def keys(*ids: int) -> np.ndarray:
     return np.array(ids, dtype=np.int64)
 
 
-def prefix(*ids: int, reach: int = 0, capacity: int = 0) -> Prefix:
+def prefix(*ids: int, lookahead: int = 0, capacity: int = 0) -> Prefix:
     row = RowCache(2, capacity)
     for layer in range(2):
         row.write(layer, torch.ones(1, 1, len(ids), 4), torch.ones(1, 1, len(ids), 4))
     row.length = len(ids)
-    return Prefix(keys(*ids), reach, row)
+    return Prefix(keys(*ids), lookahead, row)
 
 
 def test_the_least_recently_used_go_first() -> None:
@@ -247,26 +248,40 @@ def test_one_position_is_always_left_to_compute() -> None:
     cache.keep(prefix(1, 2, 3, 4))
     assert cache.find(keys(1, 2, 3), 0)[1] == 2
     cache = PrefixCache()
-    cache.keep(prefix(1, 2, 3, 4, reach=3))
+    cache.keep(prefix(1, 2, 3, 4, lookahead=3))
     assert cache.find(keys(1, 2, 3), 3)[1] == 0
 
 
-def test_reach_is_the_last_position_that_is_seen_from_before() -> None:
+def test_the_lookahead_is_the_last_position_that_is_seen_from_before() -> None:
     see = torch.ones(5, 5, dtype=torch.bool).tril()
-    assert reach_of(see) == reach_of(None) == 0
+    assert lookahead_of(see) == lookahead_of(None) == 0
     see[1, 3] = True
-    assert reach_of(see) == 4
+    assert lookahead_of(see) == 4
 
 
-def test_position_keys_tell_pictures_from_ids_and_from_each_other() -> None:
-    ids, visual = torch.tensor([5, 9, 9, 5]), torch.tensor([False, True, True, False])
-    embeds = torch.arange(8.0).view(4, 2)
-    found = position_keys(ids, embeds, visual)
-    assert found[[0, 3]].tolist() == [5, 5]
-    assert (found[1:3] < 0).all() and found[1] != found[2]
-    assert np.array_equal(found, position_keys(ids, embeds.clone(), visual))
-    embeds[1, 1] += 1e-6
-    assert (found != position_keys(ids, embeds, visual)).tolist() == [False, True, False, False]
+def test_visual_keys_tell_images_from_ids_and_from_each_other() -> None:
+    """One hash an image, and the place in it."""
+    images, numbers = pictures(2), np.array([[0], [0], [1], [1]])
+    places = np.array([[0], [1], [0], [1]])
+
+    def found(images: Tensor) -> list[int]:
+        return visual_keys([digest(image) for image in images], numbers, places).tolist()
+
+    keys = found(images)
+    assert max(keys) < 0 and len(set(keys)) == 4
+    assert keys == found(images.clone())
+    assert found(images.flip(0)) == [*keys[2:], *keys[:2]]
+    images[1, 0, 0, 0] += 1e-6
+    assert [a == b for a, b in zip(found(images), keys, strict=True)] == [True, True, False, False]
+
+
+def test_visual_keys_of_pooled_patches() -> None:
+    """Every patch of a window counts, empty slots and their order too."""
+    digests = [digest(image) for image in pictures(2)]
+    windows = [[0, 1], [0, 2], [1, 0], [0, -1], [-1, 0]]
+    keys = visual_keys(digests, np.where(np.array(windows) < 0, -1, 0), np.array(windows))
+    other = visual_keys(digests, np.where(np.array(windows) < 0, -1, 1), np.array(windows))
+    assert len({*keys.tolist(), *other.tolist()}) == 10
 
 
 def test_an_engine_reuses_text(llm: LanguageModel) -> None:

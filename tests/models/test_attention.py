@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanomolmo2.accelerate.flex import FlexAttention, block_mask
 from nanomolmo2.batch import PREFIX_SUBSEGMENT
+from nanomolmo2.generation.kv_cache import FOLDED_QUERIES
+from nanomolmo2.generation.kv_cache import attend as attend_to_past
 from nanomolmo2.models.attention import (
-    FOLDED_QUERIES,
     PACK_SUBSEGMENT,
     attend,
-    block_mask,
     causal_mask,
     sequence_mask,
     tree_positions,
@@ -53,7 +54,8 @@ def test_attend(H: int, K: int, T: int, S: int, kind: str) -> None:
         rows = 1 if kind == "shared" else 2
         mask = torch.rand(rows, 1, T, S, generator=torch.Generator().manual_seed(5)) < 0.5
         mask[..., 0] = True
-    assert greatest_difference(attend(q, k, v, mask), attend_by_hand(q, k, v, mask)) < 2e-6
+    for way in (attend, attend_to_past):
+        assert greatest_difference(way(q, k, v, mask), attend_by_hand(q, k, v, mask)) < 2e-6
 
 
 @pytest.mark.parametrize(("H", "K"), [(3, 3), (6, 2)])
@@ -84,7 +86,7 @@ def test_folded_heads_equal_repeated_keys(
     wide = [x.float() for x in (q, k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1))]
     by = mask.float() if kind == "additive" else mask
     expected = torch.nn.functional.scaled_dot_product_attention(*wide, attn_mask=by)
-    found = attend(q, k, v, mask)
+    found = attend_to_past(q, k, v, mask)
     assert found.dtype == dtype
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
     assert greatest_difference(found, expected) < tolerance
@@ -93,7 +95,7 @@ def test_folded_heads_equal_repeated_keys(
 def test_folding_is_differentiable() -> None:
     leaves = [x.requires_grad_() for x in random_qkv(6, 2, 3, 9)]
     mask = causal_mask(3, 9, CPU)[None, None]
-    attend(*leaves, mask).square().sum().backward()
+    attend_to_past(*leaves, mask).square().sum().backward()
     found = [x.grad.clone() for x in leaves]
     for x in leaves:
         x.grad = None
@@ -108,7 +110,8 @@ def test_softmax_statistics_are_float32(T: int) -> None:
     q = torch.zeros(1, 2, T, 8, dtype=torch.bfloat16)
     k = torch.zeros(1, 1, 4001, 8, dtype=torch.bfloat16)
     v = torch.ones_like(k)
-    assert greatest_difference(attend(q, k, v, None), torch.ones_like(q)) <= 2**-8
+    for way in (attend, attend_to_past):
+        assert greatest_difference(way(q, k, v, None), torch.ones_like(q)) <= 2**-8
 
 
 def test_causal_mask_behind_a_past() -> None:
@@ -246,5 +249,5 @@ def test_flex_attention_gives_the_same(H: int, K: int) -> None:
     # FlexAttention wants a head width of 16 or more.
     q, k, v = random_qkv(H, K, 33, 33, Dh=16)
     dense = attend(q, k, v, sequence_mask(33, **given, device=CPU))
-    blocks = attend(q, k, v, block_mask(33, **given, device=CPU))
+    blocks = FlexAttention(block_mask(33, **given, device=CPU)).attend(0, q, k, v)
     assert greatest_difference(blocks, dense) < 2e-6

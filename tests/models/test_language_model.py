@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanomolmo2.models import KVCache, LanguageModel, LLMConfig
-from nanomolmo2.models.kv_cache import GROWTH
-from nanomolmo2.models.language_model import RMSNorm, rope_table, rotate
+from nanomolmo2.accelerate import checkpoint_activations
+from nanomolmo2.generation.kv_cache import GROWTH, KVCache
+from nanomolmo2.models import LanguageModel, LLMConfig
+from nanomolmo2.models.layers import RMSNorm, apply_rope, rope_table
+from nanomolmo2.models.loss import next_tokens
+from nanomolmo2.training.dropout import residual_dropout
 from tests.nets import LLM, greatest_difference, randomize, text_ids
 
 TOLERANCE = 1e-5
@@ -202,11 +205,11 @@ def test_what_forward_returns(llm: LanguageModel, ids: Tensor) -> None:
 def test_gradient_checkpointing_gives_the_same_gradients(ids: Tensor) -> None:
     plain = randomize(LanguageModel(LLM)).train()
     saving = copy.deepcopy(plain)
-    saving.gradient_checkpointing = True
+    checkpoint_activations(saving, "full")
     mask = torch.ones(3, 12).bool()
     mask[1, :2] = False
     calls: list[int] = []
-    saving.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    saving.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     for net in (plain, saving):
         net(ids, attention_mask=mask).square().mean().backward()
     assert len(calls) == 2, "a checkpointed block runs again for gradients"
@@ -238,7 +241,7 @@ def test_rotary_positions_are_float32_under_bfloat16() -> None:
     angles = positions.double()[..., None] * 1e6 ** -(torch.arange(0, 16, 2).double() / 16)
     assert greatest_difference(cos[0, 0, :, :8], angles[0].cos()) < 2e-3
     x = torch.randn(1, 2, 4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    found = rotate(x, cos, sin)
+    found = apply_rope(x, (cos, sin))
     assert found.dtype == torch.bfloat16
     pairs = torch.complex(x[..., :8].float(), x[..., 8:].float())
     turned = pairs * torch.complex(cos, sin)[..., :8]
@@ -329,7 +332,7 @@ def test_residual_dropout_thins_out_what_attention_and_mlp_add() -> None:
     config = LLMConfig.from_dict(LLM.to_dict() | {"num_hidden_layers": 1})
     model, ids = randomize(LanguageModel(config)).eval(), text_ids(2, 40)
     plain = model(ids)
-    model.residual_dropout = 0.5
+    residual_dropout(model, 0.5)
     assert torch.equal(model(ids), plain)
     model.train()
     layer, added = model.layers[0], []
@@ -354,22 +357,25 @@ def test_dropout_at_targets_leaves_all_other_positions_alone() -> None:
     weights = torch.ones_like(ids, dtype=torch.float32)
     weights[1, 2] = 0.0
     whole = last_states(model, lambda: model.loss(ids, labels, weights))
-    model.residual_dropout, model.dropout_at_targets = 0.3, True
+    dropout = residual_dropout(model, 0.3)
+    dropout.at_rows(next_tokens(labels, weights).rows, labels.shape)
     thinned = last_states(model, lambda: model.loss(ids, labels, weights))
     changed = (whole != thinned).any(dim=2)
     assert changed.nonzero().tolist() == [[0, 2], [0, 3], [1, 6]]
-    model.dropout_at_targets = False
+    dropout.positions = None
     everywhere = last_states(model, lambda: model.loss(ids, labels, weights))
     assert (whole != everywhere).any(dim=2).all()
 
 
 def test_dropout_is_drawn_once_with_gradient_checkpointing() -> None:
     model, ids = randomize(LanguageModel(LLM)).train(), text_ids(2, 8)
-    model.residual_dropout = 0.3
+    residual_dropout(model, 0.3)
     gradients = []
-    for model.gradient_checkpointing in (False, True):
+    for mode in ("none", "selective", "full"):
+        checkpoint_activations(model, mode)  # type: ignore[arg-type]
         torch.manual_seed(3)
         model.zero_grad()
         model.loss(ids, ids).backward()
         gradients.append(model.embed_tokens.weight.grad.clone())
     torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[2])

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nanomolmo2.accelerate import checkpoint_activations, chunked_loss
+from nanomolmo2.accelerate import cross_entropy as cross_entropy_module
+from nanomolmo2.accelerate.cross_entropy import chunked_rows_loss, linear_cross_entropy
 from nanomolmo2.batch import IGNORED_LABEL, PACK_SUBSEGMENT, PREFIX_SUBSEGMENT
 from nanomolmo2.models import LanguageModel, LLMConfig
-from nanomolmo2.models.loss import head_loss, next_tokens, rows_loss
+from nanomolmo2.models.loss import next_tokens
 from tests.nets import (
     EOS,
     IMAGE,
@@ -66,6 +69,10 @@ def random_weights(ids: Tensor, seed: int = 1) -> Tensor:
     return weights.masked_fill(weights < 0.2, 0)
 
 
+def decoder(config: LLMConfig) -> LanguageModel:
+    return chunked_loss(randomize(LanguageModel(config)))
+
+
 # --- the head alone ------------------------------------------------------------------------------
 
 
@@ -96,10 +103,10 @@ def test_any_shape_and_chunk_equals_the_plain_loss(
     for way in ("function", "rows"):
         options: dict[str, Any] = {"vocab_size": vocab, "chunk_size": chunk_size, "z_loss": z_loss}
         if way == "function":
-            found = head_loss(hidden, weight, tokens, weights, **options)
+            found = linear_cross_entropy(hidden, weight, tokens, weights, **options)
         else:
             head = lambda x: x @ weight[:vocab].T  # noqa: E731
-            found = rows_loss(head, hidden, tokens, weights, **options)
+            found = chunked_rows_loss(head, hidden, tokens, weights, **options)
         assert found.dtype == torch.float32
         assert torch.isclose(found.double(), expected, rtol=TOLERANCE, atol=tolerance)
         gradients = torch.autograd.grad(3 * found, (hidden, weight))
@@ -114,7 +121,7 @@ def test_gradients_by_finite_differences() -> None:
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         # The sum is float32 for whoever calls; its gradients are as fine as the inputs.
-        return head_loss(hidden, weight, tokens, weights, z_loss=0.2, chunk_size=8)
+        return linear_cross_entropy(hidden, weight, tokens, weights, z_loss=0.2, chunk_size=8)
 
     logits = (hidden @ weight.T).requires_grad_()
     hidden.requires_grad_()
@@ -170,7 +177,7 @@ def test_loss_and_gradients_of_the_decoder(
     tied: bool, reduction: Any, weighted: bool, z_loss: float
 ) -> None:
     config = replace(LLM, tie_word_embeddings=tied, additional_vocab_size=4)
-    ours = randomize(LanguageModel(config))
+    ours = decoder(config)
     theirs = copy.deepcopy(ours)
     ids = text_ids(3, 12)
     ids[0, 3] = 91  # read, never written
@@ -195,7 +202,7 @@ def test_loss_and_gradients_of_the_decoder(
 @pytest.mark.parametrize("frozen", ["embed_tokens", "layers", "lm_head", "all but the head"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_frozen_parts(frozen: str, tied: bool) -> None:
-    ours = randomize(LanguageModel(replace(LLM, tie_word_embeddings=tied)))
+    ours = decoder(replace(LLM, tie_word_embeddings=tied))
     for name, parameter in ours.named_parameters():
         is_head = name.startswith("embed_tokens" if tied else "lm_head")
         freeze = not is_head if frozen == "all but the head" else name.startswith(frozen)
@@ -210,7 +217,7 @@ def test_frozen_parts(frozen: str, tied: bool) -> None:
 
 def test_the_table_gets_one_gradient_where_it_is_used_twice() -> None:
     """Head and embedding join theirs in one tensor, also over two losses and embeddings given."""
-    ours = randomize(LanguageModel(LLM))
+    ours = decoder(LLM)
     theirs = copy.deepcopy(ours)
     a, b = text_ids(2, 9), text_ids(1, 7, seed=1)
     found = ours.loss(a, a) + ours.loss(None, b, inputs_embeds=ours.embed(b))
@@ -227,7 +234,7 @@ def test_the_table_gets_one_gradient_where_it_is_used_twice() -> None:
 
 
 def test_a_quantised_head_has_a_loss_too() -> None:
-    llm = randomize(LanguageModel(replace(LLM, hidden_size=64)))
+    llm = decoder(replace(LLM, hidden_size=64))
     ids = text_ids(2, 9)
     exact = llm.loss(ids, ids)
     llm.quantize("fp16-weights")
@@ -241,7 +248,7 @@ def test_a_quantised_head_has_a_loss_too() -> None:
 @pytest.mark.parametrize("way", ["cast", "autocast"])
 def test_bfloat16(way: str) -> None:
     """The softmax is float32: no worse than the plain loss on bfloat16 logits."""
-    llm = randomize(LanguageModel(replace(LLM, additional_vocab_size=2)))
+    llm = decoder(replace(LLM, additional_vocab_size=2))
     ids = text_ids(3, 12)
     labels = labels_of(ids)
     exact = llm.loss(ids, labels)
@@ -268,7 +275,7 @@ def test_bfloat16(way: str) -> None:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_nothing_to_learn_is_loss_zero_with_gradients_of_zero(tied: bool) -> None:
-    llm = randomize(LanguageModel(replace(LLM, tie_word_embeddings=tied)))
+    llm = decoder(replace(LLM, tie_word_embeddings=tied))
     ids = text_ids(2, 5)
     nothing = torch.full_like(ids, IGNORED_LABEL)
     for labels, weights in ((nothing, None), (ids, torch.zeros(2, 5)), (ids[:, :1], None)):
@@ -280,8 +287,10 @@ def test_nothing_to_learn_is_loss_zero_with_gradients_of_zero(tied: bool) -> Non
             assert p.grad is not None and not p.grad.any(), name
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
     for loss in (
-        head_loss(hidden, weight, torch.zeros(0).long(), torch.zeros(0)),
-        rows_loss(nn.Identity(), hidden, torch.zeros(0).long(), torch.zeros(0), vocab_size=4),
+        linear_cross_entropy(hidden, weight, torch.zeros(0).long(), torch.zeros(0)),
+        chunked_rows_loss(
+            nn.Identity(), hidden, torch.zeros(0).long(), torch.zeros(0), vocab_size=4
+        ),
     ):
         assert loss == 0
         loss.backward()
@@ -289,7 +298,7 @@ def test_nothing_to_learn_is_loss_zero_with_gradients_of_zero(tied: bool) -> Non
 
 
 def test_what_does_not_fit_stops() -> None:
-    llm, ids = randomize(LanguageModel(LLM)), text_ids(2, 5)
+    llm, ids = decoder(LLM), text_ids(2, 5)
     with pytest.raises(ValueError, match=r"labels \(2, 4\) must have the shape of the text \(2, 5"):
         llm.loss(ids, ids[:, :4])
     with pytest.raises(ValueError, match=r"writes tokens 0\.\.88; .* marked -100"):
@@ -329,11 +338,11 @@ def packed_trees(n: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("connector_type", ["linear", "pooling"])
 @pytest.mark.parametrize("form", ["packed trees", "placeholders"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_loss_and_gradients_of_the_whole_model(
-    connector_type: str, form: str, checkpointing: bool
+    connector_type: str, form: str, checkpointing: Any
 ) -> None:
-    ours = small_model(connector_type, bidirectional_image_attention=True).train()
+    ours = chunked_loss(small_model(connector_type, bidirectional_image_attention=True)).train()
     if form == "packed trees":
         inputs = packed_trees(ours.config.num_visual_tokens)
     else:
@@ -342,7 +351,7 @@ def test_loss_and_gradients_of_the_whole_model(
         labels = labels_of(ids).masked_fill(ids == IMAGE, IGNORED_LABEL)
         inputs = {"input_ids": ids, "labels": labels, "pixel_values": pictures(1)}
     theirs = copy.deepcopy(ours)
-    ours.llm.gradient_checkpointing = checkpointing
+    checkpoint_activations(ours, checkpointing)
     loss = ours.loss(**inputs)
     _, expected = theirs(**inputs)
     assert greatest_difference(loss, expected) < TOLERANCE
@@ -406,7 +415,7 @@ def test_no_tensor_is_as_large_as_the_logits(tied: bool, share: float) -> None:
         head_dim=16,
         tie_word_embeddings=tied,
     )
-    llm = randomize(LanguageModel(config))
+    llm = decoder(config)
     ids = text_ids(B, T, vocab_size=V)
     labels = ids.clone()
     labels[:, : int(T * (1 - share))] = IGNORED_LABEL
@@ -423,7 +432,7 @@ def test_no_tensor_is_as_large_as_the_logits(tied: bool, share: float) -> None:
 
 
 def test_only_learned_positions_pass_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model()
+    model = chunked_loss(small_model())
     ids = text_ids(2, 9)
     labels = torch.full_like(ids, IGNORED_LABEL)
     labels[0, 3], labels[1, 4:6] = EOS, 5
@@ -435,8 +444,31 @@ def test_only_learned_positions_pass_the_head(monkeypatch: pytest.MonkeyPatch) -
         calls.append(len(x))
         return F.linear(x, part)
 
-    monkeypatch.setattr("nanomolmo2.models.loss.linear", watched)
+    monkeypatch.setattr(cross_entropy_module, "linear", watched)
     with torch.no_grad():
         loss = model.loss(ids, labels=labels, loss_weights=weights)
     assert set(calls) == {2}
     assert greatest_difference(loss, model(ids, labels=labels, loss_weights=weights)[1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_plain_loss_and_the_chunked_one_are_the_same(tied: bool) -> None:
+    plain = randomize(LanguageModel(replace(LLM, tie_word_embeddings=tied)))
+    chunked = chunked_loss(copy.deepcopy(plain))
+    assert type(plain.criterion) is not type(chunked.criterion)
+    ids = text_ids(2, 30)
+    labels, weights = labels_of(ids), random_weights(ids)
+    losses = [net.loss(ids, labels, weights, z_loss=0.01) for net in (plain, chunked)]
+    assert greatest_difference(*losses) < TOLERANCE
+    for loss in losses:
+        loss.backward()
+    assert_same_gradients(plain, chunked)
+
+
+def test_a_table_whose_head_is_not_used_has_a_dense_gradient() -> None:
+    """The lookup's own gradient is sparse, which optimisers do not take."""
+    llm = decoder(LLM)
+    ids = text_ids(2, 9)
+    llm.hidden_states(llm.embed(ids), torch.arange(9)[None]).square().sum().backward()
+    gradient = llm.embed_tokens.weight.grad
+    assert gradient is not None and not gradient.is_sparse and bool(gradient.any())

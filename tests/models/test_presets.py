@@ -9,9 +9,9 @@ import pytest
 
 import nanomolmo2
 from nanomolmo2.convert.parts import build_on_meta
-from nanomolmo2.data.emoji.vocabulary import build_tokenizer, vocab_size
+from nanomolmo2.emoji.model import tiny_processor
+from nanomolmo2.emoji.vocabulary import build_tokenizer, vocab_size
 from nanomolmo2.models import PRESETS, NanoMolmo2, preset
-from nanomolmo2.training.tiny import tiny_processor
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from nanomolmo2.accelerate import checkpoint_activations, group_images
 from nanomolmo2.models import VisionConfig, VisionEncoder
 from tests.nets import VISION, encode, greatest_difference, pictures
 
@@ -107,12 +108,12 @@ def test_a_layer_that_is_not_there(layer: int) -> None:
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     plain = encode(VISION).train()
     saving = copy.deepcopy(plain)
-    saving.gradient_checkpointing = True
+    checkpoint_activations(saving, "full")
     images = pictures(2)
     runs = []
     for encoder in (plain, saving):
         calls = []
-        encoder.layers[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        encoder.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         features = encoder(images)
         features.square().mean().backward()
         runs.append((features, len(calls)))
@@ -159,7 +160,7 @@ def test_pictures_must_be_normalised() -> None:
 @pytest.mark.parametrize("layers", [None, (-1, 0)])
 @pytest.mark.parametrize("form", ["pictures", "patches"])
 def test_groups_of_pictures_equal_the_whole(form: str, layers: tuple[int, ...] | None) -> None:
-    encoder = encode(VISION).freeze()
+    encoder = group_images(encode(VISION)).freeze()
     images = pictures(5)
     if form == "patches":
         P = VISION.patch_size
@@ -182,7 +183,7 @@ def test_groups_of_pictures_equal_the_whole(form: str, layers: tuple[int, ...] |
 
 
 def test_a_graph_is_kept_whole_and_only_where_it_is_used() -> None:
-    encoder = encode(VISION)
+    encoder = group_images(encode(VISION))
     sizes: list[int] = []
     encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     assert encoder.features(pictures(3), max_bytes=0).requires_grad
@@ -195,6 +196,7 @@ def test_a_graph_is_kept_whole_and_only_where_it_is_used() -> None:
 PEAK = """
 import resource, sys
 import torch
+from nanomolmo2.accelerate import group_images
 from nanomolmo2.models import ConnectorConfig, NanoMolmo2, NanoMolmo2Config, LLMConfig, VisionConfig
 
 torch.set_num_threads(1)
@@ -205,6 +207,7 @@ model = NanoMolmo2(NanoMolmo2Config(
     vision_config=VisionConfig(image_size=378, num_hidden_layers=depth),
     connector_config=ConnectorConfig(llm_dim=64, connector_type="pooling", vit_layers=(-1, -2)),
     llm_config=small, image_token_id=1))
+group_images(model)
 pixels = torch.randn(crops, 729, 588)
 index = torch.arange(crops * 728).view(-1, 4)
 with torch.no_grad():

@@ -9,7 +9,7 @@ from nanomolmo2.processor.chat import (
     render,
     render_prefix,
     render_turns,
-    show_pictures,
+    show_images,
     show_video,
 )
 from tests.processor.helpers import assistant, user
@@ -26,7 +26,7 @@ def answers_of(segments):
 
 
 def prompt(chat_format, messages, num_pictures=0, add_generation_prompt=True):
-    visual = show_pictures(chat_format, [PICTURE] * num_pictures)
+    visual = show_images(chat_format, [PICTURE] * num_pictures)
     return render(chat_format, read_messages(messages), visual, add_generation_prompt)
 
 
@@ -121,7 +121,7 @@ def test_only_answers_and_their_ends_are_learned(chat_format):
 @pytest.mark.parametrize("chat_format", ["qwen3", "molmo2"])
 def test_prefix_and_turns_make_the_conversation(chat_format):
     turns = read_messages(GOES_ON)
-    visual = show_pictures(chat_format, [PICTURE] * 2)
+    visual = show_images(chat_format, [PICTURE] * 2)
     together = render_prefix(chat_format, visual) + render_turns(chat_format, turns, True)
     assert together == prompt(chat_format, GOES_ON, 2)
 
@@ -260,7 +260,7 @@ def test_our_template_for_other_servers_renders_the_same():
             shown = [*messages[:first], user(content), *messages[first + 1 :]]
             opens = messages[-1]["role"] == "user"
             rendered = template.render(messages=shown, add_generation_prompt=opens)
-            ours = released(shown, show_pictures("molmo2", ["<|image|>"] * num_pictures))
+            ours = released(shown, show_images("molmo2", ["<|image|>"] * num_pictures))
             assert ours == f"<|im_end|>{rendered}{'' if opens else '<|im_end|>'}"
 
 

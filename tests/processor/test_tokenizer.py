@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanomolmo2.data.emoji.vocabulary import build_tokenizer
+from nanomolmo2.emoji.vocabulary import build_tokenizer
 from nanomolmo2.processor import Tokenizer
 from nanomolmo2.processor.tokenizer import MOLMO2_TOKENS, molmo2_tokenizer
 from tests.processor.helpers import SPECIAL, small_backend

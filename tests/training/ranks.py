@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nanomolmo2.batch import IGNORED_LABEL, Batch
+from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.connector import ConnectorConfig
 from nanomolmo2.models.language_model import LLMConfig, RMSNorm
-from nanomolmo2.models.nanomolmo2 import NanoMolmo2, NanoMolmo2Config
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.models.vision_encoder import LayerNorm, VisionConfig
 from nanomolmo2.training.distributed import (
     World,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nanomolmo2.data.emoji.questions import BranchMix
-from nanomolmo2.data.emoji.source import EmojiConfig
 from nanomolmo2.data.sources import SourceConfig
+from nanomolmo2.emoji.questions import BranchMix
+from nanomolmo2.emoji.source import EmojiConfig
+from nanomolmo2.recipes import smoke
 from nanomolmo2.training.recipe import Recipe
-from nanomolmo2.training.recipes import smoke
 
 FEW_QUESTIONS = BranchMix(2, 1, 0, 1, *(0,) * 6)  # presence, count and point alone
-SCENES = SourceConfig("emoji", emoji=EmojiConfig(length=50, mix=FEW_QUESTIONS))
+SCENES = SourceConfig("emoji", options=EmojiConfig(length=50, mix=FEW_QUESTIONS).to_dict())
 
 
 def toy(recipe: Recipe, **changes: object) -> Recipe:
@@ -34,7 +34,7 @@ def toy(recipe: Recipe, **changes: object) -> Recipe:
         "micro_batch_size": 1,
         "sequence_length": 256,
         "max_crops": 4,
-        "pool": 2,
+        "packing_buffer": 2,
         "save_every": 3,
     }
     return replace(recipe, **{**small, **changes})

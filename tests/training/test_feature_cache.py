@@ -223,7 +223,7 @@ def test_size_counts_this_encoder_and_others(tmp_path):
     cache = FeatureCache(tmp_path, frozen())
     cache.features(pictures(3))
     size = cache.size()
-    assert (size.pictures, size.other_pictures) == (3, 2)
+    assert (size.images, size.other_images) == (3, 2)
     assert size.bytes + size.other_bytes == sum(p.stat().st_size for p in files(tmp_path))
     numbers = 3 * VISION.num_patches * VISION.hidden_size
     assert 2 * numbers < size.bytes < 2 * numbers + 3 * 300

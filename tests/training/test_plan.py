@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from nanomolmo2 import cli
+from nanomolmo2.accelerate import checkpoint_activations, defaults
 from nanomolmo2.models import NanoMolmo2
+from nanomolmo2.recipes import RECIPES, recipe
 from nanomolmo2.training import plan
 from nanomolmo2.training.lora import LoraConfig
 from nanomolmo2.training.optim import Optimizers, components, set_trainable
 from nanomolmo2.training.plan import Setup, predict, report, setup_for, switches
-from nanomolmo2.training.recipes import RECIPES, recipe
 
 LORA = {
     "train": ("connector", "lora"),
@@ -51,10 +52,10 @@ def test_a_whole_step_takes_what_was_predicted(checkpointing):
     made = setup.recipe
     with plan._Live([]) as live:
         torch.manual_seed(0)
-        model = NanoMolmo2(setup.model)
+        model = defaults(NanoMolmo2(setup.model))
         set_trainable(model, made.train)
-        model.llm.gradient_checkpointing = checkpointing
-        model.vision_encoder.gradient_checkpointing = checkpointing
+        if checkpointing:
+            checkpoint_activations(model, "full")
         optimizers = Optimizers(components(model, made.train, made.optimisers))
         side = setup.model.vision_config.image_size
         image = setup.model.num_visual_tokens * made.max_crops

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +11,9 @@ import pytest
 import torch
 
 from nanomolmo2.convert.pretrained import load
+from nanomolmo2.recipes import RECIPES, finetune, recipe, smoke
 from nanomolmo2.training.lora import LoraConfig
 from nanomolmo2.training.recipe import Recipe
-from nanomolmo2.training.recipes import RECIPES, finetune, recipe, smoke
 from nanomolmo2.training.trainer import train_recipe
 from tests.training.recipes import toy
 
@@ -94,6 +96,73 @@ def test_differences_are_those_that_change_numbers() -> None:
     made = smoke()
     assert made.differences(replace(made, steps=99, keep=5, save_every=1)) == []
     assert made.differences(replace(made, seed=1, z_loss=0.1)) == ["z_loss", "seed"]
+
+
+# ---- files of earlier versions ----
+
+OLD = Path(__file__).parents[1] / "data" / "old_recipes"  # as they were written by 4d31627
+
+
+@pytest.mark.parametrize("name", ["smoke", "stage1"])
+def test_a_file_of_before_the_registry_is_the_same_recipe(name: str, tmp_path: Path) -> None:
+    """Every source had a block of emoji settings, and some fields had other names."""
+    old = Recipe.load(OLD / f"{name}.json")
+    assert old.differences(recipe(name)) == recipe(name).differences(old) == []
+    old.save(tmp_path / "new.json")
+    assert Recipe.load(tmp_path / "new.json") == old
+
+
+def test_no_recipe_of_molmo2_speaks_of_emoji(tmp_path: Path) -> None:
+    for name in ("base", "stage1", "stage2", "stage3", "finetune"):
+        recipe(name).save(tmp_path / "recipe.json")
+        assert "emoji" not in (tmp_path / "recipe.json").read_text()
+    assert Recipe.load(OLD / "stage1.json") == recipe("stage1")  # the blocks are dropped
+
+
+def test_an_old_block_of_the_emoji_source_is_read(tmp_path: Path) -> None:
+    values = json.loads((OLD / "smoke.json").read_text())
+    values["data"][0]["emoji"]["length"] = 77
+    values["pool"] = 5
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    old = Recipe.load(tmp_path / "recipe.json")
+    assert old.data[0].options["length"] == 77
+    assert old.packing_buffer == 5
+    assert set(old.differences(smoke())) == {"data", "packing_buffer"}
+
+
+def test_a_recipe_is_read_without_the_world_it_trains_in() -> None:
+    code = (
+        "import sys; from nanomolmo2.training.recipe import Recipe\n"
+        f"made = Recipe.load({str(OLD / 'smoke.json')!r}); print(made.data[0].registered)\n"
+        "print([name for name in sys.modules if 'nanomolmo2.emoji' in name])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["emoji", "[]"], done.stderr
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(tmp_path: Path) -> None:
+    made = toy(smoke(), steps=4)
+    train_recipe(made, tmp_path / "whole", workers=0, quiet=True)
+    train_recipe(made, tmp_path / "run", workers=0, quiet=True, stop_after=2)
+    path = tmp_path / "run" / "recipe.json"
+    values = json.loads(path.read_text())
+    for new, old in (("packing_buffer", "pool"), ("max_bad_fraction", "bad_share")):
+        values[old] = values.pop(new)
+    for source in values["data"]:
+        source["rate"] = source.pop("sampling_weight")
+        source["pictures"] = source.pop("image_folder")
+        source["emoji"] = source.pop("options")
+    path.write_text(json.dumps(values))
+    assert train_recipe(made, tmp_path / "run", workers=0, quiet=True, resume=True)
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "run")]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert losses[0] == losses[1]
+
+
+def test_unknown_options_stop_a_run_at_its_start(tmp_path: Path) -> None:
+    source = replace(smoke().data[0], options={"lenght": 5})
+    with pytest.raises(ValueError, match=r"EmojiConfig does not know the field\(s\) lenght"):
+        train_recipe(toy(smoke(), data=(source,)), tmp_path, workers=0, quiet=True)
 
 
 def test_lora_trains_no_weight_of_the_decoder(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from nanomolmo2.convert.pretrained import load
+from nanomolmo2.data.sources import SourceConfig
 from nanomolmo2.models import LanguageModel, NanoMolmo2, preset
+from nanomolmo2.recipes import smoke
 from nanomolmo2.training.distributed import World
 from nanomolmo2.training.recipe import Recipe
-from nanomolmo2.training.recipes import smoke
 from nanomolmo2.training.trainer import RecipeStage, build, start_from, train_recipe
-from tests.training.recipes import SCENES, toy
+from tests.training.recipes import toy
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,7 +94,7 @@ def check_equal(out: Path, whole: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_killed_run_goes_on_as_if_it_never_was(whole: Path, tmp_path: Path, workers) -> None:
     moment = random.Random()  # another one each time: any must do
     out = tmp_path / "run"
@@ -106,7 +107,7 @@ def test_a_killed_run_goes_on_as_if_it_never_was(whole: Path, tmp_path: Path, wo
     check_equal(out, whole)
 
 
-@pytest.mark.parametrize("send", [os.kill, os.killpg])
+@pytest.mark.parametrize("send", [pytest.param(os.kill, marks=pytest.mark.slow), os.killpg])
 def test_sigterm_saves_and_says_how_to_go_on(whole: Path, tmp_path: Path, send) -> None:
     """To the process, or to its group, where the worker that prepares data gets it too."""
     out = tmp_path / "run"
@@ -225,8 +226,12 @@ def test_bad_examples_are_counted_in_the_log(tmp_path: Path) -> None:
     records[7] = {"image": "nowhere.png", "question": "Is there a dog?", "answer": "Yes."}
     path = tmp_path / "my.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    data = (replace(SCENES, path=str(path)),)
-    train(toy(smoke(), data=data, pool=48, bad_share=0.5), tmp_path / "run", max_steps=1)
+    data = (SourceConfig(str(path)),)
+    train(
+        toy(smoke(), data=data, packing_buffer=48, max_bad_fraction=0.5),
+        tmp_path / "run",
+        max_steps=1,
+    )
     line = json.loads((tmp_path / "run" / "log.jsonl").read_text())
     assert line["bad_missing_picture"] >= 1
 
@@ -290,5 +295,7 @@ def test_residual_dropout_of_a_recipe(tmp_path: Path) -> None:
     train(dropped, tmp_path / "again", resume=True)
     assert losses(tmp_path / "with")[1] != losses(tmp_path / "without")[1]
     assert losses(tmp_path / "again") == losses(tmp_path / "with")
-    model, _ = build(dropped)
-    assert (model.llm.residual_dropout, model.llm.dropout_at_targets) == (0.5, True)
+    model, processor = build(dropped)
+    dropout = RecipeStage(dropped, model, processor, World()).dropout
+    assert dropout.p == 0.5
+    assert all(layer.dropout is dropout for layer in model.llm.layers)

@@ -1,0 +1,265 @@
+"""``nanomolmo2 ask``: a question about pictures or a video."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from nanomolmo2.cli.loading import load_pipeline, precision
+from nanomolmo2.cli.options import (
+    AtLeast,
+    CacheDir,
+    Debug,
+    DType,
+    GenerationOptions,
+    Precision,
+    UsageError,
+)
+from nanomolmo2.cli.output import IMAGE_SUFFIXES, check_writable
+from nanomolmo2.files import atomic_path
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from nanomolmo2.generation.pipeline import Answer, Pipeline
+    from nanomolmo2.processor import Point
+    from nanomolmo2.processor.video import Video
+
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask(GenerationOptions):
+    """Ask a question about one or more pictures, or about a video.
+
+    The answer is printed as it is written. The points in an answer are in the model's own format
+    (thousandths of the picture's sides); --draw paints them, --json lists them in pixels.
+    """
+
+    inputs: Annotated[
+        Positional[tuple[str, ...]],
+        arg(
+            metavar="PICTURE... QUESTION",
+            help="picture files (JPEG, PNG, WebP, GIF, BMP, TIFF) in the order they are shown to "
+            "the model, or one video (MP4, WebM, MOV, MKV, AVI, M4V), then the question in quotes",
+            help_behavior_hint="(required)",
+        ),
+    ]
+    max_crops: Annotated[
+        int | None,
+        arg(
+            metavar="N",
+            help="most detail crops a picture, for models that read crops: more reads smaller "
+            "text, and each adds up to 200 tokens; none = as the model was saved (8 in Molmo2)",
+        ),
+        AtLeast(1),
+    ] = None
+    video: Annotated[
+        bool,
+        arg(
+            help="the file is a video whatever its name ends with, such as an animated GIF, of "
+            "which otherwise the first picture is shown"
+        ),
+    ] = False
+    max_frames: Annotated[
+        int | None,
+        arg(
+            metavar="N",
+            help="most frames that are looked at in a video, each about 90 tokens; none = as the "
+            "model was saved (384 in Molmo2)",
+        ),
+        AtLeast(1),
+    ] = None
+    draw: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE",
+            help="write the picture with the answer's points on it (.png, .jpg, .webp); of several "
+            "pictures, FILE-1, FILE-2, ... are written; of a video, an animated .gif",
+        ),
+    ] = None
+    json: Annotated[
+        bool,
+        arg(
+            help="print one JSON object instead: text, count, points (pixels, thousandths, "
+            "picture or time, label), picture sizes, tokens, timings in seconds"
+        ),
+    ] = False
+    no_lookup: Annotated[
+        bool,
+        arg(
+            help="write each token in a step of its own; without it, tokens that can be guessed "
+            "are checked several in a step, where that is faster; the answer is the same"
+        ),
+    ] = False
+    dtype: DType = None
+    quantize: Precision = None
+    cache_dir: CacheDir = Path("checkpoints")
+    debug: Debug = False
+
+    def run(self) -> None:
+        paths, question = self._split_inputs()
+        generation = self.generation()
+        shows_video = self._shows_video(paths)
+        targets = [] if self.draw is None else overlay_paths(self.draw, len(paths))
+        for target in targets:
+            check_writable(target, (".gif",) if shows_video else IMAGE_SUFFIXES)
+
+        from nanomolmo2.processor import load_image  # images first: the model takes longer
+
+        images = [] if shows_video else [load_image(path) for path in paths]
+        start = time.perf_counter()
+        options = precision(self.dtype, self.quantize)
+        pipeline = load_pipeline(self.model, self.cache_dir, **options)
+        load_seconds = time.perf_counter() - start
+        video = self._load_video(paths[0], pipeline) if shows_video else None
+        if self.max_crops is not None:
+            set_max_crops(pipeline, self.max_crops, self.model)
+        answer = pipeline.ask(
+            images,
+            question,
+            video=video,
+            **generation,
+            lookup=not self.no_lookup,
+            on_text=None if self.json else print_piece,
+        )
+        if self.json:
+            answer.timings["load"] = load_seconds
+            report = {"model": self.model, "question": question, **answer_report(answer, paths)}
+            print(json.dumps(report, ensure_ascii=False))
+        else:
+            print()
+            for problem in answer.problems:
+                print(f"note: {problem}", file=sys.stderr)
+        for i, target in enumerate(targets):
+            if video is None:
+                write_overlay(images[i], answer.points, target, number=i + 1)
+            else:
+                write_video_overlay(video, answer.points, target)
+            print(f"wrote {target}", file=sys.stderr)
+
+    def _split_inputs(self) -> tuple[list[str], str]:
+        if len(self.inputs) < 2:
+            raise UsageError(
+                "expected at least one picture and a question, as in: nanomolmo2 ask dog.jpg "
+                f'"Where is the dog?"; found {" ".join(self.inputs) or "nothing"}'
+            )
+        *paths, question = self.inputs
+        if os.path.isfile(question):
+            raise UsageError(
+                f"the last argument, {question}, is a file where the question was expected: put "
+                "the question last, in quotes"
+            )
+        return paths, question
+
+    def _shows_video(self, paths: Sequence[str]) -> bool:
+        """Whether the one file is a video.
+
+        Raises: UsageError for a video among other files, and options of the other kind.
+        """
+        videos = [path for path in paths if self.video or path.lower().endswith(VIDEO_SUFFIXES)]
+        if videos and len(paths) > 1:
+            raise UsageError(
+                f"expected pictures or one video, found {len(paths)} files with {videos[0]} among "
+                f"them: ask about each apart"
+            )
+        if videos and self.max_crops is not None:
+            raise UsageError("--max-crops is for pictures; --max-frames sets what a video costs")
+        if not videos and self.max_frames is not None:
+            raise UsageError(
+                f"--max-frames is for videos ({', '.join(VIDEO_SUFFIXES)}), found {paths[0]}: "
+                f"--video says that a file is one"
+            )
+        if videos and not os.path.exists(paths[0]):
+            raise FileNotFoundError(f"there is no file {paths[0]}: check the path of the video")
+        return bool(videos)
+
+    def _load_video(self, path: str, pipeline: Pipeline) -> Video:
+        from nanomolmo2.processor.video import load_video
+
+        config = pipeline.processor.config.video
+        if config is None:
+            raise UsageError(
+                f"the model {self.model} does not take videos: choose one that does, such as "
+                f"allenai/Molmo2-4B, or ask about single pictures of it"
+            )
+        max_frames = config.max_frames if self.max_frames is None else self.max_frames
+        return load_video(path, max_frames=max_frames, max_fps=config.max_fps)
+
+
+def print_piece(text: str) -> None:
+    """Print a piece of an answer at once."""
+    print(text, end="", flush=True)
+
+
+def answer_report(answer: Answer, paths: Sequence[str]) -> dict[str, Any]:
+    """What --json prints of an answer; its fields are listed in docs/cli.md."""
+    from nanomolmo2.processor import points_to_json
+
+    video = None
+    if answer.video_size is not None:
+        width, height = answer.video_size
+        video = {"path": paths[0], "width": width, "height": height}
+        video["frame_times"] = list(answer.frame_times)
+    return {
+        "text": answer.text,
+        "count": answer.count,
+        "points": points_to_json(answer.points, answer.image_sizes, video_size=answer.video_size),
+        "problems": list(answer.problems),
+        "images": [
+            {"path": path, "width": width, "height": height}
+            for path, (width, height) in zip(paths, answer.image_sizes, strict=video is None)
+        ],
+        "video": video,
+        "finish_reason": answer.finish_reason,
+        "input_tokens": answer.input_tokens,
+        "output_tokens": answer.output_tokens,
+        "timings": {name: round(seconds, 4) for name, seconds in answer.timings.items()},
+    }
+
+
+def overlay_paths(path: Path, images: int) -> list[Path]:
+    """``out.png`` for one image; ``out-1.png``, ``out-2.png``, ... for several."""
+    if images == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(images)]
+
+
+def write_overlay(image: Image, points: Sequence[Point], path: Path, *, number: int = 1) -> None:
+    """Write an image with its points; complete or not at all."""
+    from nanomolmo2.processor.draw import draw_points
+
+    drawn = draw_points(image, points, number=number)
+    with atomic_path(path) as temporary:
+        drawn.save(temporary)
+
+
+def write_video_overlay(video: Video, points: Sequence[Point], path: Path) -> None:
+    """Write a video's frames with its points as an animated GIF; complete or not at all."""
+    from nanomolmo2.processor.draw import draw_frames, save_gif
+
+    save_gif(draw_frames(video.frames, video.times, points), video.times, path)
+
+
+def set_max_crops(pipeline: Pipeline, max_crops: int, name: str) -> None:
+    """Let a pipeline cut images into at most so many crops.
+
+    Raises: UsageError for a model that reads an image as a whole.
+    """
+    processor = pipeline.processor
+    if processor.config.multicrop is None:
+        raise UsageError(
+            f"the model {name} reads a picture as a whole, not in crops: leave --max-crops out"
+        )
+    multicrop = dataclasses.replace(processor.config.multicrop, max_crops=max_crops)
+    config = dataclasses.replace(processor.config, multicrop=multicrop)
+    pipeline.processor = type(processor)(config, processor.tokenizer)

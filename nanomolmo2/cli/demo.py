@@ -1,0 +1,28 @@
+"""``nanomolmo2 demo``: the bundled model on a bundled image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from nanomolmo2.cli.options import Debug
+from nanomolmo2.cli.output import check_writable
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Let the bundled model caption, count and point on a bundled picture."""
+
+    draw: Annotated[
+        Path, arg(metavar="FILE", help="where to write the picture with the points on it")
+    ] = Path("demo.png")
+    debug: Debug = False
+
+    def run(self) -> None:
+        check_writable(self.draw)
+        from nanomolmo2.demo import run_demo
+
+        run_demo(self.draw)

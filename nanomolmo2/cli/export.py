@@ -1,0 +1,52 @@
+"""``nanomolmo2 export``: a model in the format of other programs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from nanomolmo2.cli.options import MODEL_HELP, CacheDir, Debug, UsageError, library_name
+from nanomolmo2.cli.output import check_folder
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model in a format that other programs serve.
+
+    There is one so far: molmo2-hf, the layout of the released Molmo2 checkpoints, which
+    transformers and vLLM read. Only models with the attention-pooling connector fit into it.
+    """
+
+    model: Annotated[Positional[str], arg(metavar="MODEL", help=MODEL_HELP)]
+    out: Annotated[Positional[Path], arg(metavar="OUT", help="folder to write")]
+    format: Annotated[Literal["molmo2-hf"], arg(help="layout of the folder")] = "molmo2-hf"
+    max_shard_size: Annotated[
+        str,
+        arg(metavar="SIZE", help="largest weight file, such as 5GB or 500MB; more are split"),
+    ] = "5GB"
+    cache_dir: CacheDir = Path("checkpoints")
+    debug: Debug = False
+
+    def run(self) -> None:
+        if not re.fullmatch(r"[1-9]\d*(\.\d+)?\s*[KMGT]B", self.max_shard_size, re.IGNORECASE):
+            raise UsageError(
+                f"--max-shard-size must be a size such as 5GB or 500MB, found {self.max_shard_size}"
+            )
+        check_folder(self.out)
+        import warnings
+
+        from nanomolmo2.convert import export_molmo2
+        from nanomolmo2.convert.pretrained import load
+
+        model, processor = load(library_name(self.model), cache_dir=self.cache_dir)
+        with warnings.catch_warnings(record=True) as remarks:
+            warnings.simplefilter("always", UserWarning)
+            export_molmo2(model, self.out, processor, max_shard_size=self.max_shard_size)
+        for remark in remarks:
+            print(f"warning: {remark.message}", file=sys.stderr)
+        print(f"wrote {self.out}")

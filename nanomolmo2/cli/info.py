@@ -1,0 +1,59 @@
+"""``nanomolmo2 info``: what a model consists of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from nanomolmo2.cli.loading import load_module, precision
+from nanomolmo2.cli.options import MODEL_HELP, CacheDir, Debug, DType, Precision
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show a model: its parts, parameters, memory and configuration."""
+
+    model: Annotated[
+        Positional[str],
+        arg(
+            metavar="MODEL",
+            help=MODEL_HELP + "; also a SigLIP or Qwen3 folder, a .pt file that `nanomolmo2 "
+            "download` made, or the sizes alone of nanomolmo2, nanomolmo2-pooling, molmo2-4b or "
+            "molmo2-8b, which loads nothing",
+        ),
+    ]
+    dtype: DType = None
+    quantize: Precision = None
+    cache_dir: CacheDir = Path("checkpoints")
+    debug: Debug = False
+
+    def run(self) -> None:
+        from nanomolmo2.accelerate.quantization import count_weights
+        from nanomolmo2.models import NanoMolmo2
+
+        model: Any = load_module(self.model, self.cache_dir, **precision(self.dtype, self.quantize))
+        tensors = list(model.state_dict().values())
+        count = count_weights(model)
+        if isinstance(model, NanoMolmo2):
+            model.parameter_summary()
+            config = model.config
+            side = config.vision_config.image_size
+            print(
+                f"\npicture: {side} x {side} pixels, {config.num_visual_tokens} visual tokens"
+                f"\ncontext: {config.llm_config.max_position_embeddings:,} tokens"
+            )
+        else:
+            print(f"{type(model).__name__}: {count:,} parameters\n")
+        stored = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
+        no_weights = any(t.is_meta for t in tensors)
+        print(f"memory of the weights ({'sizes only' if no_weights else f'stored as {stored}'}):")
+        for dtype, size in (("float32", 4), ("bfloat16, float16", 2), ("int8", 1)):
+            print(f"  {dtype:<18} {count * size / 1e6:>10,.1f} MB")
+        if not no_weights:
+            print(f"  {'as loaded':<18} {sum(t.nbytes for t in tensors) / 1e6:>10,.1f} MB")
+        print("configuration:")
+        print(json.dumps(model.config.to_dict(), indent=2))

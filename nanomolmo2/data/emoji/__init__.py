@@ -1,1 +1,0 @@
-"""Emoji scenes with exact ground truth: the world that the bundled model `tiny` lives in."""

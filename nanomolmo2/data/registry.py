@@ -1,0 +1,28 @@
+"""Sources that are no records of a file, by name.
+
+``SourceConfig("emoji", options={"length": 1000})`` keeps the options as plain values, so a recipe
+can be read, written and compared by whoever does not know the source. The entry of the name reads
+them strictly when the source is opened.
+"""
+
+from __future__ import annotations
+
+from nanomolmo2.config import Config
+from nanomolmo2.data.example import Source
+from nanomolmo2.registry import Registry
+
+
+class SourceOptions(Config):
+    """What a source of examples can be told: a frozen dataclass, whose defaults are all set."""
+
+    def open(self, seed: int, name: str) -> Source:
+        """The source; it can be pickled for worker processes.
+
+        Args:
+            seed: of what is drawn within an example.
+            name: for reports.
+        """
+        raise NotImplementedError
+
+
+SOURCES: Registry[type[SourceOptions]] = Registry(emoji="nanomolmo2.emoji.source:EmojiConfig")

@@ -1,0 +1,178 @@
+"""Images and videos -> pixels, and the tokens that stand for them in a prompt.
+
+The base design writes the same tokens for every image; with crops (Molmo2) an image has as many as
+its crops, and a video as many as its frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanomolmo2.processor.chat import Segment, show_images, show_video
+from nanomolmo2.processor.config import ProcessorConfig
+from nanomolmo2.processor.crops import MultiCrop, pool_windows, shift_windows
+from nanomolmo2.processor.image import load_image, preprocess
+from nanomolmo2.processor.video import Video, VideoSource, load_video
+
+# Beside the tokens that `ProcessorConfig` names: what else stands around crops and frames.
+DETAILS_START, ROW_END = "<im_start>", "<im_col>"
+FRAME_MARKS = ("<frame_start>", "<frame_end>")
+
+
+class Visual(NamedTuple):
+    """What a conversation shows."""
+
+    segments: tuple[Segment, ...]  # between the beginning of the prompt and the first user
+    fields: dict[str, Any]  # of `Encoded`
+
+
+class _Loaded(NamedTuple):
+    pixels: NDArray[np.float32]  # (3, S, S)
+    size: tuple[int, int]  # (width, height) of the original
+
+
+class VisualLoader:
+    """Loads what a conversation shows, as a `ProcessorConfig` says."""
+
+    def __init__(self, config: ProcessorConfig) -> None:
+        self.config = config
+        self._image_text = (
+            config.image_start_token
+            + config.image_token * (config.image_tokens or 1)
+            + config.image_end_token
+        )
+
+    def load(self, images: Sequence[Any], video: VideoSource | None = None) -> Visual:
+        """What a conversation shows: as it stands in the prompt, and as fields of `Encoded`.
+
+        Raises: ValueError for images beside a video, and for what cannot be read.
+        """
+        if video is not None:
+            if len(images):
+                raise ValueError(
+                    f"found {len(images)} pictures beside a video: a conversation shows pictures "
+                    f"or one video, so leave one of them out"
+                )
+            return self._load_video(video)
+        if not len(images):
+            return Visual((), {})
+        if self.config.multicrop is not None:
+            return self._load_crops(images, self.config.multicrop)
+        loaded = [self._load_image(image) for image in images]
+        fields = {
+            "pixel_values": np.stack([image.pixels for image in loaded]),
+            "image_sizes": tuple(image.size for image in loaded),
+        }
+        texts = [self._image_text] * len(loaded)
+        return Visual(show_images(self.config.chat_format, texts), fields)
+
+    def _load_crops(self, images: Sequence[Any], multicrop: MultiCrop) -> Visual:
+        loaded = [load_image(image) for image in images]
+        crops = [multicrop(image) for image in loaded]
+        num_crops = [len(image["pixel_values"]) for image in crops]
+        firsts = np.cumsum([0, *num_crops[:-1]])
+        pooling = [
+            shift_windows(image["image_token_pooling"], first * multicrop.num_patches)
+            for image, first in zip(crops, firsts, strict=True)
+        ]
+        grids = np.stack([image["image_grid"] for image in crops])
+        texts = [self._text_of_crops(*grid) for grid in grids.tolist()]
+        fields = {
+            "pixel_values": np.concatenate([image["pixel_values"] for image in crops]),
+            "image_sizes": tuple(image.size for image in loaded),
+            "image_token_pooling": np.concatenate(pooling),
+            "image_grids": grids,
+            "image_num_crops": np.array(num_crops, dtype=np.int64),
+        }
+        return Visual(show_images(self.config.chat_format, texts), fields)
+
+    def _text_of_crops(self, low_rows: int, low_cols: int, rows: int, cols: int) -> str:
+        """The overview, then the detailed view, where every row ends with a token of its own."""
+        config = self.config
+        overview = config.image_token * (low_rows * low_cols)
+        details = (config.image_token * cols + ROW_END) * rows
+        return (
+            f"{config.image_start_token}{overview}{config.image_end_token}"
+            f"{DETAILS_START}{details}{config.image_end_token}"
+        )
+
+    def _load_video(self, source: VideoSource) -> Visual:
+        settings, multicrop = self.config.video, self.config.multicrop
+        if settings is None:
+            raise ValueError(
+                "found a video, but this processor takes pictures only: use one whose config has "
+                "`video`, such as molmo2_processor(...)"
+            )
+        video = load_video(source, max_frames=settings.max_frames, max_fps=settings.max_fps)
+        if multicrop is None:
+            return self._load_frames(video)
+        side, num_frames = multicrop.patches_per_side, len(video.frames)
+        patches = np.empty(
+            (num_frames, multicrop.num_patches, 3 * multicrop.patch_size**2), dtype=np.float32
+        )
+        for number, frame in enumerate(video.frames):
+            repeated = number > 0 and frame is video.frames[number - 1]
+            patches[number] = patches[number - 1] if repeated else multicrop.frame(frame)
+        index, rows, cols = pool_windows(
+            np.arange(side * side).reshape(side, side), settings.pooling_size
+        )
+        start, end = (
+            FRAME_MARKS
+            if settings.use_frame_special_tokens
+            else (DETAILS_START, self.config.image_end_token)
+        )
+        fields = {
+            "pixel_values": patches,
+            "image_token_pooling": np.concatenate(
+                [
+                    shift_windows(index, number * multicrop.num_patches)
+                    for number in range(num_frames)
+                ]
+            ),
+            "video_grids": np.array([[num_frames, rows, cols]], dtype=np.int64),
+            "frame_times": tuple(video.times),
+            "video_size": video.size,
+        }
+        frame_text = f"{start}{self.config.image_token * (rows * cols)}{end}"
+        return Visual(show_video(video.times, frame_text), fields)
+
+    def _load_frames(self, video: Video) -> Visual:
+        """Frames as the images that a processor without crops makes."""
+        fields = {
+            "pixel_values": np.stack([self._load_image(frame).pixels for frame in video.frames]),
+            "frame_times": tuple(video.times),
+            "video_size": video.size,
+        }
+        return Visual(show_video(video.times, self._image_text), fields)
+
+    def _load_image(self, image: Any) -> _Loaded:
+        config = self.config
+        side = config.image_size
+        if hasattr(image, "detach"):  # a torch tensor, without importing torch for it
+            image = image.detach().cpu().float().numpy()
+            if image.shape != (3, side, side):
+                raise ValueError(
+                    f"found a tensor of shape {image.shape}, expected a normalised picture (3, "
+                    f"{side}, {side}): give a PIL image or a numpy array to have it resized"
+                )
+        is_array = isinstance(image, np.ndarray)
+        if is_array and image.shape == (3, side, side) and image.dtype.kind == "f":
+            return _Loaded(image.astype(np.float32, copy=False), (side, side))
+        if is_array and image.shape == (side, side, 3) and image.dtype == np.uint8:
+            size = (side, side)
+        else:
+            image = load_image(image)
+            size = image.size
+        pixels = preprocess(
+            image,
+            image_size=side,
+            resample=config.resample,
+            image_mean=config.image_mean,
+            image_std=config.image_std,
+            rescale_factor=config.rescale_factor,
+        )
+        return _Loaded(pixels, size)
