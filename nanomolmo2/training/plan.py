@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanomolmo2.accelerate import checkpoint_activations
+from nanomolmo2.accelerate import checkpoint_activations, lean_norms
 from nanomolmo2.accelerate.cross_entropy import CHUNK_SIZE, linear_cross_entropy
 from nanomolmo2.accelerate.memory import GROUP_BYTES, GROUP_BYTES_ELSEWHERE
 from nanomolmo2.convert.pretrained import load_config
@@ -509,7 +509,9 @@ def _decoder(shape: _Shape, layers: int) -> _Passes:
                 tie_word_embeddings=True,
             )
         )
-        checkpoint_activations(llm, "full" if shape.gradient_checkpointing else "selective")
+        checkpoint_activations(
+            lean_norms(llm), "full" if shape.gradient_checkpointing else "selective"
+        )
         llm.requires_grad_("llm" in shape.train)
         return llm if shape.lora is None else add_lora(llm, shape.lora)
 

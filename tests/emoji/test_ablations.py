@@ -191,7 +191,7 @@ def test_all_runs(vision: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("a finished run began again")
 
-    monkeypatch.setattr(ablate_tiny, "run", fail)
+    monkeypatch.setattr(ablate_tiny, "run_stages", fail)
     monkeypatch.setattr(ablate_tiny, "take_turns", fail)
     assert ablate_tiny.main(command) == 0
     assert ablate_tiny.main([*command, "--seed", "1"]) == 1
