@@ -24,7 +24,7 @@ from nanomolmo2.accelerate.linear import BF16MatmulLinear, OneDNNLinear, linear
 from nanomolmo2.accelerate.memory import trim
 from nanomolmo2.accelerate.swap import swap
 from nanomolmo2.models import language_model
-from nanomolmo2.models.loss import NextTokenLoss
+from nanomolmo2.models.loss import NextTokenLoss, weighted_loss
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -162,11 +162,7 @@ def chunked_rows_loss(
     """
 
     def chunk_loss(rows: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
-        logits = head(rows).float()
-        losses = F.cross_entropy(logits, tokens, reduction="none")
-        if z_loss:
-            losses = losses + z_loss * logits.logsumexp(-1).square()
-        return (losses * weights).sum()
+        return weighted_loss(head(rows), tokens, weights, z_loss)
 
     N = len(hidden)
     size = max(1, min(chunk_size // vocab_size, math.ceil(N / _LEAST_CHUNKS)))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nanomolmo2.accelerate.swap import swap
 from nanomolmo2.models.face import VisionEncoder
+from nanomolmo2.models.language_model import DecoderLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -86,8 +87,6 @@ def trim_memory(model: Model) -> Model:
 
     Hooks every `TRIMMED_LAYERS`-th block of the decoder; swaps nothing.
     """
-    from nanomolmo2.models.language_model import DecoderLayer
-
     blocks = [m for m in model.modules() if isinstance(m, DecoderLayer)]
     for block in blocks[::TRIMMED_LAYERS]:
         if not any(hook is _trim_behind for hook in block._forward_pre_hooks.values()):

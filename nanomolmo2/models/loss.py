@@ -75,6 +75,15 @@ def reduce(total: Tensor, weights: Tensor, reduction: Reduction) -> Tensor:
     return total / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
+def weighted_loss(logits: Tensor, tokens: Tensor, weights: Tensor, z_loss: float = 0.0) -> Tensor:
+    """The formula of :class:`NextTokenLoss`, of logits (N, V)."""
+    logits = logits.float()
+    losses = F.cross_entropy(logits, tokens, reduction="none")
+    if z_loss:
+        losses = losses + z_loss * logits.logsumexp(-1).square()
+    return (losses * weights).sum()
+
+
 class NextTokenLoss(nn.Module):
     """The plain loss, with all logits of the N positions in memory; accelerate/ has one without."""
 
@@ -94,8 +103,4 @@ class NextTokenLoss(nn.Module):
             chunk_size: for the loss of accelerate/; this one holds all logits.
         Source: the z-loss is that of PaLM ("Training Setup"), which Molmo2 uses too.
         """
-        logits = llm.head(hidden).float()
-        losses = F.cross_entropy(logits, tokens, reduction="none")
-        if z_loss:
-            losses = losses + z_loss * logits.logsumexp(-1).square()
-        return (losses * weights).sum()
+        return weighted_loss(llm.head(hidden), tokens, weights, z_loss)

@@ -19,7 +19,7 @@ from nanomolmo2.config import Config
 from nanomolmo2.models.attention import Cache, sequence_mask, tree_positions
 from nanomolmo2.models.connector import ConnectorConfig, MultimodalConnector
 from nanomolmo2.models.language_model import LanguageModel, LLMConfig
-from nanomolmo2.models.loss import Reduction, next_tokens, reduce
+from nanomolmo2.models.loss import Reduction, next_tokens, reduce, weighted_loss
 from nanomolmo2.models.vision_encoder import VisionConfig, VisionEncoder
 
 
@@ -248,5 +248,4 @@ def mean_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Weighted mean cross-entropy of the next token, of logits (B, T, V)."""
     assert batch.labels is not None
     rows, tokens, weights = next_tokens(batch.labels, batch.loss_weights, batch.loss_rows)
-    losses = F.cross_entropy(logits.flatten(0, 1)[rows].float(), tokens, reduction="none")
-    return reduce((losses * weights).sum(), weights, "mean")
+    return reduce(weighted_loss(logits.flatten(0, 1)[rows], tokens, weights), weights, "mean")

@@ -836,3 +836,16 @@ def test_a_config_without_a_connector_gets_the_linear_one() -> None:
     assert larger.num_visual_tokens == 16
     model = randomize(NanoMolmo2(larger))
     assert model(torch.tensor([[IMAGE, 3]]), torch.zeros(1, 3, 28, 28)).shape == (1, 17, 89)
+
+
+@pytest.mark.parametrize("connector_type", ["linear", "pooling"])
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_generation_equals_the_oracle_without_any_cache(
+    connector_type: str, both_ways: bool
+) -> None:
+    model = small_model(connector_type, bidirectional_image_attention=both_ways)
+    ids = text_ids(2, 8)
+    ids[:, 2] = IMAGE
+    expected = model.generate_naively(model.batch_of(ids, pictures(2)), 6)
+    found = model.generate(ids, pictures(2), max_new_tokens=6, eos_token_id=None)
+    assert torch.equal(found[:, 8:], expected)
