@@ -1,14 +1,23 @@
-"""Files that are either complete or not there."""
+"""Files that are either complete or not there, and inputs that are files and nothing else."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
+from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
+
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+@lru_cache(maxsize=1)
+def _kernel_devices() -> set[int]:
+    return {os.stat(path).st_dev for path in ("/proc", "/sys") if os.path.ismount(path)}
 
 
 @contextlib.contextmanager
@@ -42,7 +51,36 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def sha256_of(path: str | Path) -> str:
-    """Hex digest of a file, read in blocks."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+    """Open a file for reading in binary, if it is a regular file.
+
+    What was opened is asked, not the path, so nothing can be exchanged in between. A named pipe
+    without a writer does not block. Files of the kernel (/proc, /sys) call themselves regular, and
+    some of them never end: they are none.
+
+    Raises: OSError as `open`; ValueError for a folder, a device, a pipe or a socket.
+    """
+    try:
+        number = os.open(path, _READ)
+    except ValueError as error:  # a zero byte in the name
+        raise ValueError(f"{os.fspath(path)!r} is no name of a file ({error})") from None
+    opened = os.fstat(number)
+    if opened.st_dev in _kernel_devices() or not stat.S_ISREG(opened.st_mode):
+        os.close(number)
+        kind = "a folder" if stat.S_ISDIR(opened.st_mode) else "a device or a pipe"
+        raise ValueError(f"{os.fspath(path)} is {kind}, expected a regular file")
+    return open(number, "rb")
+
+
+def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """All bytes of a regular file.
+
+    Raises: OSError as `open`; ValueError if it is no regular file or longer than ``max_bytes``.
+    """
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > max_bytes:
+            raise ValueError(
+                f"{os.fspath(path)} has {size:,} bytes, expected at most {max_bytes:,}"
+            )
+        return stream.read(size)

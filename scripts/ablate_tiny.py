@@ -32,6 +32,7 @@ from torch import Tensor
 from benchmarks.harness import take_turns
 from benchmarks.report import put_into
 from nanomolmo2.batch import Batch
+from nanomolmo2.checks import sha256_of
 from nanomolmo2.config import read_json_object
 from nanomolmo2.data.packing import Packer, join
 from nanomolmo2.emoji import plans
@@ -44,7 +45,7 @@ from nanomolmo2.emoji.sprites import STYLE_GROUPS
 from nanomolmo2.emoji.train import has_compiler, run_stages
 from nanomolmo2.emoji.vision_stages import CROP_RATES, CropStage, render_scenes
 from nanomolmo2.evaluation.exam import Scores
-from nanomolmo2.files import atomic_path, sha256_of
+from nanomolmo2.files import atomic_path
 from nanomolmo2.processor import Encoded, collate
 from nanomolmo2.training.checkpoint import ABOUT, FILE, FOLDER
 from nanomolmo2.training.loop import LoopConfig, Stage

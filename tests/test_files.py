@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nanomolmo2.files import atomic_path, sha256_of
+from nanomolmo2.checks import refuse_overwriting, sha256_of
+from nanomolmo2.files import atomic_path, open_regular, read_regular
 
 
 def names(folder: Path) -> list[str]:
@@ -114,3 +115,46 @@ def test_sha256(tmp_path: Path) -> None:
     content = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(content)
     assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["folder", "device", "pipe", "link to a device", "of the kernel"])
+def test_only_regular_files_are_opened(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)  # nobody writes: a plain open would wait for ever
+    elif kind == "device":
+        path = Path("/dev/zero")
+    elif kind == "of the kernel":
+        path = Path("/proc/self/status")
+    else:
+        path.symlink_to("/dev/zero")
+    for read in (open_regular, sha256_of, lambda path: read_regular(path, 10)):
+        with pytest.raises(ValueError, match="expected a regular file"):
+            read(path)
+
+
+def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1234")
+    assert read_regular(tmp_path / "a", 4) == b"1234"
+    with pytest.raises(ValueError, match="4 bytes, expected at most 3"):
+        read_regular(tmp_path / "a", 3)
+    with pytest.raises(ValueError, match="no name of a file"):
+        read_regular(f"{tmp_path}/a\0b", 3)
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "b", 3)
+
+
+def test_an_input_is_never_written_over(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    own = tmp_path / "data" / "own.png"
+    own.write_bytes(b"pixels")
+    (tmp_path / "soft.png").symlink_to(own)
+    os.link(own, tmp_path / "hard.png")
+    spelled = Path(f"{tmp_path}/data/../data/own.png")
+    for out in (own, spelled, tmp_path / "soft.png", tmp_path / "hard.png", own.parent):
+        with pytest.raises(ValueError, match=r"own\.png.*which is read"):
+            refuse_overwriting(out, [tmp_path / "other.png", own])
+    refuse_overwriting(tmp_path / "new.png", [own])
+    refuse_overwriting(own.parent / "new.png", [own.parent])  # beside an input

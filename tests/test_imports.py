@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 
 # A part may import the parts of lower layers and itself; parts of one layer do not see each other.
 LAYERS = [
-    {"files"},
+    {"files", "terminal"},
+    {"checks"},
     {"config", "batch", "registry"},
     {"models", "processor"},
     {"accelerate"},
@@ -38,7 +39,7 @@ FACE = "nanomolmo2.models.face"
 UPWARD = {(FACE, part) for part in ("accelerate", "convert", "generation")}
 
 CORE = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "huggingface_hub", "tyro", "rich"}
-LIGHT = {"cli", "__init__", "__main__", "config", "files"}  # these load without torch
+LIGHT = {"cli", "__init__", "__main__", "config", "files", "terminal"}  # these load without torch
 
 
 class Import(NamedTuple):

@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanomolmo2.checks import sha256_of
 from nanomolmo2.config import read_json_object
-from nanomolmo2.files import atomic_path, sha256_of
+from nanomolmo2.files import atomic_path
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

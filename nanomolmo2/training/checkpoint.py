@@ -24,8 +24,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from nanomolmo2.checks import sha256_of
 from nanomolmo2.config import read_json_object
-from nanomolmo2.files import atomic_path, sha256_of
+from nanomolmo2.files import atomic_path
 from nanomolmo2.training.distributed import (
     World,
     gather_objects,

@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nanomolmo2.accelerate import checkpoint_activations
-from nanomolmo2.files import sha256_of
+from nanomolmo2.checks import sha256_of
 from nanomolmo2.models import NanoMolmo2, VisionEncoder
 from nanomolmo2.models.connector import MultimodalConnector
 from nanomolmo2.models.language_model import DecoderLayer
