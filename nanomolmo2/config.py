@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 import types
 import typing
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from nanomolmo2.files import atomic_path
+from nanomolmo2.files import atomic_path, read_regular
+
+_LARGEST = 4_000_000  # bytes of a JSON file: as Python objects they are twenty times as much
 
 
 class Config:
@@ -35,21 +38,20 @@ class Config:
         Raises: ValueError for an unknown key or a value of the wrong type, naming both sides.
         """
         if not isinstance(values, dict):
-            raise ValueError(f"{cls.__name__}: expected an object, found {_describe(values)}")
+            raise ValueError(f"{cls.__name__}: expected an object, found {describe(values)}")
         values = {cls.RENAMED.get(k, k): v for k, v in values.items()}
         names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        unknown = sorted(set(values) - set(names))
-        if unknown:
+        if unknown := sorted(set(values) - set(names)):
             raise ValueError(
-                f"{cls.__name__} does not know the field(s) {', '.join(unknown)}; it has "
+                f"{cls.__name__} does not know the field(s) {', '.join(unknown)[:200]}; it has "
                 f"{', '.join(names)}: remove or rename them, or use a newer nanomolmo2"
             )
-        required = [
+        missing = [
             f.name
             for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            if f.default is f.default_factory is dataclasses.MISSING and f.name not in values
         ]
-        if missing := [name for name in required if name not in values]:
+        if missing:
             raise ValueError(f"{cls.__name__} lacks the field(s) {', '.join(missing)}: add them")
         hints = typing.get_type_hints(cls)
         return cls(
@@ -79,17 +81,19 @@ class Config:
         try:
             return cls.from_dict({k: v for k, v in values.items() if k not in ignore})
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            text = str(error) if len(str(error)) <= 400 else f"{str(error)[:390]} ..."
+            raise ValueError(f"{path}: {text}") from None
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
-    """Parse a JSON file that must hold one object. Raises: ValueError naming the file."""
+    """Parse a JSON file that must hold one object. Raises: OSError; ValueError naming the file."""
+    content = read_regular(path, _LARGEST)
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        values = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError: a number of 5,000 digits too
         raise ValueError(f"{path} is not valid JSON ({error}): copy the file again") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {_describe(values)}")
+        raise ValueError(f"{path}: expected a JSON object, found {describe(values)}")
     return values
 
 
@@ -132,20 +136,24 @@ def _from_plain(value: Any, hint: Any, where: str) -> object:
         if isinstance(value, dict):
             return {k: _from_plain(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
     elif isinstance(hint, type) and issubclass(hint, Config):
-        return value if isinstance(value, hint) else hint.from_dict(value)
+        try:
+            return value if isinstance(value, hint) else hint.from_dict(value)
+        except ValueError as error:
+            raise ValueError(f"{where.rpartition('.')[2]}: {error}") from None
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        # Not below 1e300: infinite, no number, or a whole number that no float can be.
+        if isinstance(value, (int, float)) and type(value) is not bool and abs(value) < 1e300:
             return float(value)
-    elif hint is type(None):
-        if value is None:
-            return None
+    elif hint is type(None) and value is None:
+        return None
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise ValueError(f"{where}: expected {_hint_name(hint)}, found {_describe(value)}")
+    raise ValueError(f"{where}: expected {_hint_name(hint)}, found {describe(value)}")
 
 
-def _describe(value: object) -> str:
-    text = repr(value)
+def describe(value: object) -> str:
+    """A value and its type, for an error; cut if it is long."""
+    text = reprlib.repr(value)  # which ends, however long or deep the value is
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
-from nanomolmo2.files import atomic_path
+from nanomolmo2.checks import save_image
 from nanomolmo2.generation.pipeline import Pipeline
 from nanomolmo2.processor import Point, load_image
 from nanomolmo2.processor.draw import draw_points
+from nanomolmo2.terminal import visible
 
 DEMO = Path(__file__).parent / "assets" / "demo"
 MAX_NEW_TOKENS = 96  # six points and the words around them take about 60
@@ -42,31 +44,32 @@ def run_demo(draw: Path, pipeline: Pipeline | None = None, console: Console | No
     parameters = sum(p.numel() for p in pipeline.model.parameters())
     console.print(
         f"Model: tiny, {parameters / 1e6:.1f} M parameters, loaded in "
-        f"{time.perf_counter() - start:.1f} s\nPicture: {shown(DEMO / 'scene.png')}, "
+        f"{time.perf_counter() - start:.1f} s\nPicture: {visible(str(shown(DEMO / 'scene.png')))}, "
         f"{image.width} x {image.height} pixels; the model has never seen it\n",
+        markup=False,
         soft_wrap=True,
     )
     start = time.perf_counter()
     points: list[Point] = []
     for question in questions:
-        console.print(f"[bold]{question['question']}[/bold]")
+        console.print(Text(question["question"], style="bold"))
         answer = pipeline.ask(
             image,
             question["question"],
             max_new_tokens=MAX_NEW_TOKENS,
-            on_text=lambda text: console.print(text, end="", markup=False, soft_wrap=True),
+            on_text=lambda text: console.print(visible(text), end="", markup=False, soft_wrap=True),
         )
         points += answer.points
         truth = question.get("truth") or hits(answer.points, question["boxes"])
-        console.print(f"\n[dim]truth: {truth}[/dim]\n")
+        console.print(Text(f"\ntruth: {truth}\n", style="dim"))
     seconds = time.perf_counter() - start
     large = image.resize((ZOOM * image.width, ZOOM * image.height))
     zoomed = [Point(ZOOM * p.x, ZOOM * p.y, p.image, p.id, p.label) for p in points]
-    with atomic_path(draw) as temporary:
-        draw_points(large, zoomed).save(temporary)
+    save_image(draw_points(large, zoomed), draw)
     console.print(
-        f"{len(questions)} answers in {seconds:.1f} s. The points are drawn in [bold]{draw}[/bold]."
-        f"\n\nTry next:\n{suggestions(questions[-2]['question'])}",
+        Text(f"{len(questions)} answers in {seconds:.1f} s. The points are drawn in ")
+        + Text(visible(str(draw)), style="bold")
+        + Text(f".\n\nTry next:\n{visible(suggestions(questions[-2]['question']))}"),
         soft_wrap=True,
     )
 

@@ -13,7 +13,13 @@ ON_REQUEST = {
 # `make test` gives whole files to its processes (--dist loadfile). The longest ones start first, so
 # that none of them is left to one process at the end. Others follow in their order.
 LONGEST = (
-    *("test_distributed.py", "test_benchmarks.py", "test_quantization.py", "test_ablations.py"),
+    *(
+        "test_hostile.py",
+        "test_distributed.py",
+        "test_benchmarks.py",
+        "test_quantization.py",
+        "test_ablations.py",
+    ),
     *("test_trainer.py", "test_readme.py", "test_tiny.py", "test_engine.py", "test_exam.py"),
     *("test_plan.py", "test_sampling.py", "test_cli.py", "test_constraint.py", "test_loop.py"),
 )

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import typing
+import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nanomolmo2 import cli, demo
+from nanomolmo2.checks import save_image
 from nanomolmo2.cli import ask
 from nanomolmo2.cli.options import UsageError, check_ranges
 from nanomolmo2.convert.parts import LLM, VISION
@@ -279,12 +285,57 @@ def test_a_video(says_in_crops, clip: Path, tmp_path: Path, capsys) -> None:
     assert (every, two) == (4, 2)
 
 
+def test_points_of_a_long_video_are_in_its_own_pixels(
+    says_in_crops, clip: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Frames that do not fit into memory in their own size are drawn smaller; pixels of the answer
+    and what the model sees are those of the video."""
+    scripted = says_in_crops(*['<points coords="0.5 1 200 200">dog</points>'] * 2)
+    question = ["ask", str(clip), "Where?", "--video", "--json", "--draw"]
+    assert cli.main([*question, str(tmp_path / "own.gif")]) == 0
+    monkeypatch.setattr("nanomolmo2.processor.video.MAX_VIDEO_BYTES", 4 * 3 * 100 * 50 // 4)
+    assert cli.main([*question, str(tmp_path / "small.gif")]) == 0
+    own, small = map(json.loads, capsys.readouterr().out.splitlines())
+    assert small["points"] == own["points"] and small["video"] == own["video"]
+    first, second = (call["pixel_values"] for call in scripted.calls)
+    assert torch.equal(first, second)
+    with Image.open(tmp_path / "small.gif") as drawn:
+        assert drawn.size == (50, 25)
+        drawn.seek(1)
+        assert drawn.convert("RGB").getpixel((10, 5 + 2)) != (0, 0, 255)
+        assert drawn.convert("RGB").getpixel((40, 20)) == (0, 0, 255)
+
+
 def test_a_gif_is_a_picture_unless_video_is_said(says_in_crops, clip: Path, capsys) -> None:
     says_in_crops("Yes.")
     assert cli.main(["ask", str(clip), "?", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["video"] is None
     assert report["images"] == [{"path": str(clip), "width": 100, "height": 50}]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.MTS", "mpegts"), ("a.bin", "mp4")])
+def test_a_video_is_told_by_its_content(says_in_crops, tmp_path: Path, capsys, name, kind) -> None:
+    av = pytest.importorskip("av")
+    says_in_crops("Yes.")
+    with av.open(str(tmp_path / name), "w", format=kind) as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 100, 50, "yuv420p"
+        image = av.VideoFrame.from_image(Image.new("RGB", (100, 50)))
+        container.mux([packet for _ in range(6) for packet in stream.encode(image)])
+        container.mux(stream.encode())
+    address = (tmp_path / name).as_uri()
+    assert cli.main(["ask", address, "?", "--json"]) == 0
+    video = json.loads(capsys.readouterr().out)["video"]
+    assert (video["path"], video["width"], video["height"]) == (address, 100, 50)
+
+
+def test_a_label_that_cannot_be_drawn_is_told(
+    says_in_crops, clip: Path, tmp_path: Path, capsys
+) -> None:
+    says_in_crops('<points coords="1 1 500 500">猫</points>')
+    assert cli.main(["ask", str(clip), "Where?", "--draw", str(tmp_path / "out.png")]) == 0
+    assert "note: label A in the drawing is '猫'" in capsys.readouterr().err
 
 
 def test_what_crops_and_videos_need(
@@ -803,7 +854,359 @@ def test_smallest_values_of_options() -> None:
         check_ranges(cli.Eval("emoji", failures=-1))
 
 
+# ---- what is written never replaces what is read ----
+
+
+def other_names(path: Path) -> list[Path]:
+    """Names by which the same file is found."""
+    soft, hard = path.with_name(f"soft{path.suffix}"), path.with_name(f"hard{path.suffix}")
+    soft.symlink_to(path)
+    os.link(path, hard)
+    (path.parent / "below").mkdir()
+    return [path, soft, hard, path.parent / "." / path.name, path.parent / "below/.." / path.name]
+
+
+@pytest.mark.parametrize("option", ["--data", "--model", "--out"])
+def test_names_that_no_recipe_can_hold(refused: Refusal, option: str) -> None:
+    arguments = {"--data": "my.jsonl", "--model": "tiny", "--out": "run"} | {option: "caf\udce9"}
+    flat = [word for pair in arguments.items() for word in pair]
+    assert "'caf\\udce9' holds bytes that are no text" in refused("train", *flat, code=2)
+
+
+def test_no_picture_is_drawn_over(refused: Refusal, says, picture: Path, clip: Path) -> None:
+    says(TAG)
+    before = picture.read_bytes(), clip.read_bytes()
+    for name in other_names(picture):
+        assert "which is read" in refused("ask", picture, "?", "--draw", name, code=2)
+        assert "which is read" in refused("ask", name.as_uri(), "?", "--draw", picture, code=2)
+    assert "which is read" in refused("ask", clip, "?", "--video", "--draw", clip, code=2)
+    address = f"file://localhost{clip}"
+    assert "which is read" in refused("ask", address, "?", "--video", "--draw", clip, code=2)
+    second = picture.with_name("picture-2.png")
+    os.link(picture, second)
+    arguments = ("ask", picture, picture, "?", "--draw", picture)  # writes picture-1 and picture-2
+    assert "picture-2.png would be written over" in refused(*arguments, code=2)
+    assert (picture.read_bytes(), clip.read_bytes()) == before
+
+
+def test_no_model_is_written_over(refused: Refusal, model: Path, picture: Path) -> None:
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in sorted(refused.folder.rglob("*.*"))}
+
+    link = refused.folder / "link"
+    link.symlink_to(model)
+    before = contents()
+    for command in ("quantize", "export"):
+        for out in (model, link, model / ".." / model.name, refused.folder):
+            assert "name another place" in refused(command, model, out, code=2)
+    config = model / "config.json"
+    scores = ("eval", "emoji", "--model", model, "--json")
+    for out in (config, link / "config.json", model / "../model/config.json"):
+        assert "which is read" in refused(*scores, out, code=2)
+    assert contents() == before
+
+
+def test_a_folder_of_other_things_gets_no_model(refused: Refusal, picture: Path) -> None:
+    for command in ("quantize", "export"):
+        message = refused(command, "tiny", refused.folder, code=2)
+        assert "is not empty and holds no model" in message
+
+
+def test_no_log_and_no_data_is_written_over(refused: Refusal, tmp_path: Path) -> None:
+    log, data = tmp_path / "log.jsonl", tmp_path / "data.jsonl"
+    log.write_text('{"step": 1, "loss": 2}\n')
+    data.write_text('{"question": "?", "answer": "!"}\n')
+    (tmp_path / "curves.png").symlink_to(log)
+    (tmp_path / "page.html").symlink_to(data)
+    assert "which is read" in refused("plot", tmp_path, "--out", "curves.png", code=2)
+    assert "which is read" in refused("plot", log, "--out", "curves.png", code=2)
+    assert "which is read" in refused("inspect", data, "--html", "page.html", code=2)
+    assert log.read_text() == '{"step": 1, "loss": 2}\n'
+    scene = demo.DEMO / "scene.png"
+    assert "which is read" in refused("demo", "--draw", scene, code=2)
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file can grow beyond 200 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("name", ["out.png", "out.jpg", "out.webp"])
+def test_a_full_disk_names_the_drawing(
+    says, picture: Path, tmp_path: Path, capsys, small_disk: None, name: str
+) -> None:
+    says(TAG)
+    before = sorted(tmp_path.iterdir())
+    assert cli.main(["ask", str(picture), "?", "--draw", str(tmp_path / name)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"nanomolmo2: {tmp_path / name} could not be written (")
+    assert "is the disk full?" in err and err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_drawing_is_not_cut_by_a_full_disk(tmp_path: Path) -> None:
+    """PIL wrote as much of a JPEG and of a GIF as there was room for, and said nothing."""
+    noise = Image.effect_noise((200, 200), 90)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        for name in ("a.jpg", "a.gif", "a.png", "a.webp"):
+            with pytest.raises(OSError, match=rf"{name} could not be written \(File too large"):
+                save_image(noise, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_names_other_files(
+    says_in_crops, clip: Path, tmp_path: Path, capsys, small_disk: None
+) -> None:
+    says_in_crops('<points coords="0.0 1 500 500">dog</points>')
+    out = tmp_path / "out.gif"
+    assert cli.main(["ask", str(clip), "?", "--video", "--draw", str(out)]) == 1
+    assert f"{out} could not be written (" in capsys.readouterr().err
+    page = tmp_path / "page.html"
+    assert cli.main(["inspect", "emoji", "--count", "1", "--html", str(page)]) == 1
+    assert f"{page} could not be written (File too large)" in capsys.readouterr().err
+    assert cli.main(["data", "emoji", "--out", str(tmp_path / "scenes"), "--count", "1"]) == 1
+    assert f"{tmp_path / 'scenes'} could not be written (" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == [clip]
+
+
+# ---- texts of strangers ----
+
+CODES = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e\ud800[red]x[/red]"
+SHOWN = r"\x1b]0;title\x07\x1b[2J\x9b31m\u202e\ud800[red]x[/red]"
+
+
+def test_codes_of_an_answer_are_shown(says, picture: Path, capsys) -> None:
+    codes, shown = (
+        text.replace(half, "") for text, half in ((CODES, "\ud800"), (SHOWN, r"\ud800"))
+    )
+    says(codes, codes)
+    assert cli.main(["ask", str(picture), "?"]) == 0
+    assert capsys.readouterr().out == shown + "\n"
+    assert cli.main(["ask", str(picture), f"{codes}?", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.isascii() and "\x1b" not in out
+    report = json.loads(out)
+    assert (report["text"], report["question"]) == (codes, f"{codes}?")
+
+
+def test_codes_of_names_and_notes_are_shown(says, picture: Path, tmp_path: Path, capsys) -> None:
+    name = "\x1b[2J\u202e[red]\nx"
+    out = tmp_path / f"{name}.png"
+    says('<points coords="1 1 100 100 2 \x1b[2J\u202e 300">dog</points>')
+    assert cli.main(["ask", str(picture), "?", "--draw", str(out)]) == 0
+    err = capsys.readouterr().err
+    assert not set(err) & set("\x1b\u202e\x9b\ud800")
+    assert err.splitlines()[-1] == rf"wrote {tmp_path}/\x1b[2J\u202e[red]\nx.png"
+    assert out.is_file()
+    for arguments in (
+        ("ask", f"{CODES}.png", "?"),
+        ("ask", str(picture), "?", "--model", CODES, "--debug"),
+        ("info", CODES),
+        ("plan", CODES),
+        ("plot", CODES),
+        ("inspect", CODES),
+        ("quantize", CODES, str(tmp_path / "q")),
+        ("export", CODES, str(tmp_path / "e")),
+        (CODES,),
+        ("ask", str(picture), "?", f"--{CODES}"),
+    ):
+        assert cli.main(arguments) in (1, 2)
+        out_text, err = capsys.readouterr()
+        assert not set(out_text + err) & set("\x1b\x07\u202e\x9b\ud800"), (arguments, err)
+        assert err.count("\n") == 1 or "--debug" in arguments
+
+
+def test_codes_of_data_are_shown(tmp_path: Path, capsys) -> None:
+    data = tmp_path / "data.jsonl"
+    records = [{"question": f"{CODES}?", "answer": CODES}, {CODES: CODES, "question": CODES}]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for options in ((), ("--audit",), ("--json",), ("--audit", "--json")):
+        cli.main(["inspect", str(data), "--count", "2", *options])
+        out, err = capsys.readouterr()
+        assert not set(out + err) & set("\x1b\x07\u202e\x9b\ud800"), (options, out, err)
+        assert "[red]" in out or "--audit" in options
+
+
+def test_a_warning_is_one_line(says, picture: Path, capsys, monkeypatch) -> None:
+    scripted = says("Yes.")
+    pipeline = ask.load_pipeline("tiny", Path())
+
+    def load(name: str, cache_dir: Path) -> Pipeline:
+        warnings.warn(f"two\nlines {CODES}", UserWarning, stacklevel=1)
+        return pipeline
+
+    monkeypatch.setattr(ask, "load_pipeline", load)
+    assert cli.main(["ask", str(picture), "?"]) == 0
+    assert capsys.readouterr().err == f"warning: two lines {SHOWN}\n"
+    assert len(scripted.calls) == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16"])
+def test_a_console_with_another_encoding(says, picture: Path, monkeypatch, encoding: str) -> None:
+    """It failed after all the work, with nothing printed."""
+    text = "Größe \u732b \u20ac \U0001f40c"
+    says(text, text)
+    question = ["ask", str(picture), text]
+    printed = []
+    for arguments in (question, [*question, "--json"]):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        assert cli.main(arguments) == 0
+        stream.flush()
+        printed.append(stream.buffer.getvalue().decode(encoding))  # type: ignore[attr-defined]
+    plain, report = printed
+    escaped = text.encode(encoding, "backslashreplace").decode(encoding)
+    assert plain == escaped + "\n"
+    assert json.loads(report)["text"] == json.loads(report)["question"] == text
+
+
+# ---- what people type ----
+
+
+@pytest.mark.parametrize("name", ["typo.png", "no/such.JPEG", "cat.MP4", "x.wmv", "é.webp"])
+def test_a_second_file_that_is_not_there_is_no_question(
+    refused: Refusal, picture: Path, name: str
+) -> None:
+    assert f"there is no file {name}: check its path" in refused("ask", picture, name)
+
+
+def test_a_question_that_ends_like_a_file_is_noted(says, picture: Path, capsys) -> None:
+    says("Yes.", "Yes.")
+    assert cli.main(["ask", str(picture), "my cat.png"]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("Yes.\n", 1)
+    assert err.startswith("warning: the question, my cat.png, ends like a file")
+    assert cli.main(["ask", str(picture), "Is this cat.png?"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("question", ["", "  ", "\n\t", "\u3000", "\u200b"])
+def test_an_empty_question(refused: Refusal, picture: Path, question: str) -> None:
+    assert "the question is empty" in refused("ask", picture, question, code=2)
+
+
+def test_an_empty_name(refused: Refusal, picture: Path) -> None:
+    assert "the name of a picture is empty" in refused("ask", "", "?", code=2)
+    assert "the name of a picture is empty" in refused("ask", picture, "", "?", code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--seed", str(2**70)), f"--seed must be below 2**63, found {2**70}"),
+        (("--seed", "-1"), "--seed must be 0 or more, found -1"),
+        (("--seed", "2**70"), "--seed must be a whole number, found '2**70'"),
+        (("--seed", "1.5"), "--seed must be a whole number, found '1.5'"),
+        (("--max-new-tokens", str(10**400)), "--max-new-tokens must be below 2**63, found 1000"),
+        (("--top-k", str(2**64)), "--top-k must be below 2**63"),
+    ],
+)
+def test_numbers_that_nothing_holds(refused: Refusal, arguments: tuple, said: str) -> None:
+    assert said in refused("ask", "a.png", "?", *arguments, code=2)
+
+
+def test_seeds_of_other_commands(refused: Refusal) -> None:
+    for seed, said in ((str(2**70), "below 2**63"), ("-1", "0 or more")):
+        assert said in refused("data", "emoji", "--out", "d", "--seed", seed, code=2)
+        assert said in refused("train", "smoke", "--out", "r", "--seed", seed, code=2)
+    SamplingParams(seed=2**64 - 1)
+    with pytest.raises(ValueError, match="a seed must be below"):
+        SamplingParams(seed=2**64)
+    with pytest.raises(ValueError, match="a seed must be below"):
+        SamplingParams(seed=[1, -(2**70)])
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "arguments"),
+    [
+        ("av", "video", ("ask", "clip.mp4", "?", "--model", "MODEL")),
+        ("matplotlib.figure", "plot", ("plot", "run")),
+        ("pyarrow.parquet", "data", ("data", "emoji", "--out", "d", "--format", "parquet")),
+        ("pyarrow.parquet", "data", ("inspect", "data.parquet")),
+        ("datasets", "hub-data", ("inspect", "hub:someone/something")),
+    ],
+)
+def test_a_missing_extra_is_named(
+    monkeypatch, refused: Refusal, says_in_crops, module: str, extra: str, arguments: tuple
+) -> None:
+    for missing in (module, "torchcodec", "torchcodec.decoders"):
+        monkeypatch.setitem(sys.modules, missing, None)
+    says_in_crops("Yes.")
+    (refused.folder / "clip.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(100))
+    (refused.folder / "data.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
+    (refused.folder / "run").mkdir()
+    (refused.folder / "run" / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    chosen = [a for a in arguments if a not in ("--model", "MODEL")]
+    assert f"pip install 'nanomolmo2[{extra}]'" in refused(*chosen)
+
+
 # ---- the process ----
+
+
+def run_process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "nanomolmo2", *arguments],
+        cwd=Path(__file__).parents[1],
+        stderr=subprocess.PIPE,
+        timeout=120,
+        **options,
+    )
+
+
+def test_standard_output_that_takes_nothing() -> None:
+    """Closed, and on a disk that is full."""
+    done = run_process("info", "tiny", preexec_fn=lambda: os.close(1))
+    assert done.returncode == 2
+    assert done.stderr == (
+        b"nanomolmo2: standard output is closed: send it to a file, or to /dev/null\n"
+    )
+    for arguments in (("--version",), ("--help",)):
+        with open("/dev/full", "wb") as full:
+            done = run_process(*arguments, stdout=full)
+        assert done.returncode == 1
+        assert done.stderr == b"nanomolmo2: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_an_answer_that_cannot_be_printed(
+    says, picture: Path, monkeypatch, capsys, options
+) -> None:
+    says("Yes.")
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["ask", str(picture), "?", *options]) == 1
+    said = "nanomolmo2: standard output: No space left on device\n"
+    assert capsys.readouterr().err == said
+
+
+def test_standard_error_that_is_closed() -> None:
+    done = run_process("--version", stdout=subprocess.PIPE, preexec_fn=lambda: os.close(2))
+    assert (done.returncode, done.stdout[:10]) == (0, b"nanomolmo2")
+
+
+def test_ctrl_c_while_it_is_loaded() -> None:
+    """An import that is interrupted ended in a traceback."""
+    program = (
+        "import sys, signal, nanomolmo2.__main__ as m\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'tyro': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "sys.exit(m.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"\ninterrupted\n")
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

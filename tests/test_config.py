@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -120,6 +121,9 @@ def test_a_long_value_is_cut_in_the_message() -> None:
         (b"\xff\xfe{}", "not valid JSON"),
         (b"[1, 2]", r"expected a JSON object, found \[1, 2\] \(list\)"),
         (b"null", "expected a JSON object, found None"),
+        (b'{"size": ' + b"9" * 5000 + b"}", "not valid JSON"),  # Python refuses it as a number
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"layers": [' + b"1, " * 1_400_000 + b"1]}", "bytes, expected at most 4,000,000"),
     ],
 )
 def test_a_file_that_is_no_json_object(content: bytes, message: str, tmp_path: Path) -> None:
@@ -127,6 +131,43 @@ def test_a_file_that_is_no_json_object(content: bytes, message: str, tmp_path: P
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json.*" + message):
         read_json_object(path)
+
+
+@pytest.mark.parametrize("kind", ["a device", "a pipe", "a folder", "of the kernel"])
+def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
+    """A named pipe would wait for ever, a device would never end."""
+    path = tmp_path / "config.json"
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "a device" else "/proc/self/status")
+    with pytest.raises(ValueError, match=r"config\.json is .*expected a regular file"):
+        Outer.load(path)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 400])
+def test_a_number_that_is_none(number: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"rate": ' + number + "}")
+    with pytest.raises(ValueError, match=r"config\.json: Inner\.rate: expected float, found"):
+        Inner.load(path)
+    path.write_text('{"rate": 1e9}')
+    assert Inner.load(path).rate == 1e9
+
+
+def test_a_value_of_any_size_makes_a_short_message() -> None:
+    nested: Any = []
+    for _ in range(900):
+        nested = [nested]
+    shared: Any = [0] * 50
+    for _ in range(50):
+        shared = [shared] * 50  # 50^51 numbers, if all of them were written out
+    for value in (nested, shared, {"a": shared}, "x" * 10**7, [1] * 10**6):
+        with pytest.raises(ValueError, match=r"Inner\.size: expected int, found") as error:
+            Inner.from_dict({"size": value})
+        assert len(str(error.value)) < 150
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
@@ -229,3 +270,11 @@ def test_sizes_that_do_not_fit_each_other(
 def test_an_unknown_connector_is_refused_by_the_constructor_too() -> None:
     with pytest.raises(ValueError, match="choose one of linear, mlp, resampler, pooling"):
         ConnectorConfig(connector_type="conv")  # type: ignore[arg-type]
+
+
+def test_a_value_of_any_length_is_cut_in_the_error_about_a_file(tmp_path: Path) -> None:
+    values = {**VisionConfig().to_dict(), "hidden_act": "x" * 10_000}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"config\.json: .*hidden_act") as said:
+        VisionConfig.load(tmp_path / "config.json")
+    assert len(str(said.value)) < 600

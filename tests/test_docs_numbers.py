@@ -36,7 +36,7 @@ from nanomolmo2.models import (
     preset,
 )
 from nanomolmo2.processor import MultiCrop, VideoConfig
-from nanomolmo2.processor.video import sample_times
+from nanomolmo2.processor.video import MAX_VIDEO_BYTES, sample_times
 from nanomolmo2.recipes import RECIPES, recipe
 from nanomolmo2.training.loop import LoopConfig
 from nanomolmo2.training.recipe import Recipe
@@ -373,7 +373,7 @@ def processor_claims() -> list[Claim]:
     a_frame = (side // video.pooling_size) ** 2
     with_time = a_frame + 2 + 5  # the marks, and four to six tokens of time
     ten = len(sample_times(10.0))
-    raw = video.max_frames * 3 * 1920 * 1080
+    held = MAX_VIDEO_BYTES // (3 * 1920 * 1080)
     llm = LLMConfig()
     numbers = 2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim
     return [
@@ -388,8 +388,8 @@ def processor_claims() -> list[Claim]:
         claim("video.md", "about {} together: ten seconds are {} frames", with_time, ten),
         claim("video.md", "frames or {} tokens, {} frames", round_to(ten * with_time, 50), 384),
         claim("video.md", "{} frames about {}", 384, round_to(384 * with_time, 1000)),
-        claim("video.md", "cut to {} x {}", cut.image_size, cut.image_size),
-        claim("video.md", "are {} GB, so lower", gigabytes(raw)),
+        claim("video.md", "cuts frames to {} x {}", cut.image_size, cut.image_size),
+        claim("video.md", "fit into {} GB ({} frames of", gigabytes(MAX_VIDEO_BYTES), held),
         claim("generation.md", "in blocks of {} rows", ROW_BLOCK),
         claim("generation.md", "({} GiB; 0 turns it off)", DEFAULT_BYTES >> 30),
         claim("generation.md", "takes {} kB in float32", round(4 * numbers / 1e3)),

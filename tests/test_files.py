@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from nanomolmo2.checks import refuse_overwriting, sha256_of
+from nanomolmo2.checks import (
+    check_replaceable,
+    named_errors,
+    refuse_overwriting,
+    sha256_of,
+    written,
+)
 from nanomolmo2.files import atomic_path, open_regular, read_regular
 
 
@@ -101,6 +109,20 @@ def test_a_rename_that_fails_puts_the_old_folder_back(
     assert names(tmp_path) == ["model"]
 
 
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
+    """Not the temporary one, and not none at all, as where the disk is full."""
+    path = tmp_path / "file.txt"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match=r"No space .*: '.*/file\.txt'"), atomic_path(path) as aside:
+        aside.write_text("half")
+        raise full
+    with pytest.raises(FileNotFoundError, match=r": '.*/file\.txt'"), atomic_path(path):
+        pass  # nothing was written
+    with pytest.raises(FileNotFoundError, match="other"), atomic_path(path):
+        (tmp_path / "other").read_text()
+    assert names(tmp_path) == []
+
+
 def test_two_writers_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     with atomic_path(path) as first, atomic_path(path) as second:
@@ -158,3 +180,53 @@ def test_an_input_is_never_written_over(tmp_path: Path) -> None:
             refuse_overwriting(out, [tmp_path / "other.png", own])
     refuse_overwriting(tmp_path / "new.png", [own])
     refuse_overwriting(own.parent / "new.png", [own.parent])  # beside an input
+
+
+# ---- outputs ----
+
+
+def test_only_a_folder_of_known_files_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    known = ("*.safetensors", "config.json")
+    check_replaceable(folder, known)  # new
+    folder.mkdir()
+    check_replaceable(folder, known)  # empty
+    (folder / "config.json").touch()
+    (folder / "a.safetensors").touch()
+    check_replaceable(folder, known)
+    for other in ("photo.jpg", "config.json.bak", ".hidden"):
+        (folder / other).touch()
+        with pytest.raises(ValueError, match=f"holds other things, such as {re.escape(other)}"):
+            check_replaceable(folder, known)
+        (folder / other).unlink()
+    (folder / "b.safetensors").mkdir()  # a folder may hold anything
+    with pytest.raises(ValueError, match="holds other things"):
+        check_replaceable(folder, known)
+    with pytest.raises(ValueError, match="is a file"):
+        check_replaceable(folder / "config.json", known)
+
+
+def test_an_error_names_the_output(tmp_path: Path) -> None:
+    path = tmp_path / "out.bin"
+    path.write_text("old")
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),  # names no file
+        OSError("encoder error -2 when writing image file"),  # nor a reason
+        OSError(errno.EIO, "I/O error", str(tmp_path / ".12345678.tmp-out.bin")),
+    ):
+        expected = r"out\.bin could not be written .*is the disk full"
+        with pytest.raises(OSError, match=expected), written(path):
+            raise error
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["out.bin"]
+
+
+def test_errors_of_other_files_stay(tmp_path: Path) -> None:
+    for error in (
+        FileNotFoundError(errno.ENOENT, "No such file", "in.png"),
+        FileNotFoundError("there is no file in.png"),
+        ValueError("wrong"),
+    ):
+        with pytest.raises(type(error)) as found, named_errors(tmp_path / "out.bin"):
+            raise error
+        assert found.value is error

@@ -39,7 +39,15 @@ FACE = "nanomolmo2.models.face"
 UPWARD = {(FACE, part) for part in ("accelerate", "convert", "generation")}
 
 CORE = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "huggingface_hub", "tyro", "rich"}
-LIGHT = {"cli", "__init__", "__main__", "config", "files", "terminal"}  # these load without torch
+LIGHT = {
+    "cli",
+    "__init__",
+    "__main__",
+    "checks",
+    "config",
+    "files",
+    "terminal",
+}  # these load without torch
 
 
 class Import(NamedTuple):
@@ -98,8 +106,12 @@ def part_of(module: str) -> str:
     return names[1] if len(names) > 1 else "__init__"
 
 
+# What exports carry for other programs is no part of the package: see convert/test_remote_code.py.
 FILES = sorted(
-    path for folder in ("nanomolmo2", "scripts") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("nanomolmo2", "scripts")
+    for path in (ROOT / folder).rglob("*.py")
+    if "assets" not in path.parts
 )
 IMPORTS = [found for path in FILES for found in imports_of(path)]
 OF_THE_NETS = [found for found in IMPORTS if part_of(found.source) == "models"]

@@ -44,7 +44,17 @@ SMALL_LLM = LLMConfig(
     head_dim=16,
 )
 # Tools of others, which only blocks that are not run may call.
-TOOLS = {"git", "pip", "pre-commit", "pytest", "python3", "source", "torchrun", "vllm"}
+TOOLS = {
+    "git",
+    "pip",
+    "pre-commit",
+    "pytest",
+    "python3",
+    "source",
+    "torchrun",
+    "transformers",
+    "vllm",
+}
 
 
 class Block(NamedTuple):

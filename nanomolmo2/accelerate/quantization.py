@@ -122,6 +122,23 @@ def quantize(
     return fuse_projections(module)
 
 
+@torch.no_grad()
+def dequantize(module: Module) -> Module:
+    """Replace every quantised layer in place by a float32 one of the same, rounded, values.
+
+    It can be trained then; what quantising had rounded away is not there. A tied head is the
+    embedding table again.
+    """
+    model: Any
+    for model in list(module.modules()):
+        if _is_tied(model) and isinstance(model.lm_head, QuantizedLinear):
+            model.lm_head = None
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, QuantizedLinear):
+            replace_layer(module, name, layer.dequantized())
+    return module
+
+
 def quantization_report(
     module: nn.Module,
     samples: Samples,
@@ -248,12 +265,13 @@ def apply_quantization_config(module: nn.Module, description: Mapping[str, Any])
 
     Raises: ValueError for anything that :func:`quantization_config` does not write.
     """
-    known = {"mode", "exceptions", "calibrated"}
-    exceptions = description.get("exceptions", {})
-    if set(description) - known or not isinstance(exceptions, Mapping):
+    known = ("mode", "exceptions", "calibrated")
+    entry = description if isinstance(description, Mapping) else {}
+    exceptions = entry.get("exceptions", {})
+    if set(entry) - {*known} or not entry or not isinstance(exceptions, Mapping):
         raise ValueError(
-            f"a quantization entry has the keys {', '.join(known)}, found {dict(description)}: "
-            f"use a newer nanomolmo2"
+            f"a quantization entry is an object with the keys {', '.join(known)}, found "
+            f"{description!r:.80}: use a newer nanomolmo2"
         )
     mode = description.get("mode")
     for name in (mode, *(m for m in exceptions.values() if m is not None)):

@@ -31,7 +31,7 @@ def check_mode(mode: Any) -> None:
     """Raises: ValueError for what is none of `MODES`."""
     if mode not in MODES:
         raise ValueError(
-            f"there is no quantisation mode {mode!r}: choose one of {', '.join(MODES)} or auto"
+            f"there is no quantisation mode {mode!r:.60}: choose one of {', '.join(MODES)} or auto"
         )
 
 
@@ -98,6 +98,23 @@ class QuantizedLinear(nn.Module):
     def num_weights(self) -> int:
         """Parameters of the layer that this one stands for."""
         return self.out_features * (self.in_features + (self.bias is not None))
+
+    def dequantized(self) -> nn.Linear:
+        """A float32 layer of the same values."""
+        self._unpack()
+        plain = self._plain()
+        weight = plain.weight.float()
+        if plain.scale is not None:
+            weight = weight * plain.scale[:, None]
+        if plain.input_scale is not None:
+            weight = weight / plain.input_scale
+        linear = nn.Linear(
+            self.in_features, self.out_features, plain.bias is not None, device="meta"
+        )
+        linear.weight = nn.Parameter(weight)
+        if plain.bias is not None:
+            linear.bias = nn.Parameter(plain.bias.clone())
+        return linear
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), in the dtype of x. Raises: ValueError where x needs a gradient."""

@@ -35,10 +35,19 @@ from nanomolmo2.cli.export import Export
 from nanomolmo2.cli.info import Info
 from nanomolmo2.cli.inspect import Inspect
 from nanomolmo2.cli.options import UsageError, check_ranges
+from nanomolmo2.cli.output import (
+    STDOUT,
+    CheckedOutput,
+    note,
+    noted_warnings,
+    open_streams,
+    silence_stdout,
+)
 from nanomolmo2.cli.plan import Plan
 from nanomolmo2.cli.plot import Plot
 from nanomolmo2.cli.quantize import Quantize
 from nanomolmo2.cli.train import Train
+from nanomolmo2.terminal import visible
 
 Command = (
     Ask
@@ -97,6 +106,9 @@ def first_sentence(box: str) -> str:
     lines = [line.strip("│") for line in box.splitlines()[1:]]  # the top border holds the title
     said = itertools.takewhile(lambda line: line.strip("─╰╯ "), lines)
     text = " ".join(line.strip() for line in said if not line.startswith(" " * 9)).rstrip(".")
+    if found := re.search(r"parsing (--\S+): no type matching .*(INT|FLOAT).* from \[(.*)\]", text):
+        kind = "a whole number" if found[2] == "INT" else "a number"
+        return f"{found[1]} must be {kind}, found {found[3]}"
     if found := re.search(r"Perhaps you meant:[^-]*(--[\w-]+)", box):
         text += f" (perhaps {found[1]}?)"
     return text
@@ -105,31 +117,41 @@ def first_sentence(box: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (by default the process's own) and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        open_streams()
+        output: Any = CheckedOutput(sys.stdout)
+        with noted_warnings(), contextlib.redirect_stdout(output):
+            code = _run(arguments)
+            output.flush()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        # Python would end itself by the signal if it came inside an exec(), as of a dataclass.
+        exec("")
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output is gone, as in `nanomolmo2 info tiny | head`.
+        silence_stdout()
+        return 141
+    except Exception as error:
+        if "--debug" in arguments:
+            print(visible(traceback.format_exc()), end="", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename == STDOUT:
+            silence_stdout()
+        note(f"nanomolmo2: {describe(error)}")
+        return 2 if isinstance(error, UsageError) else 1
+    return 141 if output.broken else code
+
+
+def _run(arguments: Sequence[str]) -> int:
     if arguments in (["--version"], ["-V"]):
         print(f"nanomolmo2 {__version__}")
         return 0
-    debug = False
     try:
         command = parse(arguments)
-        debug = command.debug
         check_ranges(command)
         command.run()
-        sys.stdout.flush()
-    except SystemExit as stop:  # --help
+    except SystemExit as stop:  # --help, and a training that was told to end
         return int(stop.code or 0)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Whoever read our output is gone, as in `nanomolmo2 info tiny | head`. Python would
-        # complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        print(f"nanomolmo2: {describe(error)}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
     return 0
 
 
@@ -137,7 +159,10 @@ def describe(error: Exception) -> str:
     """One line about an error."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        name = error.filename
+        return f"{name if isinstance(name, (str, int)) else os.fsdecode(name)}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)) and text:
+        return text
+    if isinstance(error, ImportError) and "pip install" in text:  # the extra is named
         return text
     return f"{type(error).__name__}: {text} (unexpected; --debug shows where)"

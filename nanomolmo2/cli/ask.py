@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from nanomolmo2.checks import save_image
 from nanomolmo2.cli.loading import load_pipeline, precision
 from nanomolmo2.cli.options import (
     AtLeast,
@@ -24,17 +23,27 @@ from nanomolmo2.cli.options import (
     Precision,
     UsageError,
 )
-from nanomolmo2.cli.output import IMAGE_SUFFIXES, check_writable
-from nanomolmo2.files import atomic_path
+from nanomolmo2.cli.output import (
+    IMAGE_SUFFIXES,
+    check_writable,
+    note,
+    print_json,
+    say,
+)
+from nanomolmo2.terminal import visible
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from nanomolmo2.generation.pipeline import Answer, Pipeline
-    from nanomolmo2.processor import Point
-    from nanomolmo2.processor.video import Video
+    from nanomolmo2.processor import Point, Processor
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
+# Words that end so are names of files, and no questions.
+FILE_SUFFIXES = (
+    *(*IMAGE_SUFFIXES, ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jfif", ".jp2", ".pgm"),
+    *(".ppm", ".svg", *VIDEO_SUFFIXES, ".wmv", ".mpg", ".mpeg", ".mts", ".m2ts", ".flv", ".3gp"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,24 +119,28 @@ class Ask(GenerationOptions):
         paths, question = self._split_inputs()
         generation = self.generation()
         shows_video = self._shows_video(paths)
+        from nanomolmo2.processor import load_image
+        from nanomolmo2.processor.inputs import local_path
+
         targets = [] if self.draw is None else overlay_paths(self.draw, len(paths))
+        read = [local_path(path, "video" if shows_video else "picture") for path in paths]
         for target in targets:
-            check_writable(target, (".gif",) if shows_video else IMAGE_SUFFIXES)
+            check_writable(target, (".gif",) if shows_video else IMAGE_SUFFIXES, read)
 
-        from nanomolmo2.processor import load_image  # images first: the model takes longer
-
+        # Images first: the model takes longer.
         images = [] if shows_video else [load_image(path) for path in paths]
         start = time.perf_counter()
         options = precision(self.dtype, self.quantize)
         pipeline = load_pipeline(self.model, self.cache_dir, **options)
         load_seconds = time.perf_counter() - start
-        video = self._load_video(paths[0], pipeline) if shows_video else None
+        if shows_video:
+            set_max_frames(pipeline, self.max_frames, self.model)
         if self.max_crops is not None:
             set_max_crops(pipeline, self.max_crops, self.model)
         answer = pipeline.ask(
             images,
             question,
-            video=video,
+            video=paths[0] if shows_video else None,
             **generation,
             lookup=not self.no_lookup,
             on_text=None if self.json else print_piece,
@@ -135,17 +148,19 @@ class Ask(GenerationOptions):
         if self.json:
             answer.timings["load"] = load_seconds
             report = {"model": self.model, "question": question, **answer_report(answer, paths)}
-            print(json.dumps(report, ensure_ascii=False))
+            print_json(report)
         else:
-            print()
+            say("")
             for problem in answer.problems:
-                print(f"note: {problem}", file=sys.stderr)
+                note(f"note: {problem}")
         for i, target in enumerate(targets):
-            if video is None:
-                write_overlay(images[i], answer.points, target, number=i + 1)
+            if shows_video:
+                write_video_overlay(paths[0], answer, pipeline.processor, target)
             else:
-                write_video_overlay(video, answer.points, target)
-            print(f"wrote {target}", file=sys.stderr)
+                write_overlay(images[i], answer.points, target, number=i + 1)
+            note(f"wrote {target}")
+        if targets:
+            print_marks(answer.points)
 
     def _split_inputs(self) -> tuple[list[str], str]:
         if len(self.inputs) < 2:
@@ -154,11 +169,25 @@ class Ask(GenerationOptions):
                 f'"Where is the dog?"; found {" ".join(self.inputs) or "nothing"}'
             )
         *paths, question = self.inputs
+        if "" in paths:
+            raise UsageError("the name of a picture is empty: leave it out, or name a file")
         if os.path.isfile(question):
             raise UsageError(
                 f"the last argument, {question}, is a file where the question was expected: put "
                 "the question last, in quotes"
             )
+        if not any(c.isprintable() and not c.isspace() for c in question):
+            raise UsageError(
+                "the question is empty: put it last, in quotes, as in: nanomolmo2 ask dog.jpg "
+                '"Where is the dog?"'
+            )
+        if question.strip().lower().endswith(FILE_SUFFIXES):
+            if len(question.split()) == 1:
+                raise FileNotFoundError(
+                    f"there is no file {question}: check its path, and put the question last, in "
+                    f"quotes"
+                )
+            note(f"warning: the question, {question}, ends like a file, but there is none")
         return paths, question
 
     def _shows_video(self, paths: Sequence[str]) -> bool:
@@ -166,7 +195,13 @@ class Ask(GenerationOptions):
 
         Raises: UsageError for a video among other files, and options of the other kind.
         """
-        videos = [path for path in paths if self.video or path.lower().endswith(VIDEO_SUFFIXES)]
+        from nanomolmo2.processor.inputs import is_video_file, local_path
+
+        videos = [
+            path
+            for path in paths
+            if self.video or path.lower().endswith(VIDEO_SUFFIXES) or is_video_file(path)
+        ]
         if videos and len(paths) > 1:
             raise UsageError(
                 f"expected pictures or one video, found {len(paths)} files with {videos[0]} among "
@@ -179,26 +214,22 @@ class Ask(GenerationOptions):
                 f"--max-frames is for videos ({', '.join(VIDEO_SUFFIXES)}), found {paths[0]}: "
                 f"--video says that a file is one"
             )
-        if videos and not os.path.exists(paths[0]):
+        if videos and not local_path(paths[0], "video").exists():
             raise FileNotFoundError(f"there is no file {paths[0]}: check the path of the video")
         return bool(videos)
-
-    def _load_video(self, path: str, pipeline: Pipeline) -> Video:
-        from nanomolmo2.processor.video import load_video
-
-        config = pipeline.processor.config.video
-        if config is None:
-            raise UsageError(
-                f"the model {self.model} does not take videos: choose one that does, such as "
-                f"allenai/Molmo2-4B, or ask about single pictures of it"
-            )
-        max_frames = config.max_frames if self.max_frames is None else self.max_frames
-        return load_video(path, max_frames=max_frames, max_fps=config.max_fps)
 
 
 def print_piece(text: str) -> None:
     """Print a piece of an answer at once."""
-    print(text, end="", flush=True)
+    print(visible(text), end="", flush=True)
+
+
+def print_marks(points: Sequence[Point]) -> None:
+    """Say which labels are drawn as ``label A``, since the font lacks their characters."""
+    from nanomolmo2.processor.draw import label_marks
+
+    for label, mark in label_marks(points).items():
+        note(f"note: {mark} in the drawing is {label!r}, which its font cannot write")
 
 
 def answer_report(answer: Answer, paths: Sequence[str]) -> dict[str, Any]:
@@ -238,16 +269,40 @@ def write_overlay(image: Image, points: Sequence[Point], path: Path, *, number: 
     """Write an image with its points; complete or not at all."""
     from nanomolmo2.processor.draw import draw_points
 
-    drawn = draw_points(image, points, number=number)
-    with atomic_path(path) as temporary:
-        drawn.save(temporary)
+    save_image(draw_points(image, points, number=number), path)
 
 
-def write_video_overlay(video: Video, points: Sequence[Point], path: Path) -> None:
-    """Write a video's frames with its points as an animated GIF; complete or not at all."""
+def write_video_overlay(source: str, answer: Answer, processor: Processor, path: Path) -> None:
+    """Write a video's frames with the answer's points as an animated GIF; complete or not at all.
+
+    Frames of a long video are smaller than those that the points are in.
+    """
     from nanomolmo2.processor.draw import draw_frames, save_gif
+    from nanomolmo2.processor.video import load_video
 
+    settings = processor.config.video
+    assert settings is not None and answer.video_size is not None
+    video = load_video(source, max_frames=settings.max_frames, max_fps=settings.max_fps)
+    across, down = (a / b for a, b in zip(video.size, answer.video_size, strict=True))
+    points = [dataclasses.replace(p, x=p.x * across, y=p.y * down) for p in answer.points]
     save_gif(draw_frames(video.frames, video.times, points), video.times, path)
+
+
+def set_max_frames(pipeline: Pipeline, max_frames: int | None, name: str) -> None:
+    """Let a pipeline look at most at so many frames of a video; None = as many as it does.
+
+    Raises: UsageError for a model that takes no videos.
+    """
+    processor = pipeline.processor
+    if processor.config.video is None:
+        raise UsageError(
+            f"the model {name} does not take videos: choose one that does, such as "
+            f"allenai/Molmo2-4B, or ask about single pictures of it"
+        )
+    if max_frames is not None:
+        video = dataclasses.replace(processor.config.video, max_frames=max_frames)
+        config = dataclasses.replace(processor.config, video=video)
+        pipeline.processor = type(processor)(config, processor.tokenizer)
 
 
 def set_max_crops(pipeline: Pipeline, max_crops: int, name: str) -> None:

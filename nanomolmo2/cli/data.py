@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from nanomolmo2.checks import named_errors
 from nanomolmo2.cli.options import ArtGroup, AtLeast, Debug, UsageError
-from nanomolmo2.cli.output import progress_bars
+from nanomolmo2.cli.output import progress_bars, say
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Data:
         if self.backgrounds is not None:
             folder = str(self.backgrounds)
             config = dataclasses.replace(config, background="photo", photos=folder)
-        with progress_bars() as add_bar:
+        with named_errors(self.out), progress_bars() as add_bar:
             records = write_scenes(
                 self.out,
                 self.count,
@@ -76,4 +77,4 @@ class Data:
                 group=self.group,
                 on_progress=add_bar("pictures"),
             )
-        print(f"wrote {self.count} pictures and their records, {records}")
+        say(f"wrote {self.count} pictures and their records, {records}")

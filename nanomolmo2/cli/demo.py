@@ -22,7 +22,8 @@ class Demo:
     debug: Debug = False
 
     def run(self) -> None:
-        check_writable(self.draw)
-        from nanomolmo2.demo import run_demo
+        from nanomolmo2.demo import DEMO, run_demo
+
+        check_writable(self.draw, inputs=[DEMO / "scene.png"])
 
         run_demo(self.draw)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from nanomolmo2 import __version__
-from nanomolmo2.cli.loading import load_pipeline, precision
+from nanomolmo2.checks import named_errors, written
+from nanomolmo2.cli.loading import files_of, load_pipeline, precision
 from nanomolmo2.cli.options import (
     ArtGroup,
     AtLeast,
@@ -21,8 +22,7 @@ from nanomolmo2.cli.options import (
     Precision,
     UsageError,
 )
-from nanomolmo2.cli.output import OnProgress, check_writable, progress_bars
-from nanomolmo2.files import atomic_path
+from nanomolmo2.cli.output import OnProgress, check_writable, progress_bars, say
 
 if TYPE_CHECKING:
     from nanomolmo2.evaluation.exam import Scores
@@ -99,7 +99,7 @@ class Eval:
 
     def run(self) -> None:
         if self.json is not None:
-            check_writable(self.json, (".json",))
+            check_writable(self.json, (".json",), files_of(self.model))
         self._check()
         from nanomolmo2.emoji.exam import EMOJI, ROWS
         from nanomolmo2.emoji.scenes import TEST_GROUPS
@@ -111,19 +111,20 @@ class Eval:
         with progress_bars() as add_bar:
             scores = [self._evaluate(pipeline, group, add_bar(group)) for group in groups]
         met, goals = report.goals_met(scores, ROWS)
-        print(report.score_table(scores, ROWS))
-        print(f"\n{report.LEGEND}\n{met} of {goals} goals are met")
+        say(report.score_table(scores, ROWS))
+        say(f"\n{report.LEGEND}\n{met} of {goals} goals are met")
         about = {"task": self.task, "model": self.model, "scenes": self.scenes}
         if self.styles:
             about["styles"] = ", ".join(self.styles)
         about["version"] = __version__
         if self.json is not None:
             content = {**about, "groups": report.scores_to_json(scores, ROWS)}
-            with atomic_path(self.json) as temporary:
+            with written(self.json) as temporary:
                 temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if self.report is not None:
-            report.write_report(self.report, scores, about, EMOJI)
-            print(f"wrote {self.report / report.PAGE}")
+            with named_errors(self.report):
+                report.write_report(self.report, scores, about, EMOJI)
+            say(f"wrote {self.report / report.PAGE}")
 
     def _check(self) -> None:
         """Raises: UsageError for what evaluation would refuse after the model was loaded."""

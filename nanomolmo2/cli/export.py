@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from nanomolmo2.cli.loading import files_of
 from nanomolmo2.cli.options import MODEL_HELP, CacheDir, Debug, UsageError, library_name
-from nanomolmo2.cli.output import check_folder
+from nanomolmo2.cli.output import check_model_folder, note, say
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Export:
     """Write a model in a format that other programs serve.
 
     There is one so far: molmo2-hf, the layout of the released Molmo2 checkpoints, which
-    transformers and vLLM read. Only models with the attention-pooling connector fit into it.
+    transformers (5.23 or newer) and vLLM (with --trust-remote-code) read. Only models with the
+    attention-pooling connector fit into it.
     """
 
     model: Annotated[Positional[str], arg(metavar="MODEL", help=MODEL_HELP)]
@@ -37,7 +38,7 @@ class Export:
             raise UsageError(
                 f"--max-shard-size must be a size such as 5GB or 500MB, found {self.max_shard_size}"
             )
-        check_folder(self.out)
+        check_model_folder(self.out, files_of(self.model))
         import warnings
 
         from nanomolmo2.convert import export_molmo2
@@ -48,5 +49,5 @@ class Export:
             warnings.simplefilter("always", UserWarning)
             export_molmo2(model, self.out, processor, max_shard_size=self.max_shard_size)
         for remark in remarks:
-            print(f"warning: {remark.message}", file=sys.stderr)
-        print(f"wrote {self.out}")
+            note(f"warning: {remark.message}")
+        say(f"wrote {self.out}")

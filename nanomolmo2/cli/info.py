@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 
 from nanomolmo2.cli.loading import load_module, precision
 from nanomolmo2.cli.options import MODEL_HELP, CacheDir, Debug, DType, Precision
+from nanomolmo2.cli.output import say
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,18 @@ class Info:
             model.parameter_summary()
             config = model.config
             side = config.vision_config.image_size
-            print(
+            say(
                 f"\npicture: {side} x {side} pixels, {config.num_visual_tokens} visual tokens"
                 f"\ncontext: {config.llm_config.max_position_embeddings:,} tokens"
             )
         else:
-            print(f"{type(model).__name__}: {count:,} parameters\n")
+            say(f"{type(model).__name__}: {count:,} parameters\n")
         stored = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
         no_weights = any(t.is_meta for t in tensors)
-        print(f"memory of the weights ({'sizes only' if no_weights else f'stored as {stored}'}):")
+        say(f"memory of the weights ({'sizes only' if no_weights else f'stored as {stored}'}):")
         for dtype, size in (("float32", 4), ("bfloat16, float16", 2), ("int8", 1)):
-            print(f"  {dtype:<18} {count * size / 1e6:>10,.1f} MB")
+            say(f"  {dtype:<18} {count * size / 1e6:>10,.1f} MB")
         if not no_weights:
-            print(f"  {'as loaded':<18} {sum(t.nbytes for t in tensors) / 1e6:>10,.1f} MB")
-        print("configuration:")
-        print(json.dumps(model.config.to_dict(), indent=2))
+            say(f"  {'as loaded':<18} {sum(t.nbytes for t in tensors) / 1e6:>10,.1f} MB")
+        say("configuration:")
+        say(json.dumps(model.config.to_dict(), indent=2))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from nanomolmo2.checks import written
 from nanomolmo2.cli.options import MODEL_HELP, AtLeast, Debug, UsageError, library_name
-from nanomolmo2.cli.output import check_writable, progress_bars
-from nanomolmo2.files import atomic_path
+from nanomolmo2.cli.output import check_writable, note, print_json, progress_bars
 
 if TYPE_CHECKING:
     from nanomolmo2.data.audit import Report
     from nanomolmo2.data.inspect import Fault, View
     from nanomolmo2.data.sources import Source
     from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
+    from nanomolmo2.processor import Processor
     from nanomolmo2.processor.encode import EncodeTree
 
 
@@ -31,8 +31,8 @@ class Inspect:
     weights, crops, and the points of its answers on their pictures.
 
     With --audit, every record is read as training reads it. A fatal finding (nothing to learn,
-    image tokens cut off, answers longer than the sequence, points outside, too many broken
-    pictures, records that cannot be read) makes the exit code 1.
+    image tokens cut off, answers longer than the sequence, more crops than a row holds, points
+    outside, too many broken pictures, records that cannot be read) makes the exit code 1.
     """
 
     source: Annotated[
@@ -75,13 +75,37 @@ class Inspect:
         int | None,
         arg(
             metavar="TOKENS",
-            help="longest sequence of the training, for the audit; none = the model's context",
+            help="tokens that a row of the training holds, for the audit; none = as nanomolmo2 "
+            "train --data chooses for the model",
         ),
         AtLeast(1),
     ] = None
-    bad_share: Annotated[
+    max_crops: Annotated[
+        int | None,
+        arg(
+            metavar="N",
+            help="crops (pictures, where they are not cut; frames) that a row of the training "
+            "holds, for the audit; none = likewise",
+        ),
+        AtLeast(1),
+    ] = None
+    max_frames: Annotated[
+        int | None,
+        arg(
+            metavar="N",
+            help="most frames of a video, to look at; none = as the model's processor says, which "
+            "is what training takes",
+        ),
+        AtLeast(1),
+    ] = None
+    points_scale: Annotated[
+        Literal["pixels", "unit", "percent", "thousandths"],
+        arg(help="of the points of records that do not say it; unit: 0 to 1 of each side"),
+    ] = "pixels"
+    max_bad_share: Annotated[
         float,
         arg(
+            aliases=("--bad-share",),
             metavar="SHARE",
             help="audit: more missing and broken pictures than this share of the records (0 to 1) "
             "are fatal, as in training",
@@ -100,13 +124,17 @@ class Inspect:
     def run(self) -> None:
         self._check()
         from nanomolmo2.convert.pretrained import load_config, load_processor
+        from nanomolmo2.data.fields import RowLimits
         from nanomolmo2.data.inspect import look
         from nanomolmo2.data.sources import SourceConfig, open_source
         from nanomolmo2.processor.encode import EncodeTree
 
-        source = open_source(SourceConfig(self.source, image_folder=str(self.pictures or "")))
+        given = SourceConfig(
+            self.source, image_folder=str(self.pictures or ""), points_scale=self.points_scale
+        )
+        source = open_source(given)
         name = library_name(self.model)
-        processor, config = load_processor(name), load_config(name)
+        processor, config = self._with_frames(load_processor(name)), load_config(name)
         encode = EncodeTree(processor, self.loss_weighting)
         report = None
         records = list(range(self.start, min(self.start + self.count, len(source))))
@@ -120,7 +148,8 @@ class Inspect:
                 f"from {self.start} on"
             )
         page, show = self.html is not None, not self.audit
-        views = [look(source, i, encode, processor) for i in records] if page or show else []
+        limits = RowLimits.of(processor, config.llm_config.max_position_embeddings, 2**62)
+        views = [look(source, i, encode, processor, limits) for i in records if page or show]
         self._show(views, report)
         if report is not None and report.fatal:
             causes = ", ".join(f"{found.cause} ({found.count})" for found in report.fatal)
@@ -134,9 +163,17 @@ class Inspect:
         encode: EncodeTree,
         config: NanoMolmo2Config,
     ) -> Report:
-        """Read every record as training reads it."""
+        """Read every record as training reads it, into rows as training has them."""
         from nanomolmo2.data.audit import audit
+        from nanomolmo2.recipes import finetune
 
+        rows = finetune((self.source,), self.model)
+        positions = config.llm_config.max_position_embeddings
+        if (self.sequence_length or 0) > positions:
+            raise ValueError(
+                f"--sequence-length is {self.sequence_length}, but the model {self.model} has "
+                f"{positions} positions, and training has no longer rows: name {positions} or less"
+            )
         settings = encode.processor.config
         expands = settings.multicrop is None and settings.image_tokens is None
         with progress_bars() as add_bar:
@@ -144,12 +181,22 @@ class Inspect:
                 source,
                 encode,
                 encode.processor,
-                max_tokens=self.sequence_length or config.llm_config.max_position_embeddings,
+                max_tokens=self.sequence_length or min(rows.sequence_length, positions),
+                max_crops=self.max_crops or rows.max_crops,
                 visual_tokens=config.num_visual_tokens if expands else 1,
-                max_bad_fraction=self.bad_share,
+                max_bad_fraction=self.max_bad_share,
                 limit=self.limit,
                 on_progress=add_bar("records"),
             )
+
+    def _with_frames(self, processor: Processor) -> Processor:
+        config = processor.config
+        if self.max_frames is None:
+            return processor
+        if config.video is None:
+            raise ValueError(f"--max-frames is for videos, and {self.model} takes pictures only")
+        video = dataclasses.replace(config.video, max_frames=self.max_frames)
+        return type(processor)(dataclasses.replace(config, video=video), processor.tokenizer)
 
     def _show(self, views: Sequence[View | Fault], report: Report | None) -> None:
         """Write the page if one is wanted, and print examples or findings."""
@@ -159,21 +206,21 @@ class Inspect:
 
         if self.html is not None:
             text = make_page(views, self.source, self.model, report)
-            with atomic_path(self.html) as temporary:
+            with written(self.html) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-            print(f"wrote {self.html}", file=sys.stderr)
+            note(f"wrote {self.html}")
         if self.json:
             found = report.to_dict() if report else {"examples": [v.to_dict() for v in views]}
-            print(json.dumps({"source": self.source, "model": self.model, **found}))
+            print_json({"source": self.source, "model": self.model, **found})
         elif report is not None:
             print_report(report, Console())
         elif self.html is None:
             print_views(views, Console())
 
     def _check(self) -> None:
-        if not 0 <= self.bad_share <= 1:
-            raise UsageError(f"--bad-share must be 0 to 1, found {self.bad_share}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UsageError(f"--max-bad-share must be 0 to 1, found {self.max_bad_share}")
         if self.html is not None:
-            check_writable(self.html, (".html", ".htm"))
+            check_writable(self.html, (".html", ".htm"), [self.source])
         if self.limit is not None and not self.audit:
             raise UsageError("--limit is for --audit; --start and --count choose what is shown")

@@ -14,10 +14,25 @@ if TYPE_CHECKING:
     from nanomolmo2.generation.pipeline import Pipeline
 
 
+MODEL_FILES = (
+    *("*config.json", "processor.json", "tokenizer*.json", "*.index.json", "*.safetensors"),
+    *("vocab.json", "special_tokens_map.json", "added_tokens.json", "README.md"),
+)
+
+
 def precision(dtype: str | None, quantize: str | None) -> dict[str, Any]:
     """The options of a load that a command line gave."""
     options = {"dtype": dtype, "quantize": quantize}
     return {name: value for name, value in options.items() if value is not None}
+
+
+def files_of(model: str) -> list[Path]:
+    """The folder and the files of a model on this disk, which no output may replace."""
+    if model == "tiny" and not os.path.isdir(model):
+        model = str(Path(__file__).parents[1] / "assets" / "tiny")
+    if not os.path.isdir(model):
+        return [Path(model)]
+    return [Path(model)] + [path for pattern in MODEL_FILES for path in Path(model).glob(pattern)]
 
 
 def load_pipeline(name: str, cache_dir: Path, **options: Any) -> Pipeline:

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import UseAppendAction, arg
 
@@ -46,9 +46,13 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class AtLeast:
-    """The smallest value of an option that is a number, a mark in its ``Annotated`` type."""
+    """The smallest value of an option that is a number, a mark in its ``Annotated`` type.
+
+    The largest is what torch and NumPy can hold.
+    """
 
     least: int
+    most: ClassVar[int] = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,7 @@ class GenerationOptions:
     top_k: Annotated[
         int,
         arg(metavar="K", help="with a temperature: draw only from the K likeliest; 0 = from all"),
+        AtLeast(0),
     ] = 0
     min_p: Annotated[
         float,
@@ -98,6 +103,7 @@ class GenerationOptions:
     seed: Annotated[
         int | None,
         arg(metavar="SEED", help="makes a drawn answer repeatable; none = another one each time"),
+        AtLeast(0),
     ] = None
     stop: Annotated[
         UseAppendAction[tuple[str, ...]],
@@ -139,7 +145,6 @@ class GenerationOptions:
 _SAMPLING = {
     "temperature": "must be 0 or more",
     "top_p": "must be above 0 and at most 1",
-    "top_k": "must be 0 or more",
     "min_p": "must be 0 to 1",
     "repetition_penalty": "must be above 0",
     "stop": "must not be empty",
@@ -164,7 +169,7 @@ def check_sampling(options: Mapping[str, Any]) -> None:
 def check_ranges(command: object) -> None:
     """Compare the numbers of a command with what their `AtLeast` marks say.
 
-    Raises: UsageError for the first that is too small.
+    Raises: UsageError for the first that is too small or too large.
     """
     for name, hint in typing.get_type_hints(type(command), include_extras=True).items():
         value = getattr(command, name)
@@ -174,6 +179,10 @@ def check_ranges(command: object) -> None:
             for number in value if isinstance(value, tuple) else (value,):
                 if number < mark.least:
                     raise UsageError(f"{option(name)} must be {mark.least} or more, found {number}")
+                if number > mark.most:
+                    raise UsageError(
+                        f"{option(name)} must be below 2**63, found {str(number)[:30]}"
+                    )
 
 
 def option(name: str) -> str:

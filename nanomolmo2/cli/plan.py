@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from nanomolmo2.cli.options import AtLeast, Debug, UsageError, parse_size
+from nanomolmo2.cli.output import say
 
 # Options that stand for a field of the recipe of the same name.
 RECIPE_FIELDS = ("batch_size", "micro_batch_size", "sequence_length", "max_crops")
@@ -73,4 +74,4 @@ class Plan:
         changes = {name: getattr(self, name) for name in RECIPE_FIELDS}
         changes = {name: value for name, value in changes.items() if value is not None}
         made = dataclasses.replace(recipe(self.recipe), **changes)
-        print(report(setup_for(made, self.gpus, self.device, self.architecture), limit))
+        say(report(setup_for(made, self.gpus, self.device, self.architecture), limit))

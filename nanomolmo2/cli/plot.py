@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from nanomolmo2.cli.options import Debug, UsageError
-from nanomolmo2.cli.output import check_writable
+from nanomolmo2.cli.output import check_writable, say
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class Plot:
     def run(self) -> None:
         if not self.runs:
             raise UsageError("expected the folder of a run, as in: nanomolmo2 plot runs/smoke")
-        check_writable(self.out, (".png",))
+        logs = [run / "log.jsonl" if run.is_dir() else run for run in self.runs]
+        check_writable(self.out, (".png",), logs)
         from nanomolmo2.training.plot import plot_runs
 
         plot_runs(self.runs, self.out)
-        print(f"wrote {self.out}")
+        say(f"wrote {self.out}")

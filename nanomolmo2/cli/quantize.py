@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from nanomolmo2.cli.loading import files_of
 from nanomolmo2.cli.options import (
     MODEL_HELP,
     AtLeast,
@@ -18,7 +19,8 @@ from nanomolmo2.cli.options import (
     UsageError,
     library_name,
 )
-from nanomolmo2.cli.output import check_folder
+from nanomolmo2.cli.output import check_model_folder, say
+from nanomolmo2.terminal import visible
 
 if TYPE_CHECKING:
     from nanomolmo2.accelerate.quantization import LayerError
@@ -77,7 +79,8 @@ class Quantize:
             raise UsageError(
                 f"--max-error and --calibrate are for --mode int8, found --mode {self.mode}"
             )
-        check_folder(self.out)
+        image = self.picture or ASSETS / "demo" / "scene.png"
+        check_model_folder(self.out, [*files_of(self.model), image])
         from nanomolmo2.accelerate.quantization import (
             count_weights,
             is_quantized,
@@ -89,7 +92,6 @@ class Quantize:
         model, processor = load(library_name(self.model), cache_dir=self.cache_dir)
         if is_quantized(model):
             raise ValueError(f"{self.model} is quantised already: name a floating point model")
-        image = self.picture or ASSETS / "demo" / "scene.png"
         sample = processor.encode([{"role": "user", "content": self.question}], [image])
         batch = collate([sample], processor.pad_token_id).tensors()
         calibration = batch if self.calibrate else None
@@ -107,7 +109,7 @@ class Quantize:
         seconds = time.perf_counter() - start
         if self.rows:
             print_layer_errors(report[: self.rows], len(report), set(keep))
-        print(
+        say(
             f"wrote {self.out}: {size / 1e6:,.1f} MB, {size / before:.0%} of float32; loads in "
             f"{seconds:.1f} s"
         )
@@ -117,6 +119,7 @@ def print_layer_errors(rows: Sequence[LayerError], total: int, kept: set[str]) -
     """The relative errors of some layers, as a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     title = f"relative error of the output, {len(rows)} of {total} layers, largest first"
     table = Table(title=title)
@@ -126,5 +129,5 @@ def print_layer_errors(rows: Sequence[LayerError], total: int, kept: set[str]) -
     for row in rows:
         shape = " x ".join(f"{side:,}" for side in row.shape)
         precision = "fp16-weights" if row.name in kept else row.mode
-        table.add_row(row.name, shape, precision, f"{row.error:.2%}")
+        table.add_row(Text(visible(row.name)), shape, precision, f"{row.error:.2%}")
     Console().print(table)

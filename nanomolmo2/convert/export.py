@@ -11,14 +11,24 @@ from nanomolmo2.accelerate.quantization import is_quantized
 from nanomolmo2.convert.folder import write_json, write_weights, written_aside
 from nanomolmo2.convert.model_card import MARK, write_card
 from nanomolmo2.convert.molmo2 import GENERATION_NAME, molmo2_tensors
-from nanomolmo2.convert.molmo2_config import SPECIAL_IDS, molmo2_config_to_reference
+from nanomolmo2.convert.molmo2_config import (
+    FRAME_MARKS,
+    MODEL_TYPE,
+    SPECIAL_IDS,
+    molmo2_config_to_reference,
+)
 from nanomolmo2.convert.parts import CONFIG_NAME
+from nanomolmo2.convert.remote_code import auto_map, write_remote_code
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.models.presets import IMAGE_COL, IMAGE_END, IMAGE_START, LOW_RES_START
 
 if TYPE_CHECKING:
     from nanomolmo2.processor import Processor
+
+# The first that has Molmo2. Without a version, others take the tokenizer for one of an older time
+# and warn of a mistake that those had.
+TRANSFORMERS_VERSION = "5.23.0"
 
 
 def export_molmo2(
@@ -30,9 +40,9 @@ def export_molmo2(
 ) -> None:
     """Write a folder in the layout of the released Molmo2 checkpoints.
 
-    transformers, vLLM and :func:`nanomolmo2.load` read it. Files are written aside and moved in
-    when all are complete; other files in the folder stay. What other programs will do differently
-    is a warning, and said in the model card.
+    transformers, vLLM and :func:`nanomolmo2.load` read it; docs/serving.md says what was run. Files
+    are written aside and moved in when all are complete; other files in the folder stay. What other
+    programs will do differently is a warning, and said in the model card.
 
     Args:
         model: with the ``pooling`` connector, named vision layers and rows behind the vocabulary.
@@ -54,13 +64,14 @@ def export_molmo2(
 
         check_agreement(model.config, processor)
     notes = _notes(model, processor)
-    with written_aside(out_dir) as aside:
+    with written_aside(out_dir, MODEL_TYPE) as aside:
         write_json(aside / CONFIG_NAME, _config(model, processor))
         write_json(aside / GENERATION_NAME, _generation_config(model, processor))
         if processor is not None:
             from nanomolmo2.convert.molmo2_processor import write_molmo2_processor
 
             write_molmo2_processor(processor, aside, model.config)
+        write_remote_code(aside)
         write_card(aside, out_dir, _card(model, notes))
         write_weights(tensors, aside, max_shard_size)
     for note in notes:
@@ -69,18 +80,32 @@ def export_molmo2(
 
 def _config(model: NanoMolmo2, processor: Processor | None) -> dict[str, Any]:
     values = molmo2_config_to_reference(model.config)
-    values["dtype"] = str(model.llm.embed_tokens.weight.dtype).removeprefix("torch.")
+    values["dtype"] = _stored_dtype(model)
+    values["transformers_version"] = TRANSFORMERS_VERSION
+    values["auto_map"] = auto_map("AutoConfig", "AutoModelForImageTextToText")
     if processor is not None:
         from nanomolmo2.processor.tokenizer import MOLMO2_TOKENS
 
         known = processor.tokenizer.special_ids
         tokens = {name: MOLMO2_TOKENS[offset] for name, offset in SPECIAL_IDS.items()}
         values |= {name: known[t] for name, t in tokens.items() if t in known}
+        video = processor.config.video
+        marked = video is not None and video.use_frame_special_tokens
+        values["use_frame_special_tokens"] = marked
+        if not marked:
+            values |= {frame: values[image] for frame, image in FRAME_MARKS.items()}
     return values
 
 
+def _stored_dtype(model: NanoMolmo2) -> str:
+    return str(model.llm.embed_tokens.weight.dtype).removeprefix("torch.")
+
+
 def _generation_config(model: NanoMolmo2, processor: Processor | None) -> dict[str, Any]:
-    """A prompt begins with the token that ends an answer, and so it is written here."""
+    """The likeliest token each time; a prompt begins with the token that ends an answer.
+
+    transformers is told by ``do_sample``, vLLM, which does not read that, by ``temperature``.
+    """
     eos = list(model.config.eos_token_ids)
     bos = eos[0] if eos else None
     if processor is not None:
@@ -92,6 +117,9 @@ def _generation_config(model: NanoMolmo2, processor: Processor | None) -> dict[s
         "bos_token_id": bos,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": model.config.pad_token_id,
+        "do_sample": False,
+        "temperature": 0.0,
+        "transformers_version": TRANSFORMERS_VERSION,
     }
 
 
@@ -104,12 +132,17 @@ def _notes(model: NanoMolmo2, processor: Processor | None) -> list[str]:
             "programs need them to answer"
         )
     else:
-        from nanomolmo2.convert.molmo2_processor import what_official_files_cannot_say
+        from nanomolmo2.convert.molmo2_processor import (
+            changed_layout,
+            what_official_files_cannot_say,
+        )
 
         if difference := what_official_files_cannot_say(processor):
+            layout = changed_layout(processor.config, model.config)
             notes.append(
                 f"Molmo2's processor files can not say that {difference}: nanomolmo2 reads its own "
                 f"nanomolmo2_processor.json, other programs prepare the same picture differently"
+                + (f"; {layout}" if layout else "")
             )
     row = model.llm.embed_tokens.weight[model.config.image_token_id]
     if largest := float(row.detach().abs().max()):
@@ -118,7 +151,13 @@ def _notes(model: NanoMolmo2, processor: Processor | None) -> list[str]:
             f"put visual tokens in its place, such as vLLM, instead of adding them answer "
             f"differently"
         )
-    if not _masks_like_molmo2(model.config):
+    if not model.config.bidirectional_image_attention:
+        notes.append(
+            "the model was not made for image tokens that see each other: vLLM reads this in "
+            "config.json (is_mm_prefix_lm), but transformers lets them see each other unless "
+            "mm_token_type_ids are left out of its inputs"
+        )
+    elif not _masks_like_molmo2(model.config):
         notes.append(
             "the model was not made for image tokens that see each other, together with the start, "
             "end and column tokens, but other programs use a Molmo2 checkpoint so"
@@ -130,7 +169,7 @@ def _masks_like_molmo2(config: NanoMolmo2Config) -> bool:
     """Whether the tokens that every image has see each other in both directions."""
     always = (IMAGE_START, IMAGE_END, IMAGE_COL, LOW_RES_START)
     ids = {config.llm_config.vocab_size + offset for offset in always}
-    return config.bidirectional_image_attention and ids <= {*config.image_special_token_ids}
+    return ids <= {*config.image_special_token_ids}
 
 
 def _card(model: NanoMolmo2, notes: Sequence[str]) -> str:
@@ -138,6 +177,7 @@ def _card(model: NanoMolmo2, notes: Sequence[str]) -> str:
     count = sum(p.numel() for p in model.parameters())
     remarks = "".join(f"- {note[0].upper()}{note[1:]}.\n" for note in notes)
     remarks = f"## Remarks\n\n{remarks}\n" if notes else ""
+    dtype = _stored_dtype(model)
     return f"""{MARK}license: apache-2.0
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -162,6 +202,13 @@ from transformers import Molmo2ForConditionalGeneration  # 5.23 or newer
 
 model = Molmo2ForConditionalGeneration.from_pretrained("path/to/this/folder")
 ```
+
+```
+vllm serve path/to/this/folder --trust-remote-code --dtype {dtype}
+```
+
+The Python files are for programs that take their classes from a checkpoint, as vLLM does with
+`--trust-remote-code`; transformers has classes of its own.
 
 {remarks}## Licence
 

@@ -3,41 +3,110 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from nanomolmo2.config import Config
-from nanomolmo2.convert.parts import CONFIG_NAME, Part
+from nanomolmo2.checks import FULL_DISK
+from nanomolmo2.config import Config, read_json_object
+from nanomolmo2.convert.leftovers import locked_folder, remove_leftovers
+from nanomolmo2.convert.parts import CONFIG_NAME, UNFINISHED, Part
 from nanomolmo2.convert.state_dict import to_reference
-from nanomolmo2.convert.tensor_files import INDEX_NAME, WEIGHTS_NAME
+from nanomolmo2.convert.tensor_files import INDEX_NAME, SAVE_ID, WEIGHTS_NAME
+from nanomolmo2.convert.tensor_writer import save_tensors
+from nanomolmo2.files import read_regular
+
+QUANTIZATION = "quantization"  # the key of a config that says how weights are quantised
+
+# Files that belong to a model, so that a folder of them alone may be written into.
+_WEIGHTS = (WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors")
+_MODEL_FILES = (
+    *(CONFIG_NAME, UNFINISHED, *_WEIGHTS, "README.md", "LICENSE*", "NOTICE", ".gitattributes"),
+    *("generation_config.json", "chat_template.*", "*processor_config.json", "*processor.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "*molmo2.py"),
+)
+# Errors of a disk that has no room or takes no files: none of them names a file.
+NO_ROOM = (*FULL_DISK, errno.EROFS)
 
 
 @contextlib.contextmanager
-def written_aside(directory: str | Path) -> Iterator[Path]:
+def written_aside(directory: str | Path, kind: str) -> Iterator[Path]:
     """Give a folder to write to, whose files are moved into ``directory`` when all are complete.
 
-    Other files in ``directory`` stay, except weights of an earlier save that are left over.
+    Other files of a model's folder stay, except weights of an earlier save that are left over. A
+    process that is killed while it writes leaves the folder as it was; one that is killed while the
+    files are moved leaves a mark in it, by which no mixture is loaded, and the whole new model
+    beside it.
 
-    Raises: ValueError for a path that is a file.
+    Args:
+        directory: new, empty, or an earlier save.
+        kind: of the model, as `kind_of` has it.
+    Raises: ValueError for a path that is a file, a folder of other things, and a model of another
+        kind; OSError naming the folder if the disk is full.
     """
     directory = Path(directory).resolve()
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file: name a folder to save the model in")
+    if directory.exists():
+        _check_place(directory, kind)
+    mark = directory / UNFINISHED
+    keep = Path(read_regular(mark, 300).decode()).name if mark.exists() else ""
+    remove_leftovers(directory, keep)
     aside = directory.with_name(f".{uuid.uuid4().hex[:8]}.tmp-{directory.name}")
-    aside.mkdir(parents=True)
-    try:
-        yield aside
+    with locked_folder(aside):
+        try:
+            yield aside
+        except BaseException as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, SafetensorError) or getattr(error, "errno", None) in NO_ROOM:
+                reason = getattr(error, "strerror", None) or error
+                raise OSError(
+                    f"could not write {directory} ({reason}): is the disk full? Nothing there was "
+                    f"changed"
+                ) from None
+            raise
         _move_into(aside, directory)
-    finally:
         shutil.rmtree(aside, ignore_errors=True)
+    remove_leftovers(directory)
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """Of a model by its config: ``qwen3``, ``nanomolmo2``, ``quantised nanomolmo2``, ..."""
+    quantised = "quantised " if config.get(QUANTIZATION) is not None else ""
+    return f"{quantised}{config.get('model_type')}"
+
+
+def _check_place(directory: Path, kind: str) -> None:
+    """Raises: ValueError where a save would be mixed with other things, or would replace a model
+    that it can not be made from again.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is a file: name a folder to save the model in")
+    try:
+        found: str | None = kind_of(read_json_object(directory / CONFIG_NAME))
+    except (OSError, ValueError):
+        found = None  # no config, or a damaged one, which a new save repairs
+    if found not in (None, "None", kind, f"quantised {kind}"):
+        raise ValueError(
+            f"{directory} holds a model of another kind, {found:.60}, which would be replaced by "
+            f"one that is {kind}: name another folder"
+        )
+    names = sorted(path.name for path in directory.iterdir())
+    others = [n for n in names if not any(fnmatch(n, pattern) for pattern in _MODEL_FILES)]
+    if found in (None, "None") and others:
+        raise ValueError(
+            f"{directory} holds other things, such as {others[0][:80]!r}, and no model: name a new "
+            f"or an empty folder"
+        )
 
 
 def write_weights(
@@ -51,7 +120,6 @@ def write_weights(
         max_shard_size: bytes, or text such as "5GB".
     """
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
 
     pieces = {n: (t,) if isinstance(t, Tensor) else tuple(t) for n, t in tensors.items()}
     plan = {name: torch.cat([p.detach().to("meta") for p in t]) for name, t in pieces.items()}
@@ -59,13 +127,13 @@ def write_weights(
     split = split_torch_state_dict_into_shards(
         plan, max_shard_size=max_shard_size, filename_pattern=pattern
     )
+    # By the id files of two saves are told apart. One file alone has none: it stays the same bits.
+    save = {SAVE_ID: uuid.uuid4().hex} if split.is_sharded else {}
     for file, names in split.filename_to_tensors.items():
         shard = {name: _joined(pieces[name]) for name in names}
-        save_file(shard, directory / file, metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read.
-        shutil.copymode(directory / CONFIG_NAME, directory / file)
+        save_tensors(shard, directory / file, {"format": "pt", **save})
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        index = {"metadata": split.metadata | save, "weight_map": split.tensor_to_filename}
         write_json(directory / INDEX_NAME, index)
 
 
@@ -95,10 +163,25 @@ def _move_into(aside: Path, directory: Path) -> None:
     if not directory.exists():
         os.replace(aside, directory)
         return
-    names = sorted(p.name for p in aside.iterdir())
+    names = sorted(path.name for path in aside.iterdir())
+    mark = directory / UNFINISHED
+    mark.write_text(aside.name, encoding="utf-8")
     for name in sorted(names, key=lambda n: n == CONFIG_NAME):
-        os.replace(aside / name, directory / name)
-    for pattern in (WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors"):
+        _put(aside / name, directory / name)
+    for pattern in _WEIGHTS:
         for old in directory.glob(pattern):
             if old.name not in names:
                 old.unlink()
+    mark.unlink()
+
+
+def _put(source: Path, target: Path) -> None:
+    """Give a file a second name, in place of what has it; ``source`` stays, for a process that is
+    killed before the last file.
+    """
+    second = source.with_name(f".{source.name}")
+    try:
+        os.link(source, second)
+    except OSError:  # drives without links
+        second = source
+    os.replace(second, target)

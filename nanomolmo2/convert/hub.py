@@ -27,11 +27,11 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from safetensors import SafetensorError
 
-from nanomolmo2.convert.folder import write_part, written_aside
+from nanomolmo2.convert.folder import NO_ROOM, kind_of, write_part, written_aside
 from nanomolmo2.convert.parts import LLM, VISION, Part, open_reference
 from nanomolmo2.convert.tensor_files import CacheFile, cache_is_intact, write_cache
+from nanomolmo2.terminal import visible
 
 PARTS = {"vision": VISION, "llm": LLM}
 
@@ -136,7 +136,7 @@ def download(
         part = PARTS[name]
         path = Path(cache_dir) / part.cache_name
         if not force and _is_current(path, part, revision):
-            console.print(f"{path} is there and intact", highlight=False)
+            _report(console, f"{path} is there and intact")
         else:
             _convert(part, path, revision, console)
         _write_folder(part, CacheFile(path), path.with_name(part.folder_name), console)
@@ -145,7 +145,7 @@ def download(
 
 
 def _convert(part: Part, path: Path, revision: str | None, console: Console) -> None:
-    console.print(f"fetching {part.repository}", highlight=False)
+    _report(console, f"fetching {part.repository}")
     wanted = (*WEIGHT_FILES, *part.companions)
     snapshot = fetch(part.repository, revision, allow_patterns=wanted)
     with _progress(console) as progress:
@@ -174,7 +174,11 @@ def _convert(part: Part, path: Path, revision: str | None, console: Console) -> 
             },
             state_dict=state_dict,
         )
-    console.print(f"wrote {path} ({path.stat().st_size / 1e9:.2f} GB)", highlight=False)
+    _report(console, f"wrote {path} ({path.stat().st_size / 1e9:.2f} GB)")
+
+
+def _report(console: Console, text: str) -> None:
+    console.print(visible(text), highlight=False, markup=False)
 
 
 def _write_folder(part: Part, cache: CacheFile, folder: Path, console: Console) -> None:
@@ -186,12 +190,9 @@ def _write_folder(part: Part, cache: CacheFile, folder: Path, console: Console) 
         return
     config = type(part.config).from_dict(cache.config)
     state_dict = {name: tensor.read() for name, tensor in cache.tensors.items()}
-    try:
-        with written_aside(folder) as aside:
-            write_part(part, config, state_dict, aside)
-    except SafetensorError as error:
-        raise OSError(f"could not write {folder} ({error}): is the disk full?") from None
-    console.print(f"wrote {folder} (the same as safetensors)", highlight=False)
+    with written_aside(folder, kind_of(part.config_to_reference(config))) as aside:
+        write_part(part, config, state_dict, aside)
+    _report(console, f"wrote {folder} (the same as safetensors)")
 
 
 def _holds_same_weights(folder: Path, part: Part, cache: CacheFile) -> bool:
@@ -400,6 +401,13 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
         raise OSError(_no_network(repository, endpoint, error)) from None
     except errors.HTTPError as error:
         raise OSError(_no_network(repository, endpoint, error)) from None
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise OSError(
+            f"could not write {repository} to {constants.HF_HUB_CACHE} ({error.strerror}): make "
+            f"room, or set HF_HOME to a folder on another disk; a download goes on where it stopped"
+        ) from None
 
 
 def _no_network(repository: str, endpoint: str, error: BaseException) -> str:

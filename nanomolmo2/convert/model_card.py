@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nanomolmo2.accelerate.quantization import count_weights
+from nanomolmo2.files import open_regular
 from nanomolmo2.models import NanoMolmo2
 
 # A card that starts with this was generated and may be written anew; another is someone's own.
@@ -15,8 +16,16 @@ CARD_NAME = "README.md"
 def write_card(aside: Path, directory: str | Path, text: str) -> None:
     """Write the card into the folder ``aside``, unless ``directory`` has one of someone's own."""
     card = Path(directory) / CARD_NAME
-    if not card.exists() or card.read_text(encoding="utf-8").startswith(MARK):
+    if not card.exists() or _begins_with_mark(card):
         (aside / CARD_NAME).write_text(text, encoding="utf-8")
+
+
+def _begins_with_mark(card: Path) -> bool:
+    try:
+        with open_regular(card) as stream:  # bytes: someone's own may be in any encoding
+            return stream.read(len(MARK) + 2).replace(b"\r\n", b"\n").startswith(MARK.encode())
+    except ValueError:
+        return False  # no file, so nothing of ours
 
 
 def model_card(model: NanoMolmo2) -> str:

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from nanomolmo2.config import read_json_object
+from nanomolmo2.config import describe, read_json_object
+from nanomolmo2.convert.config_checks import check_fields, in_file
 from nanomolmo2.convert.molmo2_config import (
     check_expressible,
     molmo2_config_from_reference,
@@ -39,19 +40,20 @@ def open_molmo2(directory: str | Path) -> tuple[NanoMolmo2, Mapping[str, Readabl
     """
     directory = Path(directory)
     values = read_config(directory)
-    try:
+    generation = read_if_there(directory / GENERATION_NAME)
+    with in_file(directory / GENERATION_NAME):
+        check_fields(generation)
+    with in_file(directory / CONFIG_NAME):
+        check_fields(values)
+        pooling_size = _pooling_size(directory)
         config = molmo2_config_from_reference(
-            values,
-            generation=read_if_there(directory / GENERATION_NAME),
-            pooling_size=_pooling_size(directory),
+            values, generation=generation, pooling_size=pooling_size
         )
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG_NAME}: {error}") from None
     tensors = open_safetensors(directory)
     for part in (config.vision_config, config.llm_config):
         # A config may count blocks that are not stored, but then those before them are.
         check_depth(part, len(tensors), str(directory))
-    model = cast(NanoMolmo2, build_on_meta(NanoMolmo2, config))
+    model = cast(NanoMolmo2, build_on_meta(NanoMolmo2, config, directory / CONFIG_NAME))
     legacy = any(name.startswith(("model.transformer.", "model.vision_")) for name in tensors)
     legacy = legacy and not any(name.startswith("model.vision_tower.") for name in tensors)
     found = from_rows(
@@ -111,7 +113,9 @@ def _pooling_size(directory: Path) -> int:
                 continue
             sides = size if isinstance(size, list) else [size, size]
             if len(sides) != 2 or sides[0] != sides[1] or type(sides[0]) is not int:
-                raise ValueError(f"pooling_size in {name} is {size}, but only squares are built")
+                raise ValueError(
+                    f"pooling_size in {name} is {describe(size)}, but only squares are built"
+                )
             return int(sides[0])
     return 2
 

@@ -45,6 +45,14 @@ SPECIAL_IDS = {
     "frame_start_token_id": FRAME_START,
     "frame_end_token_id": FRAME_END,
 }
+# Where frames have no marks of their own, these ids name an image's: vLLM puts the embeddings of
+# the two around every frame, whatever tokens the prompt has.
+FRAME_MARKS = {
+    "frame_start_token_id": "image_start_token_id",
+    "frame_end_token_id": "image_end_token_id",
+}
+# What tells vLLM whether image tokens see each other in both directions.
+_PREFIX_MASK = "is_mm_prefix_lm"
 
 _SIZES = {
     "text_config": (
@@ -203,9 +211,11 @@ def molmo2_config_from_reference(
             f"model_type {values.get('model_type')!r} is not Molmo2: expected {MODEL_TYPE!r}"
         )
     parts, own = _parts(values)
-    known = ("image_patch_id", "image_high_res_id", "use_frame_special_tokens", *SPECIAL_IDS)
+    flags = ("use_frame_special_tokens", _PREFIX_MASK)
+    known = ("image_patch_id", "image_high_res_id", *flags, *SPECIAL_IDS)
     refuse_unknown(own, known, extra=("tie_word_embeddings", "attn_implementation"))
     require(own, "tie_word_embeddings", (False, None), "the head is stored on its own")
+    require(own, _PREFIX_MASK, (True, False), "whether image tokens see each other")
     vision, adapter = parts["vision_config"], parts["adapter_config"]
     for name, part in (("vision_config", vision), ("adapter_config", adapter)):
         _check_heads(name, part)
@@ -231,11 +241,8 @@ def molmo2_config_from_reference(
             "llm_config": llm_config,
             "image_token_id": patch,
             "freeze_vision": False,
-            "bidirectional_image_attention": True,
-            "image_special_token_ids": [
-                own.get(name, llm_config.vocab_size + offset)
-                for name, offset in SPECIAL_IDS.items()
-            ],
+            "bidirectional_image_attention": own.get(_PREFIX_MASK, True),
+            "image_special_token_ids": _special_ids(own, llm_config.vocab_size),
             **_end_ids(values, generation),
         }
     )
@@ -249,6 +256,7 @@ def molmo2_config_to_reference(config: NanoMolmo2Config) -> dict[str, Any]:
     Raises: ValueError for a model that the format can not express.
     """
     check_expressible(config)
+    special = {name: config.llm_config.vocab_size + offset for name, offset in SPECIAL_IDS.items()}
     return {
         "architectures": ["Molmo2ForConditionalGeneration"],
         "model_type": MODEL_TYPE,
@@ -257,8 +265,10 @@ def molmo2_config_to_reference(config: NanoMolmo2Config) -> dict[str, Any]:
         "use_cache": True,
         "image_patch_id": config.image_token_id,
         "image_high_res_id": config.image_token_id,
-        **{name: config.llm_config.vocab_size + offset for name, offset in SPECIAL_IDS.items()},
+        **special,
+        **{frame: special[image] for frame, image in FRAME_MARKS.items()},
         "use_frame_special_tokens": False,
+        _PREFIX_MASK: config.bidirectional_image_attention,
         "text_config": from_table(_WRITTEN_TEXT, config.llm_config),
         "vit_config": from_table(_WRITTEN_VISION, config.vision_config),
         "adapter_config": from_table(_WRITTEN_ADAPTER, config.connector),
@@ -318,6 +328,15 @@ def _parts(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[s
     return parts, own
 
 
+def _special_ids(own: Mapping[str, Any], vocab_size: int) -> list[Any]:
+    """Ids of the tokens that the mask treats like image tokens."""
+    ids = {name: own.get(name, vocab_size + offset) for name, offset in SPECIAL_IDS.items()}
+    for frame, image in FRAME_MARKS.items():
+        if ids[frame] == ids[image]:  # the tokens are there all the same, unused
+            ids[frame] = vocab_size + SPECIAL_IDS[frame]
+    return list(ids.values())
+
+
 def _vision_config(vision: Mapping[str, Any]) -> VisionConfig:
     fields = {name: vision[name] for name in _SIZES["vision_config"]}
     config = VisionConfig.from_dict(
@@ -333,8 +352,8 @@ def _vision_config(vision: Mapping[str, Any]) -> VisionConfig:
 
 
 def _llm_config(text: Mapping[str, Any]) -> LLMConfig:
-    layers = text.get("rope_scaling_layers")
-    if not (layers is None or layers == list(range(text["num_hidden_layers"]))):
+    layers, depth = text.get("rope_scaling_layers"), text["num_hidden_layers"]
+    if not (layers is None or (len(layers) == depth and layers == list(range(depth)))):
         raise ValueError(
             f"text_config.rope_scaling_layers is {layers}, but every layer turns alike here"
         )

@@ -7,6 +7,7 @@ first: Molmo2's files can not say everything that a processor of ours may do.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from nanomolmo2.convert.folder import write_json
 from nanomolmo2.convert.molmo2 import OFFICIAL_PROCESSOR_NAME, PREPROCESSOR_NAME, read_if_there
 from nanomolmo2.convert.reference_config import from_table, require, square
+from nanomolmo2.convert.remote_code import auto_map
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.processor.processor import (
@@ -23,6 +25,7 @@ from nanomolmo2.processor.processor import (
     VideoConfig,
 )
 from nanomolmo2.processor.tokenizer import Tokenizer
+from nanomolmo2.processor.visual import DETAILS_START, ROW_END
 
 OWN_NAME = "nanomolmo2_processor.json"
 VIDEO_NAME = "video_preprocessor_config.json"
@@ -115,14 +118,27 @@ def write_molmo2_processor(processor: Processor, directory: Path, config: NanoMo
     settings = processor.config
     crops = settings.multicrop or _nearest_crops(settings, config)
     video = settings.video or VideoConfig()
+    if settings.multicrop is None:  # a frame is seen as a picture is
+        video = replace(video, pooling_size=crops.pooling_size)
     both = from_table(_WRITTEN_BOTH, crops)
     images = from_table(_WRITTEN_IMAGES, crops)
     videos = from_table(_WRITTEN_VIDEOS, video)
     files = {
-        PREPROCESSOR_NAME: {"image_processor_type": "Molmo2ImageProcessor", **both, **images},
-        VIDEO_NAME: {"video_processor_type": "Molmo2VideoProcessor", **both, **videos},
+        PREPROCESSOR_NAME: {
+            "image_processor_type": "Molmo2ImageProcessor",
+            "auto_map": auto_map("AutoProcessor", "AutoImageProcessor"),
+            **both,
+            **images,
+        },
+        VIDEO_NAME: {
+            "video_processor_type": "Molmo2VideoProcessor",
+            "auto_map": auto_map("AutoProcessor", "AutoVideoProcessor"),
+            **both,
+            **videos,
+        },
         OFFICIAL_PROCESSOR_NAME: {
             "processor_class": "Molmo2Processor",
+            "auto_map": auto_map("AutoProcessor"),
             **{name: accepted[0] for name, (accepted, _) in _LAYOUT.items()},
             "use_frame_special_tokens": video.use_frame_special_tokens,
         },
@@ -163,6 +179,23 @@ def what_official_files_cannot_say(processor: Processor) -> str | None:
     if settings.image_token != ProcessorConfig.molmo2().image_token:
         parts.append(f"the image token is {settings.image_token!r}")
     return " and ".join(parts) or None
+
+
+def changed_layout(settings: ProcessorConfig, config: NanoMolmo2Config) -> str | None:
+    """How other programs lay out a picture of a processor without crops; None if as it does."""
+    if settings.multicrop is not None:
+        return None
+    crops = _nearest_crops(settings, config)
+    rows = -(-crops.patches_per_side // crops.pooling_size)
+    own = (settings.image_tokens or config.num_visual_tokens) + 2
+    overview, tile = rows * rows + 2, rows * (rows + 1) + 2
+    start, end = settings.image_start_token, settings.image_end_token
+    return (
+        f"they show it twice: as an overview (`{start}` to `{end}`), which is all that nanomolmo2 "
+        f"shows, and once more as a tile (`{DETAILS_START}` to `{end}`) of {rows} rows that end "
+        f"with `{ROW_END}`, {overview + tile} tokens for {own}; they shrink it without antialias; "
+        f"and a frame of a video begins with `{DETAILS_START}` for `{start}`"
+    )
 
 
 def _processor_config(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from nanomolmo2.config import Config, read_json_object
+from nanomolmo2.convert.config_checks import check_fields, check_limits, in_file
 from nanomolmo2.convert.reference_config import (
     llm_config_from_reference,
     llm_config_to_reference,
@@ -21,11 +22,13 @@ from nanomolmo2.convert.reference_config import (
 from nanomolmo2.convert.state_dict import from_reference
 from nanomolmo2.convert.tables import QWEN3, QWEN3_PREFIX, SIGLIP2, SIGLIP2_PREFIX, Table
 from nanomolmo2.convert.tensor_files import Readable, StoredTensor, open_safetensors
+from nanomolmo2.files import read_regular
 from nanomolmo2.models import LanguageModel, VisionEncoder
 from nanomolmo2.models.language_model import LLMConfig
 from nanomolmo2.models.vision_encoder import VisionConfig
 
 CONFIG_NAME = "config.json"
+UNFINISHED = ".unfinished-save"  # in a folder while the files of a save are moved into it
 
 
 @dataclass(frozen=True)
@@ -84,19 +87,24 @@ LLM = Part(
 )
 
 
-def build_on_meta(build: Callable[[Any], nn.Module], config: Config) -> nn.Module:
+def build_on_meta(
+    build: Callable[[Any], nn.Module], config: Config, source: str | Path | None = None
+) -> nn.Module:
     """Build a module without memory for its weights.
 
+    Args:
+        source: the file of the config, for an error.
     Raises: ValueError for sizes that no tensor can have.
     """
     try:
+        check_limits(config)
         with torch.device("meta"), _WithoutInit():
             return build(config)
-    except (TypeError, RuntimeError, OverflowError) as error:  # torch's own, one for each way
-        reason = str(error).split("\n")[0]
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # torch has one a way
+        reason = str(error).split("\n")[0][:200]
         raise ValueError(
-            f"{type(config).__name__} has sizes that can not be built ({reason}): correct "
-            f"{CONFIG_NAME}"
+            f"{'' if source is None else f'{source}: '}{type(config).__name__} has sizes that can "
+            f"not be built ({reason}): correct {CONFIG_NAME}"
         ) from error
 
 
@@ -127,9 +135,16 @@ def check_depth(config: Any, num_tensors: int, source: str) -> None:
 def read_config(directory: str | Path) -> dict[str, Any]:
     """The ``config.json`` of a checkpoint folder.
 
-    Raises: ValueError for a folder without one, or one that is not JSON.
+    Raises: ValueError for a folder without one, one that is not JSON, and a folder whose files are
+        partly of one save and partly of another.
     """
     path = Path(directory) / CONFIG_NAME
+    if (mark := path.with_name(UNFINISHED)).exists():
+        whole = path.parent.resolve().with_name(Path(read_regular(mark, 300).decode()).name)
+        raise ValueError(
+            f"{directory} holds files of two models, because a save into it goes on or was ended: "
+            f"save it again, or, if {whole} is there, move its files here and delete {mark.name}"
+        )
     if not path.exists():
         raise ValueError(
             f"{directory} holds no {CONFIG_NAME}: expected a checkpoint folder with {CONFIG_NAME} "
@@ -145,13 +160,12 @@ def open_reference(directory: str | Path, part: Part) -> tuple[nn.Module, dict[s
     """
     directory = Path(directory)
     values = read_config(directory)
-    try:
+    with in_file(directory / CONFIG_NAME):
+        check_fields(values)
         config = part.config_from_reference(values)
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG_NAME}: {error}") from None
     tensors = open_safetensors(directory)
     check_depth(config, len(tensors), str(directory))
-    module = build_on_meta(part.build, config)
+    module = build_on_meta(part.build, config, directory / CONFIG_NAME)
     if getattr(config, "tie_word_embeddings", False):
         tensors = _without_tied_head(directory, tensors, part.prefix)
     renamed: Mapping[str, Readable] = from_reference(

@@ -23,7 +23,7 @@ from torch import nn
 
 from nanomolmo2.accelerate import defaults
 from nanomolmo2.accelerate.quantization import Modes, fixed_dtypes
-from nanomolmo2.convert.folder import write_json, write_weights, written_aside
+from nanomolmo2.convert.folder import kind_of, write_json, write_weights, written_aside
 from nanomolmo2.convert.hub import WEIGHT_FILES, cache_matches, fetch
 from nanomolmo2.convert.model_card import model_card, write_card
 from nanomolmo2.convert.molmo2 import open_molmo2
@@ -221,23 +221,24 @@ def save_pretrained(
             "the model has LoRA matrices, which no checkpoint holds: merge_lora(llm, final=True) "
             "first, or write them alone with save_lora"
         )
-    with written_aside(directory) as aside:
-        state_dict = model.state_dict()
-        extra = quantization_entry(model)  # not empty: what the reference's format cannot say
+    state_dict = model.state_dict()
+    part = VISION if isinstance(model, VisionEncoder) else LLM
+    extra = quantization_entry(model)  # not empty: what the reference's format cannot say
+    if isinstance(model, NanoMolmo2):
+        config = {"model_type": MODEL_TYPE, **extra, **model.config.to_dict()}
+    elif extra:
+        config = {"model_type": own_type(part), **extra, **model.config.to_dict()}
+    else:
+        # An encoder built without its last blocks would not be the model of its own config.
+        _check_fit(build_on_meta(part.build, model.config), state_dict, "the part to save")
+        config = part.config_to_reference(model.config)
+        state_dict = to_reference(state_dict, part.table)
+    with written_aside(directory, kind_of(config)) as aside:
+        write_json(aside / CONFIG_NAME, config)
         if isinstance(model, NanoMolmo2):
-            model.config.save(aside / CONFIG_NAME, model_type=MODEL_TYPE, **extra)
             write_card(aside, directory, model_card(model))
             if processor is not None:
                 processor.save(aside)
-        elif extra:
-            part = VISION if isinstance(model, VisionEncoder) else LLM
-            model.config.save(aside / CONFIG_NAME, model_type=own_type(part), **extra)
-        else:
-            part = VISION if isinstance(model, VisionEncoder) else LLM
-            # An encoder built without its last blocks would not be the model of its own config.
-            _check_fit(build_on_meta(part.build, model.config), state_dict, "the part to save")
-            write_json(aside / CONFIG_NAME, part.config_to_reference(model.config))
-            state_dict = to_reference(state_dict, part.table)
         write_weights(tables_in_16_bit(model, state_dict), aside, max_shard_size)
 
 
@@ -296,15 +297,16 @@ def _open_whole(directory: Path) -> tuple[NanoMolmo2, Mapping[str, Readable]]:
         return open_molmo2(directory)
     if model_type != MODEL_TYPE:
         raise ValueError(
-            f"{directory} holds a checkpoint of type {model_type!r}, expected {MODEL_TYPE!r} or "
-            f"{MOLMO2!r}: a vision encoder or language model alone loads with "
-            f"VisionEncoder.from_pretrained or LanguageModel.from_pretrained"
+            f"{directory} holds a checkpoint of type (model_type in {CONFIG_NAME}) "
+            f"{model_type!r:.60}, expected {MODEL_TYPE!r} or {MOLMO2!r}: a vision encoder or "
+            f"language model alone loads with VisionEncoder.from_pretrained or "
+            f"LanguageModel.from_pretrained"
         )
     config = NanoMolmo2Config.load(directory / CONFIG_NAME, ignore=("model_type", QUANTIZATION))
     tensors, entry = open_own_tensors(directory)
     for part_config in (config.vision_config, config.llm_config):
         check_depth(part_config, len(tensors), str(directory))
-    model = cast(NanoMolmo2, build_on_meta(NanoMolmo2, config))
+    model = cast(NanoMolmo2, build_on_meta(NanoMolmo2, config, directory / CONFIG_NAME))
     prepare_parts(dict(model.named_children()), entry, directory)
     _check_fit(model, tensors, str(directory))
     return model, tensors
@@ -316,7 +318,7 @@ def _open_own_part(directory: Path, part: Part) -> tuple[nn.Module, Mapping[str,
     config = type(part.config).load(directory / CONFIG_NAME, ignore=ignored)
     tensors, entry = open_own_tensors(directory)
     check_depth(config, len(tensors), str(directory))
-    module = build_on_meta(part.build, config)
+    module = build_on_meta(part.build, config, directory / CONFIG_NAME)
     prepare_parts({part.component: module}, entry, directory)
     _check_fit(module, tensors, str(directory))
     return module, tensors
@@ -330,7 +332,7 @@ def _open_cache(part: Part, cache: CacheFile) -> tuple[nn.Module, Mapping[str, R
     except ValueError as error:
         raise ValueError(f"{cache.path}: {error}") from None
     check_depth(config, len(cache.tensors), str(cache.path))
-    module = build_on_meta(part.build, config)
+    module = build_on_meta(part.build, config, cache.path)
     _check_fit(module, cache.tensors, str(cache.path))
     return module, cache.tensors
 
@@ -358,8 +360,10 @@ def _other_model(part: Part, cache: CacheFile) -> ValueError:
     if cache.component == part.component:
         expected, found = part.config.to_dict(), cache.config
         differing = [n for n in expected if found.get(n) != expected[n]]
-        detail = "".join(f", {n} {found.get(n)} instead of {expected[n]}" for n in differing[:3])
-    source = cache.source.get("repo", "an unknown repository")
+        detail = "".join(
+            f", {n} {found.get(n)!r:.40} instead of {expected[n]}" for n in differing[:3]
+        )
+    source = f"{cache.source.get('repo', 'an unknown repository')!s:.100}"
     return ValueError(
         f"{cache.path} holds another model: found {cache.component} of {source}{detail}, expected "
         f"{part.component} of {part.repository}; replace it with `nanomolmo2 download --force`, "

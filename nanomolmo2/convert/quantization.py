@@ -17,12 +17,13 @@ from nanomolmo2.accelerate.quantization import (
     quantization_config,
     quantize,
 )
+from nanomolmo2.convert.config_checks import in_file
+from nanomolmo2.convert.folder import QUANTIZATION
 from nanomolmo2.convert.parts import CONFIG_NAME, LLM, VISION, Part, read_config
 from nanomolmo2.convert.tensor_files import Readable, open_safetensors
 from nanomolmo2.models import NanoMolmo2, VisionEncoder
 
 MODEL_TYPE = "nanomolmo2"
-QUANTIZATION = "quantization"  # the key of a config that says how weights are quantised
 TABLE = "embed_tokens.weight"
 
 Loaded = TypeVar("Loaded", bound=nn.Module)
@@ -63,11 +64,9 @@ def prepare_parts(parts: Mapping[str, nn.Module], entry: Any, directory: Path) -
             f"{directory / CONFIG_NAME}: {QUANTIZATION} has one entry a part ({', '.join(parts)}), "
             f"found {entry!r:.80}"
         )
-    try:
-        for name, description in entry.items():
+    for name, description in entry.items():
+        with in_file(directory / CONFIG_NAME, f"{QUANTIZATION}.{name}"):
             apply_quantization_config(parts[name], description)
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG_NAME}: {error}") from None
 
 
 def quantize_loaded(module: Loaded, mode: Modes) -> Loaded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -24,6 +25,7 @@ T = TypeVar("T")
 S = TypeVar("S", bound=Shaped)
 
 _LISTED = 8  # names that an error spells out before it only counts
+_LETTERS = 400  # of all of them
 
 
 def from_reference(
@@ -214,9 +216,11 @@ def check_keys(
 
 
 def _some(names: Iterable[str], separator: str = ", ") -> str:
-    names = list(names)
-    rest = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
-    return separator.join(names[:_LISTED] + rest)
+    names = [name if len(name) <= 160 else f"{name[:157]}..." for name in names]
+    ends = accumulate(len(name) + len(separator) for name in names)
+    count = min(_LISTED, max(1, sum(end <= _LETTERS for end in ends)))
+    rest = [f"and {len(names) - count} more"] if len(names) > count else []
+    return separator.join(names[:count] + rest)
 
 
 def _split_index(name: str) -> tuple[str, str]:

@@ -10,33 +10,37 @@ import functools
 import json
 import math
 import mmap
+import os
+import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanomolmo2.checks import sha256_of
 from nanomolmo2.config import read_json_object
-from nanomolmo2.files import atomic_path
+from nanomolmo2.convert.file_checks import (
+    DTYPES,
+    QUANTIZED,
+    check_archive,
+    is_plain,
+    read_header,
+)
+from nanomolmo2.convert.leftovers import lock, remove_leftovers
+from nanomolmo2.files import atomic_path, open_regular
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+SAVE_ID = "save_id"  # in the metadata of the index and of its files: those of one save
 
 CACHE_FORMAT = "nanomolmo2"
 CACHE_VERSION = 1
 COMPONENTS = ("vision_encoder", "llm")
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_QUANTIZED = {"I8": torch.int8}  # only where the config says so
 _PIECE = 1 << 20  # elements converted at a time
 _MAPPED_LIMIT = 1 << 23  # bytes of a mapped file that may stay in memory during a conversion
 
@@ -63,6 +67,7 @@ class StoredTensor:
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    version: tuple[int, ...]  # of the file whose header was read, see `_version`
 
     @property
     def numel(self) -> int:
@@ -93,12 +98,8 @@ class StoredTensor:
         if (start, stop) == (0, self.shape[0]):
             return self
         row = math.prod(self.shape[1:])
-        return StoredTensor(
-            path=self.path,
-            offset=self.offset + start * row * self.dtype.itemsize,
-            dtype=self.dtype,
-            shape=(stop - start, *self.shape[1:]),
-        )
+        offset = self.offset + start * row * self.dtype.itemsize
+        return replace(self, offset=offset, shape=(stop - start, *self.shape[1:]))
 
     def equals(self, other: StoredTensor) -> bool:
         """Whether both hold the same bits."""
@@ -110,7 +111,10 @@ class StoredTensor:
 
     def _pieces(self, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Fill ``buffer`` again and again; yields (first element, the filled part)."""
-        with open(self.path, "rb", buffering=0) as stream:
+        with open_regular(self.path) as buffered:
+            stream = cast(FileIO, buffered.raw)  # straight into the tensor
+            if _version(buffered) != self.version:  # weights of two saves are no model
+                raise ValueError(f"{self.path} was replaced while it was read: load it again")
             stream.seek(self.offset)
             start = 0
             while start < self.numel:
@@ -176,17 +180,25 @@ class PatchTensor:
         return vectors.view(D, P, P, C).permute(0, 3, 1, 2).contiguous()
 
 
+class TensorFile(NamedTuple):
+    """A safetensors file whose header was read."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, Any]
+
+
 def open_safetensors(directory: str | Path, *, quantized: bool = False) -> dict[str, StoredTensor]:
     """List the tensors of a checkpoint folder: ``model.safetensors``, or an index and its shards.
 
     Args:
         quantized: int8 tensors are expected too.
     Raises: ValueError for a folder without weights, an index that names a missing file, one outside
-        the folder or a tensor that is not in it, damaged files, tensors of other dtypes.
+        the folder or a tensor that is not in it, damaged files, tensors of other dtypes, files of
+        two saves.
     """
     directory = Path(directory)
     if (directory / WEIGHTS_NAME).exists():
-        return _open_file(directory / WEIGHTS_NAME, quantized)
+        return open_tensor_file(directory / WEIGHTS_NAME, quantized=quantized).tensors
     if not (directory / INDEX_NAME).exists():
         others = sorted(p.name for p in directory.glob("*.bin"))
         remedy = (
@@ -202,7 +214,8 @@ def open_safetensors(directory: str | Path, *, quantized: bool = False) -> dict[
 
 def _open_shards(directory: Path, quantized: bool) -> dict[str, StoredTensor]:
     index = directory / INDEX_NAME
-    weight_map = read_json_object(index).get("weight_map")
+    values = read_json_object(index)
+    weight_map, about = values.get("weight_map"), values.get("metadata")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise ValueError(f"{index}: expected weight_map to map tensor names to file names")
     files = sorted(set(weight_map.values()))
@@ -210,20 +223,28 @@ def _open_shards(directory: Path, quantized: bool) -> dict[str, StoredTensor]:
     outside = [f for f in files if f != Path(f).name or "\\" in f or f in ("", ".", "..")]
     if outside:
         raise ValueError(
-            f"{index} points outside its folder: {', '.join(outside)}; do not trust this checkpoint"
+            f"{index} points outside its folder: {', '.join(outside)[:200]}; do not trust this "
+            f"checkpoint"
         )
-    missing = [f for f in files if not (directory / f).exists()]
+    missing = [f for f in files if not _is_there(directory / f)]
     if missing:
         raise ValueError(
             f"{directory}: {len(missing)} of {len(files)} weight files are missing: "
-            f"{', '.join(missing[:8])}; download or copy them again"
+            f"{', '.join(missing[:8])[:500]}; download or copy them again"
         )
+    save = about.get(SAVE_ID) if isinstance(about, dict) else None  # older and others' have none
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        for name, tensor in _open_file(directory / file, quantized).items():
+        opened = open_tensor_file(directory / file, quantized=quantized)
+        if opened.metadata.get(SAVE_ID) != save:
+            raise ValueError(
+                f"{directory / file} is not of the same save as {INDEX_NAME}: the shards are of "
+                f"different checkpoints; copy or save the folder again"
+            )
+        for name, tensor in opened.tensors.items():
             if weight_map.get(name) != file:
                 raise ValueError(
-                    f"{directory / file} holds {name}, which {INDEX_NAME} places in "
+                    f"{directory / file} holds {name[:200]}, which {INDEX_NAME} places in "
                     f"{weight_map.get(name, 'no file')}: the shards are of different checkpoints"
                 )
             tensors[name] = tensor
@@ -231,44 +252,56 @@ def _open_shards(directory: Path, quantized: bool) -> dict[str, StoredTensor]:
     if absent:
         raise ValueError(
             f"{directory}: {len(absent)} tensors of {INDEX_NAME} are in none of its files, such as "
-            f"{absent[0]}: the shards are of different checkpoints"
+            f"{absent[0][:200]}: the shards are of different checkpoints"
         )
     return tensors
 
 
-def _open_file(path: Path, quantized: bool) -> dict[str, StoredTensor]:
-    dtypes = _DTYPES | _QUANTIZED if quantized else _DTYPES
+def _is_there(path: Path) -> bool:
     try:
-        # The library checks the header, that tensors do not overlap, and that they fill the file.
-        with safe_open(path, framework="pt"):
-            pass
-        with open(path, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-    except (SafetensorError, ValueError) as error:
-        with open(path, "rb") as stream:
+        return path.exists()
+    except OSError:  # a name of 300 letters
+        return False
+
+
+def open_tensor_file(path: str | Path, *, quantized: bool = False) -> TensorFile:
+    """Read the header of a safetensors file, and check it against the file.
+
+    Args:
+        quantized: int8 tensors are expected too.
+    Raises: OSError; ValueError naming the file for anything that is not a whole safetensors file,
+        and for tensors of other dtypes.
+    """
+    path = Path(path)
+    dtypes = DTYPES | QUANTIZED if quantized else DTYPES
+    with open_regular(path) as stream:
+        version, size = _version(stream), os.fstat(stream.fileno()).st_size
+        try:
+            start, entries, metadata = read_header(stream, size)
+        except (ValueError, RecursionError) as error:
+            stream.seek(0)
             is_pointer = stream.read(24).startswith(b"version https://git-lfs")
-        remedy = "run git lfs pull" if is_pointer else "download or copy it again"
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({path.stat().st_size:,} bytes; {error}): "
-            f"{remedy}"
-        ) from None
+            remedy = "run git lfs pull" if is_pointer else "download or copy it again"
+            raise ValueError(
+                f"{path} is not a whole safetensors file ({size:,} bytes; {error}): {remedy}"
+            ) from None
     tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
+    for name, entry in entries.items():
         if entry["dtype"] not in dtypes:
             raise ValueError(
-                f"{path}: {name} is stored as {entry['dtype']}, expected one of "
+                f"{path}: {name[:200]} is stored as {entry['dtype'][:20]}, expected one of "
                 f"{', '.join(dtypes)}: use the release that is not quantised"
             )
-        tensors[name] = StoredTensor(
-            path=path,
-            offset=8 + length + entry["data_offsets"][0],
-            dtype=dtypes[entry["dtype"]],
-            shape=tuple(entry["shape"]),
-        )
-    return tensors
+        offset = start + entry["data_offsets"][0]
+        dtype, shape = dtypes[entry["dtype"]], tuple(entry["shape"])
+        tensors[name] = StoredTensor(path, offset, dtype, shape, version)
+    return TensorFile(tensors, metadata)
+
+
+def _version(stream: BufferedReader) -> tuple[int, ...]:
+    """What tells an opened file from one that took its place."""
+    found = os.fstat(stream.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class CacheFile:
@@ -281,20 +314,22 @@ class CacheFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._opened: tuple[int, ...] = ()
         self._check_size()
         payload = self._load()
-        found = (payload.get("format"), payload.get("format_version"))
-        if found != (CACHE_FORMAT, CACHE_VERSION):
-            raise self._wrong(f"format {found[0]!r}, version {found[1]!r}")
+        found = [payload.get("format"), payload.get("format_version")]
+        if not is_plain(found) or found != [CACHE_FORMAT, CACHE_VERSION]:
+            raise self._wrong("format {}, version {}".format(*map(reprlib.repr, found)))
         kinds = {"component": str, "config": dict, "source": dict, "state_dict": dict}
         for name, kind in kinds.items():
             if not isinstance(payload.get(name), kind):
                 raise self._wrong(f"{name} of type {type(payload.get(name)).__name__}")
         if payload["component"] not in COMPONENTS:
-            raise self._wrong(f"component {payload['component']!r}")
+            raise self._wrong(f"component {payload['component']!r:.80}")
         state_dict = payload.pop("state_dict")
-        if not all(isinstance(t, Tensor) and t.is_floating_point() for t in state_dict.values()):
-            raise self._wrong("entries that are not floating point tensors")
+        self._check_tensors(state_dict)
+        if not all(is_plain(payload[name]) for name in ("config", "source")):
+            raise self._wrong("a config or source that is not made of a few numbers and names")
         self.component: str = payload["component"]
         self.config: dict[str, Any] = payload["config"]
         self.source: dict[str, Any] = payload["source"]
@@ -330,21 +365,41 @@ class CacheFile:
         expected, found = read_json_object(record).get("size"), self.path.stat().st_size
         if expected != found:
             raise ValueError(
-                f"{self.path} has {found:,} bytes, but {record.name} recorded {expected}: it was "
-                f"cut or replaced; make it again with `nanomolmo2 download --force`"
+                f"{self.path} has {found:,} bytes, but {record.name} recorded {expected!r:.40}: it "
+                f"was cut or replaced; make it again with `nanomolmo2 download --force`"
             )
 
     def _load(self) -> dict[str, Any]:
-        try:
-            payload = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except (FileNotFoundError, PermissionError):
-            raise
-        except Exception as error:  # a damaged pickle may raise anything
-            reason = str(error).split("\n")[0][:120]
-            raise self._wrong(f"something that torch can not load safely ({reason})") from None
+        with open_regular(self.path) as stream:
+            opened = self._opened = self._opened or _version(stream)
+            if _version(stream) != opened:
+                raise ValueError(f"{self.path} was replaced while it was read: load it again")
+            try:
+                check_archive(stream)
+                payload = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            except (FileNotFoundError, PermissionError):
+                raise
+            except Exception as error:  # a damaged pickle may raise anything
+                reason = str(error).split("\n")[0][:120]
+                raise self._wrong(f"something that torch can not load safely ({reason})") from None
         if not isinstance(payload, dict):
             raise self._wrong(type(payload).__name__)
         return payload
+
+    def _check_tensors(self, tensors: Mapping[Any, Any]) -> None:
+        """A tensor may say that it is more than it is: rows that are all the same one in the file,
+        or the rows of another one. So what they say counts, all together.
+        """
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                raise self._wrong("entries that are not floating point tensors")
+            if not isinstance(name, str) or tensor.layout != torch.strided:
+                raise self._wrong("entries that are no plain tensors with a name")
+        if not all(tensor.is_contiguous() for tensor in tensors.values()):
+            raise self._wrong("tensors whose rows do not lie one behind the other")
+        said, size = sum(t.nbytes for t in tensors.values()), self.path.stat().st_size
+        if said > size:
+            raise self._wrong(f"tensors of {said:,} bytes in a file of {size:,}")
 
     def _wrong(self, found: str) -> ValueError:
         return ValueError(
@@ -391,6 +446,7 @@ def write_cache(
     Raises: OSError if the disk is full; nothing half-written stays.
     """
     path = Path(path)
+    remove_leftovers(path)
     payload = {
         "format": CACHE_FORMAT,
         "format_version": CACHE_VERSION,
@@ -403,6 +459,7 @@ def write_cache(
         try:
             # By a stream: given a path, torch writes its random temporary name into the file.
             with open(temporary, "wb") as stream:
+                lock(stream.fileno())
                 torch.save(payload, stream)
         except RuntimeError as error:
             reason = str(error).split("\n")[0]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nanomolmo2.processor.chat import Message
+from nanomolmo2.terminal import visible
 
 __all__ = ["BadExample", "Branch", "Example", "Message", "Source"]
 
@@ -30,11 +31,19 @@ class Example:
     """Images (anything that the processor reads, in prompt order) and the branches about them.
 
     ``video``, anything that `processor.video.load_video` takes, stands in place of images.
+
+    Attributes:
+        notes: (cause, detail) of what may be a mistake in the record, for the audit.
+        unread: fields of the record that nobody reads, and that look like no picture.
+        outside: files it names that lie outside the folder of the data.
     """
 
     images: list[Any]
     branches: list[Branch]
     video: Any = None
+    notes: tuple[tuple[str, str], ...] = ()
+    unread: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
 
 
 class BadExample(Exception):
@@ -54,6 +63,24 @@ class BadExample(Exception):
 
     def __str__(self) -> str:
         return f"{self.cause}: {self.detail}"
+
+
+MAX_BRIEF = 320  # characters
+
+# Never the fault of the record that is read: a missing extra, and mistakes of this program.
+NOT_OF_A_RECORD = (ImportError, AssertionError, NameError)
+
+
+def named(error: Exception) -> str:
+    """An error nobody foresaw, in a line: its name goes first, since some say nothing else."""
+    return brief(f"{type(error).__name__}: {error}").removesuffix(":")
+
+
+def brief(text: object) -> str:
+    """One line without codes, the middle left out of a long one: errors of libraries, and those
+    that repeat what a record says."""
+    line = visible(" ".join(str(text).split()))
+    return line if len(line) <= MAX_BRIEF else f"{line[: MAX_BRIEF // 2]} ... {line[-130:]}"
 
 
 class Source(Protocol):

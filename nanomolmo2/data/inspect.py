@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 from nanomolmo2.batch import IGNORED_LABEL, PREFIX_SUBSEGMENT
-from nanomolmo2.data.example import BadExample, Branch, Example
-from nanomolmo2.data.sources import Source
+from nanomolmo2.data.example import NOT_OF_A_RECORD, BadExample, Branch, Example, brief, named
+from nanomolmo2.data.fields import RowLimits
+from nanomolmo2.data.sources import RecordSource, Source
 from nanomolmo2.processor import Encoded, Point, Processor, load_image, parse_points
 from nanomolmo2.processor.chat import TURN_END, TURN_START, read_messages
 from nanomolmo2.processor.draw import draw_frames, draw_points
@@ -143,34 +144,52 @@ class Read:
     encoded: Encoded
 
 
-def read_record(source: Source, record: int, encode: Encode) -> Read:
+def read_record(
+    source: Source, record: int, encode: Encode, limits: RowLimits | None = None
+) -> Read:
     """One record as training gets it.
 
+    Args:
+        limits: of a row; what can never fit is refused before it is decoded.
     Raises: BadExample with the cause: the source's own, ``missing picture``, ``broken picture``,
-        ``missing video``, or ``not encodable`` for what the processor refuses.
+        ``missing video``, ``too long``, or ``not encodable`` for what the processor refuses.
     """
-    example = source[record]
+    example = source.read(record, limits) if isinstance(source, RecordSource) else source[record]
     images = []
     for image in example.images:
         try:
             images.append(load_image(image))
         except FileNotFoundError as error:
-            raise BadExample("missing picture", str(error)) from None
+            raise BadExample("missing picture", brief(error)) from None
         except ValueError as error:
-            raise BadExample("broken picture", str(error)) from None
+            raise BadExample("broken picture", brief(error)) from None
     try:
         # The opened images, so that no file is decoded twice.
         return Read(example, images, encode(dataclasses.replace(example, images=[*images])))
     except FileNotFoundError as error:  # images are open by now
-        raise BadExample("missing video", str(error)) from None
+        raise BadExample("missing video", brief(error)) from None
     except ValueError as error:
-        raise BadExample("not encodable", str(error)) from None
+        raise BadExample("not encodable", brief(error)) from None
+    except NOT_OF_A_RECORD:
+        raise
+    except Exception as error:
+        raise BadExample("not encodable", named(error)) from None
 
 
-def look(source: Source, record: int, encode: Encode, processor: Processor) -> View | Fault:
-    """Everything there is to see of one record of a source."""
+def look(
+    source: Source,
+    record: int,
+    encode: Encode,
+    processor: Processor,
+    limits: RowLimits | None = None,
+) -> View | Fault:
+    """Everything there is to see of one record of a source.
+
+    Args:
+        limits: of the largest record that is shown.
+    """
     try:
-        read = read_record(source, record, encode)
+        read = read_record(source, record, encode, limits)
     except BadExample as bad:
         return Fault(record, bad.cause, bad.detail)
     prefix, rows = _split(read.encoded, _tokens(read.encoded, processor))

@@ -1,30 +1,27 @@
 """What the fields of a record mean: the layouts of several data sets -> `Example`.
 
 A layout is a function of a `Record`; whatever keeps a record from being learned from is a
-`BadExample` that names it. Images are decoded here, so a broken one shows here and nowhere later.
+`BadExample` that names it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, get_args
 
-import numpy as np
 from PIL import Image
 
-from nanomolmo2.data.example import BadExample, Branch, Example, Message
+from nanomolmo2.data.example import Branch, Example, Message
+from nanomolmo2.data.placeholders import place_tags
+from nanomolmo2.data.record import PointsScale, Prompts, Record, address_key, short
 from nanomolmo2.processor.chat import read_messages
-from nanomolmo2.processor.image import load_image
-from nanomolmo2.processor.points import Point, PointMode, Size, format_points
-from nanomolmo2.processor.video import Video, load_video
+from nanomolmo2.processor.points import SCALE, Point, PointMode, Size, format_points
 
-Prompts = Literal["natural", "styles"]
-ENDINGS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")  # of the image of an address
+__all__ = ["LAYOUTS", "PointsScale", "Prompts", "Record", "address_key", "layout_of"]
+
+TAG_COUNT = "picture tags and pictures differ"
+# What a side of the picture is in each scale of points.
+_SIDES = {"unit": 1, "percent": 100, "thousandths": SCALE}
 
 CAPTION_QUESTIONS = (
     "Describe this picture in detail.",
@@ -38,110 +35,6 @@ TRANSCRIPT_QUESTIONS = (
 )
 POINT_QUESTIONS = ("Point to {}.", "Where is {}?", "Show me {}.", "Find {}.")
 COUNT_QUESTIONS = ("How many {} are there?", "Count {}.", "What is the number of {}?")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One record and how it is to be read.
-
-    Attributes:
-        values: its fields.
-        where: file and place, for messages.
-        folder: what its paths are relative to; images of addresses lie here too.
-        rng: for whatever is drawn, such as the wording of a question; always the same for a record.
-        prompts: how captions and points are asked for, where the data set has no questions.
-        separate_turns: every turn is a branch of its own.
-    """
-
-    values: Mapping[str, Any]
-    where: str
-    folder: Path
-    rng: np.random.Generator
-    prompts: Prompts = "natural"
-    separate_turns: bool = False
-
-    def bad(self, detail: str, cause: str = "bad record") -> NoReturn:
-        raise BadExample(cause, f"{self.where}: {detail}") from None
-
-    def get(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """A field of the right type; ``default`` where there is none."""
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, kind):
-            self.bad(f"the field {name!r} is {_short(value)}, of the type {type(value).__name__}")
-        return value
-
-    # ---- images ----
-
-    def image(self, source: Any, sha256: str | None = None) -> Image.Image:
-        """Open an image given as path, address, bytes, PIL image or ``{"bytes", "path"}``.
-
-        Args:
-            sha256: checksum of the file, where the data set has one: images behind addresses
-                change, and points of another image teach nothing.
-        """
-        if isinstance(source, Mapping):
-            source = source.get("bytes") or source.get("path")
-        if isinstance(source, str):
-            source = self._find(source, sha256)
-        elif not isinstance(source, (bytes, Image.Image)):
-            self.bad(f"found {_short(source)} in place of a picture")
-        try:
-            if sha256 is not None and not isinstance(source, Image.Image):
-                source = source.read_bytes() if isinstance(source, Path) else source
-                if hashlib.sha256(source).hexdigest() != sha256.lower():
-                    self.bad(f"the picture is not the one of checksum {sha256}", "changed picture")
-            return load_image(source)
-        except FileNotFoundError:
-            self.bad(f"there is no {source}", "missing picture")
-        except (ValueError, OSError) as error:
-            self.bad(str(error), "broken picture")
-
-    def _find(self, name: str, sha256: str | None) -> Path:
-        if not re.match(r"https?://", name):
-            return self.folder / name
-        for stem in filter(None, (sha256, address_key(name))):
-            for ending in ENDINGS:
-                if (path := self.folder / (stem + ending)).is_file():
-                    return path
-        self.bad(
-            f"{name} is an address, from which nothing is downloaded here: save its picture as "
-            f"{self.folder / address_key(name)}.jpg (SHA-256 of the address)",
-            "missing picture",
-        )
-
-    def images(self) -> list[Image.Image]:
-        """Those of the field ``image`` (one or a list) or ``images``."""
-        if self.values.get("image") is not None and self.values.get("images") is not None:
-            self.bad("it has both 'image' and 'images'")
-        one = self.values.get("image")
-        sources = one if isinstance(one, list) else [one] if one is not None else None
-        return [self.image(s) for s in (sources or self.get("images", list, []))]
-
-    def video(self) -> Path | Video | None:
-        """Path of the field ``video``, or ``{"frames": [images], "times": [seconds]}`` loaded."""
-        source = self.values.get("video")
-        if source is None:
-            return None
-        if isinstance(source, str):
-            path = self.folder / source
-            if not path.is_file():
-                self.bad(f"there is no {path}", "missing video")
-            return path
-        if not isinstance(source, Mapping) or not isinstance(source.get("frames"), list):
-            self.bad(f"found {_short(source)} in place of a video")
-        frames = [self.image(frame) for frame in source["frames"]]
-        times: Any = source.get("times")
-        try:
-            return load_video((frames, times), max_frames=max(1, len(frames)))
-        except (ValueError, TypeError) as error:
-            self.bad(f"the frames and times of the video do not go together: {error}")
-
-
-def address_key(address: str) -> str:
-    """Name under which the image of an address is looked for: SHA-256 of the address, hex."""
-    return hashlib.sha256(address.encode()).hexdigest()
 
 
 # ---- conversations ----
@@ -184,30 +77,32 @@ def exchange(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def without_placeholders(record: Record, text: str, num_images: int) -> str:
-    """Take ``<image>`` and ``<video>`` out of a text: images always stand before the first.
-
-    Of several images those that stand within a sentence become "Image 1" and so on, which is
-    what the prompt calls them.
-    """
-    found = len(re.findall("<image>", text))
-    if found > num_images:
-        record.bad(f"its text shows {found} pictures, but it has {num_images}", "missing picture")
-    lines = []
-    number = 0
-    for line in text.split("\n"):
-        alone = not re.sub(r"<(image|video)>", "", line).strip()
-        pieces = line.replace("<video>", "").split("<image>")
-        names = [f"Image {number + n}" for n in range(1, len(pieces))]
-        number += len(names)
-        if alone and line.strip():  # nothing but placeholders
-            continue
-        if num_images > 1 and pieces[0].strip():
-            line = "".join(a + b for a, b in zip(pieces, [*names, ""], strict=True))
-        else:
-            line = "".join(pieces)
-        lines.append(line)
-    return "\n".join(lines).strip()
+def without_tags(
+    record: Record, messages: Sequence[Any], num_images: int, video: Any = None
+) -> list[Any]:
+    """The messages of one conversation, whose questions hold no tags of pictures any more."""
+    for message in messages:
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list):
+            _refuse_images(record, message["content"])
+    asked = [
+        place
+        for place, message in enumerate(messages)
+        if isinstance(message, Mapping)
+        and message.get("role") in ("user", "system")
+        and isinstance(message.get("content"), (str, list))
+    ]
+    try:
+        contents, problem = place_tags(
+            [messages[place]["content"] for place in asked], num_images, video is not None
+        )
+    except ValueError as error:
+        record.bad(str(error), "missing picture")
+    if problem:
+        record.notes.append((TAG_COUNT, f"{record.where}: {problem}"))
+    placed = list(messages)
+    for place, content in zip(asked, contents, strict=True):
+        placed[place] = {**messages[place], "content": content}
+    return placed
 
 
 # ---- points ----
@@ -218,27 +113,66 @@ def points_text(
 ) -> str:
     """``{"points": [{"x", "y", "label"?, "image"?, "time"?}], "label"?, "mode"?}`` -> answer.
 
-    Points are in pixels. Those of several labels become several tags, joined by commas.
+    Points are in pixels, unless ``points_scale`` says otherwise. Those of several labels become
+    several tags, joined by commas.
     """
     points = value.get("points")
     if not isinstance(points, list) or not all(_is_point(point) for point in points):
         record.bad(
-            f"found the points {_short(points)}, expected a list of {{'x': pixels, 'y': pixels}}",
+            f"found the points {short(points)}, expected a list of {{'x': pixels, 'y': pixels}}",
             "bad points",
         )
     default = value.get("label") or "point"
-    groups: dict[str, list[Point]] = {} if points else {str(default): []}
-    for point in points:
-        label = point.get("label") or default
-        if not isinstance(label, str):
-            record.bad(f"found the label {_short(label)}, expected text", "bad points")
-        groups.setdefault(label, []).append(
-            Point(point["x"], point["y"], point.get("image", 1), time=point.get("time"))
-        )
-    video_size = video.size if isinstance(video, Video) else None
+    stated = (value.get("points_scale"), record.values.get("points_scale"), record.points_scale)
+    scale = next(scale for scale in stated if scale is not None)
+    if scale not in get_args(PointsScale):
+        known = ", ".join(get_args(PointsScale))
+        record.bad(f"points_scale is {short(scale)}, expected one of {known}", "bad points")
     sizes = [image.size for image in images]
+    video_size = record.video_size(video) if points else None
+    labels = [point.get("label") or default for point in points]
+    for label in [default, *labels]:
+        if not isinstance(label, str):
+            record.bad(f"found the label {short(label)}, expected text", "bad points")
+    groups: dict[str, list[Point]] = {} if points else {default: []}
+    for point, label in zip(points, labels, strict=True):
+        number = _number_of(record, point, video)
+        size = video_size if point.get("time") is not None else None
+        if size is None and 1 <= number <= len(sizes):
+            size = sizes[number - 1]
+        x, y = _in_pixels(record, point, scale, size)
+        groups.setdefault(label, []).append(Point(x, y, number, time=point.get("time")))
     mode = value.get("mode", "point")
     return ", ".join(_format(record, *group, sizes, mode, video_size) for group in groups.items())
+
+
+def _number_of(record: Record, point: Mapping[str, Any], video: Any) -> int:
+    """Of the picture that a point lies in, after a look at its time."""
+    number, time = point.get("image", 1), point.get("time")
+    if not isinstance(number, int) or isinstance(number, bool):
+        record.bad(f"a point names the image {short(number)}, expected 1, 2, ...", "bad points")
+    if not isinstance(time, int | float | None) or isinstance(time, bool):
+        record.bad(
+            f"a point has the time {short(time)}, expected seconds as a number", "bad points"
+        )
+    if time is None and video is not None:
+        record.bad("a point in a video has no 'time': give seconds from its start", "bad points")
+    return number
+
+
+def _in_pixels(
+    record: Record, point: Mapping[str, Any], scale: str, size: Size | None
+) -> tuple[float, float]:
+    side = _SIDES.get(scale)
+    if side is None or size is None:  # without a picture it is refused where it is written
+        return point["x"], point["y"]
+    if not (0 <= point["x"] <= side and 0 <= point["y"] <= side):
+        record.bad(
+            f"the point ({point['x']}, {point['y']}) is outside of 0 to {side}, which its "
+            f"points_scale {scale!r} says",
+            "bad points",
+        )
+    return point["x"] * size[0] / side, point["y"] * size[1] / side
 
 
 def _format(
@@ -269,7 +203,7 @@ def percent_points(record: Record, points: Any, size: Size) -> list[Point]:
     if isinstance(points, Mapping) and all(isinstance(points.get(axis), list) for axis in "xy"):
         points = [{"x": x, "y": y} for x, y in zip(points["x"], points["y"], strict=False)]
     if not isinstance(points, list) or not all(_is_point(point) for point in points):
-        record.bad(f"found the points {_short(points)}", "bad points")
+        record.bad(f"found the points {short(points)}", "bad points")
     return [Point(point["x"] * size[0] / 100, point["y"] * size[1] / 100) for point in points]
 
 
@@ -293,32 +227,32 @@ def own(record: Record) -> Example:
 
 def _own_branch(record: Record, values: Any, images: list[Image.Image], video: Any) -> list[Branch]:
     if not isinstance(values, Mapping):
-        record.bad(f"found {_short(values)} in place of a branch")
+        record.bad(f"found {short(values)} in place of a branch")
     task, truth = values.get("task", ""), values.get("truth")
     if not isinstance(task, str) or not isinstance(truth, dict | None):
-        record.bad(f"task {_short(task)} must be text, truth {_short(truth)} an object")
+        record.bad(f"task {short(task)} must be text, truth {short(truth)} an object")
 
     def content(value: Any) -> Any:
         if isinstance(value, Mapping) and "points" in value:
-            return points_text(record, value, images, video)
-        if isinstance(value, list):
-            return _without_images(record, value, images, video)
+            inherited = {"points_scale": values.get("points_scale")}
+            return points_text(record, {**inherited, **value}, images, video)
         return value
 
     if values.get("messages") is not None:
         messages = values["messages"]
         if not isinstance(messages, list):
-            record.bad(f"messages is {_short(messages)}, expected a list")
+            record.bad(f"messages is {short(messages)}, expected a list")
         messages = [
             {**message, "content": content(message.get("content"))}
             if isinstance(message, Mapping)
             else message
             for message in messages
         ]
+        messages = without_tags(record, messages, len(images), video)
         return check_branch(record, messages, task, truth)
     question, answer = values.get("question"), values.get("answer")
     if answer is None and "points" in values:
-        answer = {key: values[key] for key in ("points", "label", "mode") if key in values}
+        answer = {key: values[key] for key in _POINTS if key in values}
     if answer is None and values.get("caption") is not None:
         answer = values["caption"]
         question = question or _one_of(record, CAPTION_QUESTIONS)
@@ -330,27 +264,24 @@ def _own_branch(record: Record, values: Any, images: list[Image.Image], video: A
         )
     if answer is None:
         record.bad("its question has no answer", "no answer")
-    return check_branch(record, exchange(question, content(answer)), task, truth)
+    messages = without_tags(record, exchange(question, content(answer)), len(images), video)
+    return check_branch(record, messages, task, truth)
 
 
-def _without_images(
-    record: Record, items: list[Any], images: list[Image.Image], video: Any
-) -> list[Any]:
-    """Content in parts without its images, which stand beside the messages in an example."""
-    shown = [i for i in items if isinstance(i, Mapping) and i.get("type") in ("image", "video")]
-    for item in shown:
-        if item.get(item["type"]) is not None:
+_POINTS = ("points", "label", "mode", "points_scale")
+
+
+def _refuse_images(record: Record, items: list[Any]) -> None:
+    """Content in parts names no pictures: those stand beside the messages in an example, where it
+    is checked what a record may name.
+    """
+    for item in items:
+        kind = item.get("type") if isinstance(item, Mapping) else None
+        own = kind in ("image", "video") and item.get(kind) is not None
+        if own or kind in ("image_url", "input_image", "video_url", "input_video"):
             record.bad(
-                f"a message holds {_short(item)}: give the path in 'images' or 'video' of the line"
+                f"a message holds {short(item)}: give the path in 'images' or 'video' of the line"
             )
-    num_images = sum(item["type"] == "image" for item in shown)
-    if num_images > len(images) or (len(shown) > num_images and video is None):
-        record.bad(
-            f"a message shows {num_images} pictures and {len(shown) - num_images} videos, the "
-            f"record has {len(images)} pictures and {'no' if video is None else 'a'} video",
-            "missing picture",
-        )
-    return [item for item in items if item not in shown]
 
 
 # ---- layouts of others ----
@@ -365,17 +296,17 @@ def llava(record: Record) -> Example:
     messages = []
     for turn in record.get("conversations", list, []):
         speaker = turn.get("from") if isinstance(turn, Mapping) else None
-        if speaker not in SPEAKERS or not isinstance(turn.get("value"), str):
+        role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+        if role is None or not isinstance(turn.get("value"), str):
             record.bad(
-                f"found {_short(turn)}, expected {{'from': one of {', '.join(SPEAKERS)}, 'value': "
+                f"found {short(turn)}, expected {{'from': one of {', '.join(SPEAKERS)}, 'value': "
                 f"text}}"
             )
-        text = turn["value"]
-        if SPEAKERS[speaker] == "user":
-            text = without_placeholders(record, text, len(images))
-        messages.append({"role": SPEAKERS[speaker], "content": text})
+        text = turn["value"].strip() if role == "user" else turn["value"]
+        messages.append({"role": role, "content": text})
     if not messages:
         record.bad("it has no conversation", "no answer")
+    messages = without_tags(record, messages, len(images), video)
     return Example(images, check_branch(record, messages), video)
 
 
@@ -388,10 +319,11 @@ def cauldron(record: Record) -> Example:
             (turn.get("user"), turn.get("assistant")) if isinstance(turn, Mapping) else (None, None)
         )
         if not isinstance(question, str) or not isinstance(answer, str):
-            record.bad(f"found {_short(turn)}, expected {{'user': text, 'assistant': text}}")
-        messages += exchange(without_placeholders(record, question, len(images)), answer)
+            record.bad(f"found {short(turn)}, expected {{'user': text, 'assistant': text}}")
+        messages += exchange(question.strip(), answer)
     if not messages:
         record.bad("it has no texts", "no answer")
+    messages = without_tags(record, messages, len(images))
     return Example(images, check_branch(record, messages))
 
 
@@ -464,12 +396,13 @@ def cosyn_point(record: Record) -> Example:
     branches = []
     for question, points, name in zip(questions, answers, names, strict=True):
         if not isinstance(question, str) or not isinstance(name, str):
-            record.bad(f"found the question {_short(question)} named {_short(name)}")
+            record.bad(f"found the question {short(question)} named {short(name)}")
         places = percent_points(record, points, image.size)
         answer = _format(record, name, places, [image.size], "point")
         if record.prompts == "styles":
             question = f"cosyn_point: {question.lower()}"
-        branches += check_branch(record, exchange(question, answer), "cosyn_point")
+        messages = without_tags(record, exchange(question, answer), 1)
+        branches += check_branch(record, messages, "cosyn_point")
     if not branches:
         record.bad("it has no questions", "no answer")
     return Example([image], branches)
@@ -501,7 +434,3 @@ def layout_of(values: Mapping[str, Any]) -> str:
 
 def _one_of(record: Record, options: Sequence[str]) -> str:
     return options[int(record.rng.integers(len(options)))]
-
-
-def _short(value: Any) -> str:
-    return reprlib.repr(value)

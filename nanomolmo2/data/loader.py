@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import signal
 import time
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -25,9 +25,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from nanomolmo2.batch import IGNORED_LABEL, PACK_SUBSEGMENT, PREFIX_SUBSEGMENT, Batch
 from nanomolmo2.data.example import BadExample
+from nanomolmo2.data.fields import RowLimits
 from nanomolmo2.data.inspect import Encode, read_record
 from nanomolmo2.data.mixture import Mixture, SlotStream
 from nanomolmo2.data.packing import PACKING_BUFFER, Packer, join
+from nanomolmo2.data.preflight import preflight
+from nanomolmo2.data.worker import Failure, guarded, received
 from nanomolmo2.processor import Encoded, collate
 from nanomolmo2.processor.collate import labels_of, subsegments_of
 
@@ -58,6 +61,7 @@ class Step:
         bad: examples left out since the beginning of the run, by cause.
         drawn: examples drawn since the beginning of the run.
         waited: seconds until the step was there.
+        first_bad: of every cause, a sentence on the first example that this process left out.
     """
 
     micro_batches: list[Batch]
@@ -68,6 +72,7 @@ class Step:
     bad: dict[str, int]
     drawn: int
     waited: float = 0.0
+    first_bad: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,8 @@ class PackedLoader:
                 subsegment k. ValueError for one that cannot be encoded.
             rank, world: this process of so many; ``rows.batch_size`` is a multiple of ``world``.
             workers: 1 prepares steps in another process, 0 between steps.
-            max_bad_fraction: fraction of bad examples that is put up with, below 1.
+            max_bad_fraction: fraction of bad examples that is put up with, below 1. Each counts
+                once, however often it is drawn.
             kept_bytes: most memory for images that wait in the packing buffers of this process;
                 examples beyond it are encoded a second time when they get their row.
         Raises: ValueError for numbers that do not fit each other.
@@ -167,7 +173,7 @@ class PackedLoader:
         try:
             while True:
                 start = time.perf_counter()
-                step = next(steps)
+                step = received(steps)
                 step.waited = time.perf_counter() - start
                 self.waited += step.waited
                 self._state = step.state
@@ -177,9 +183,21 @@ class PackedLoader:
                 # Left to the garbage collector, a worker may not be told and be waited for.
                 steps._shutdown_workers()
 
+    def warnings(self) -> list[str]:
+        """What is probably a mistake in the data, to be said before a run is spent on it: one
+        sentence each, see `preflight`.
+        """
+        return preflight(self._maker.mixture.sources, self._maker.limits)
+
     def state_dict(self) -> dict[str, Any]:
         """Where the data stands, for the slots of this process; plain JSON types."""
         return self._state
+
+    def expect_changes(self) -> None:
+        """The data are not what they were when the state was taken: examples that wait are read
+        anew before the next step, instead of being compared with what they were.
+        """
+        self._maker.changed = True
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the step that ``state`` came with, or that `merge_states` put together.
@@ -232,6 +250,9 @@ class _Slot:
     def __init__(self, stream: SlotStream, packer: Packer[_Waiting]) -> None:
         self.stream, self.packer = stream, packer
         self.drawn, self.bad = 0, Counter[str]()
+        self.first_bad: dict[str, str] = {}
+        # (source, index) of each, once in a process; a dict, so as to keep their order.
+        self.bad_records: dict[tuple[int, int], None] = {}
 
     def state_dict(self) -> dict[str, Any]:
         waiting = [[w.source, w.index, w.tokens, w.crops] for w in self.packer.waiting]
@@ -240,15 +261,18 @@ class _Slot:
             "pool": waiting,
             "drawn": self.drawn,
             "bad": dict(self.bad),
+            "bad_records": list(map(list, self.bad_records)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
         self.packer.waiting = [_Waiting(*numbers) for numbers in state["pool"]]
         self.drawn, self.bad = state["drawn"], Counter(state["bad"])
+        # Older states lack them.
+        self.bad_records = dict.fromkeys(map(tuple, state.get("bad_records", [])))
 
 
-class _StepMaker(IterableDataset[Step]):
+class _StepMaker(IterableDataset[Step | Failure]):
     """Makes the steps, in this process or in a worker."""
 
     def __init__(
@@ -264,10 +288,15 @@ class _StepMaker(IterableDataset[Step]):
         self.max_bad_fraction = max_bad_fraction
         self.slots = {j: _Slot(mixture.slot(j, rows.batch_size), rows.packer()) for j in slots}
         self.bytes_left = self.kept_bytes = kept_bytes
+        self.changed = False  # examples that wait may be others than those that were drawn
+        self.limits = RowLimits.of(
+            getattr(encode, "processor", None), rows.max_tokens, rows.max_crops
+        )
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[Step | Failure]:
+        is_worker = torch.utils.data.get_worker_info() is not None
         while True:
-            yield self._step()
+            yield guarded(self._step) if is_worker else self._step()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -295,6 +324,8 @@ class _StepMaker(IterableDataset[Step]):
         self.bytes_left = self.kept_bytes
 
     def _step(self) -> Step:
+        if self.changed:
+            self._read_all_again()
         step = Step([], [], [], {}, {}, {}, 0)
         counts = Counter[str]()
         slots = list(self.slots.values())
@@ -322,6 +353,7 @@ class _StepMaker(IterableDataset[Step]):
         step.counts = dict(counts)
         step.state = self.state_dict()
         step.bad = dict(sum((slot.bad for slot in slots), Counter()))
+        step.first_bad = dict(ChainMap(*(slot.first_bad for slot in slots)))
         step.drawn = sum(slot.drawn for slot in slots)
         return step
 
@@ -339,6 +371,18 @@ class _StepMaker(IterableDataset[Step]):
         """Let the slot's next example wait, if it is good."""
         source, index = slot.stream.next()
         slot.drawn += 1
+        self._wait(slot, source, index)
+
+    def _read_all_again(self) -> None:
+        """Let what waits wait as it is now."""
+        for slot in self.slots.values():
+            before, slot.packer.waiting = slot.packer.waiting, []
+            for waiting in before:
+                self._wait(slot, waiting.source, waiting.index)
+        self.changed = False
+
+    def _wait(self, slot: _Slot, source: int, index: int) -> None:
+        """Let an example wait, if it is good."""
         try:
             read = self._read(source, index)
             waiting = _Waiting(
@@ -374,7 +418,7 @@ class _StepMaker(IterableDataset[Step]):
         return read
 
     def _read(self, source: int, index: int) -> _Read:
-        read = read_record(self.mixture.sources[source], index, self.encode)
+        read = read_record(self.mixture.sources[source], index, self.encode, self.limits)
         encoded = read.encoded
         if (labels_of(encoded) == IGNORED_LABEL).all():
             raise BadExample("no answer", "nothing in it is learned")
@@ -393,15 +437,26 @@ class _StepMaker(IterableDataset[Step]):
         Raises: ValueError if there are too many by now.
         """
         slot.bad[bad.cause] += 1
-        drawn = sum(other.drawn for other in self.slots.values())
-        causes = sum((other.bad for other in self.slots.values()), Counter[str]())
-        if drawn >= FEW and causes.total() > self.max_bad_fraction * drawn:
+        slot.first_bad.setdefault(bad.cause, f"{self._name(source, index)}: {bad.detail}")
+        slots = self.slots.values()
+        if not any((source, index) in other.bad_records for other in slots):
+            slot.bad_records[source, index] = None
+        drawn = sum(other.drawn for other in slots)
+        causes = sum((other.bad for other in slots), Counter[str]())
+        if drawn < FEW or causes.total() <= self.max_bad_fraction * drawn:
+            return
+        # A record that comes again is not another bad one. A source gives no more than it has.
+        draws = zip(*(other.stream.drawn for other in slots), strict=True)
+        seen = sum(map(min, map(sum, draws), self.mixture.sizes))
+        different = sum(len(other.bad_records) for other in slots)
+        if different > self.max_bad_fraction * seen:
             listed = ", ".join(f"{cause} {n}" for cause, n in causes.most_common())
             allowed = f"{self.max_bad_fraction:.0%}"
             raise ValueError(
                 f"{causes.total()} of {drawn} examples are bad, more than {allowed} ({listed}); "
-                f"the last is {self._name(source, index)}: {bad.detail}. Mend the data, make rows "
-                f"larger if examples are too long, or allow a larger max_bad_fraction"
+                f"the last is {self._name(source, index)}: {bad.detail}; mend the data, make rows "
+                f"larger if examples are too long, or allow a larger share of bad ones "
+                f"(--max-bad-share, or max_bad_fraction of the recipe)"
             )
 
     def _name(self, source: int, index: int) -> str:

@@ -1,12 +1,13 @@
 """Files of records, none of them read whole: any record by its number, as a dict.
 
     *.jsonl     one object a line; the places of the lines are found in one pass
-    *.json      a list of objects; the only kind that is loaded whole
+    *.json      a list of objects, the only kind that is loaded whole; or one object a line
     *.parquet   row groups, the last few kept; needs the extra ``data``
     *.tar       WebDataset: members of one key are one record; the headers are read in one pass
     hub:NAME    streamed from the Hugging Face hub in stored order; needs the extra ``hub-data``
 
-All can be pickled and used after a fork: files are opened where they are read.
+All can be pickled and used after a fork: files are opened where they are read. Only regular files
+are, and nothing larger is read at once than one record may be.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import tarfile
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from importlib import import_module
 from itertools import accumulate
@@ -27,19 +28,36 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
-from nanomolmo2.data.example import BadExample
+import numpy as np
+from numpy.typing import NDArray
 
+from nanomolmo2.data.example import BadExample, brief
+from nanomolmo2.data.fields import READ
+from nanomolmo2.files import open_regular
+
+BLOCK = 2**18  # bytes of lines that are looked through at once
+_BLANK = np.isin(np.arange(256), list(b" \t\n\r\x0b\f"))
 KEPT_GROUPS = 4  # row groups of a parquet file that stay in memory
+MAX_TEXT = 32 * 2**20  # bytes of a line, or of a text in a tar: as objects 20 times as much
+MAX_LIST = 2**30  # bytes that a list of many small values may take in memory
+MAX_MEMBER = 256 * 2**20  # bytes of a picture in a tar
+MAX_GROUP, MAX_TEXTS = 2**30, 2**28  # bytes of what is read of a row group, and of its texts
 # What is read of a tar; other members (pickles, masks such as 7.seg.png) never are.
 MEMBER = re.compile(r"json|txt|(?:(\d+)\.)?(?:jpg|jpeg|png|webp|gif|bmp|tif|tiff)")
 
 
 class Row(NamedTuple):
-    """A record: its values, where it stands (for messages), what its paths are relative to."""
+    """A record: its values, where it stands (for messages), what its paths are relative to.
+
+    ``confined``: it comes from an archive or the hub, and so may name no file of this machine.
+    ``unread``: what it has beside the values that was never loaded, with what is known of it.
+    """
 
     values: dict[str, Any]
     where: str
     folder: Path
+    confined: bool = False
+    unread: Mapping[str, Any] = {}
 
 
 class Rows(Protocol):
@@ -52,45 +70,86 @@ class Rows(Protocol):
 class JsonLines:
     """One JSON object a line; blank lines do not count."""
 
+    is_cheap = True  # a record costs no more than its line
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._starts, self._numbers = array("q"), array("q")
-        position = 0
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.isspace():
-                    self._starts.append(position)
-                    self._numbers.append(number)
-                position += len(line)
+        position, number, begin, filled = 0, 1, 0, False  # of the block, of the line in work
+        with open_regular(path) as stream:
+            while block := stream.read(BLOCK):  # a line may be longer than the memory
+                values = np.frombuffer(block, np.uint8)
+                ends = np.flatnonzero(values == ord("\n"))
+                written = np.concatenate(([0], np.cumsum(~_BLANK[values], dtype=np.int32)))
+                starts = np.concatenate(([0], ends + 1))
+                counts = np.diff(written[np.append(starts, len(values))])
+                counts[0] += filled
+                starts += position
+                starts[0] = begin
+                lines = np.flatnonzero(counts[:-1])
+                self._add(starts[lines], number + lines)
+                position, number = position + len(values), number + len(ends)
+                begin, filled = int(starts[-1]), bool(counts[-1])
+        if filled:
+            self._add(np.array([begin]), np.array([number]))
+
+    def _add(self, starts: NDArray[np.int64], numbers: NDArray[np.int64]) -> None:
+        self._starts.frombytes(starts.astype(np.int64).tobytes())
+        self._numbers.frombytes(numbers.astype(np.int64).tobytes())
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, i: int) -> Row:
         where = f"{self.path}, line {self._numbers[i]}"
-        with self.path.open("rb") as stream:
+        with open_regular(self.path) as stream:
             stream.seek(self._starts[i])
-            return Row(_object(stream.readline(), where), where, self.path.parent)
+            line = stream.readline(MAX_TEXT + 1)
+        if len(line) > MAX_TEXT:
+            raise BadExample(
+                "bad record",
+                f"{where} is longer than {MAX_TEXT:,} bytes: keep pictures in files of their own",
+            )
+        return Row(_object(line, where), where, self.path.parent)
 
 
 class JsonList:
     """One JSON list of objects; loaded whole, and again in every worker process."""
 
+    is_cheap = True
+
     def __init__(self, path: Path) -> None:
         self.path = path
         if not isinstance(self._items, list):
             raise ValueError(
-                f"{path}: expected a list of records, found {type(self._items).__name__}; one "
-                f"object a line is a .jsonl file"
+                f"{path}: expected a list of records or one object a line, found "
+                f"{type(self._items).__name__}: put the records into a list, [...]"
             )
 
     @cached_property
     def _items(self) -> list[Any]:
+        with open_regular(self.path) as stream:
+            content = stream.read()
+        self._check_memory(content)
         try:
-            items: list[Any] = json.loads(self.path.read_bytes())
+            text = content.decode(json.detect_encoding(content))
+            del content  # or there would be one copy more
+            items: list[Any] = json.loads(text.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.path} is not valid JSON ({error}): copy it again") from None
+            raise ValueError(
+                f"{self.path} is neither one JSON list nor one object a line ({error}): copy it "
+                f"again"
+            ) from None
         return items
+
+    def _check_memory(self, content: bytes) -> None:
+        """Refuse what says little and takes much: an empty object of 3 bytes takes 72."""
+        values = sum(content.count(sign) for sign in (b",", b"{", b"["))
+        if len(content) < 16 * values and 2 * len(content) + 64 * values > MAX_LIST:
+            raise ValueError(
+                f"{self.path} has about {values:,} values in {len(content):,} bytes, which would "
+                f"take too much memory: write one object a line, into a .jsonl file"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -103,34 +162,68 @@ class JsonList:
         return Row(_checked(self._items[i], where), where, self.path.parent)
 
 
-class Parquet:
-    """Rows of a parquet file. A row costs the reading of its row group, unless that is kept."""
+def open_json(path: Path) -> Rows:
+    """A ``.json`` file: a list, or what people call so though it has one object a line."""
+    with open_regular(path) as stream:
+        first = b""
+        while not first.strip() and (line := stream.readline(MAX_TEXT)):
+            first = line
+        is_object = first.lstrip(b"\xef\xbb\xbf \t").startswith(b"{")
+        more = stream.readline(2).strip() if is_object else b""
+    try:
+        known = is_object and READ & json.loads(first).keys()
+    except (ValueError, RecursionError):
+        known = False
+    return JsonLines(path) if known or more.startswith(b"{") else JsonList(path)
 
-    def __init__(self, path: Path) -> None:
+
+class Parquet:
+    """Rows of a parquet file. A row costs the reading of its row group, unless that is kept.
+
+    Args:
+        fields: columns that are loaded, all by default; one of no use may be larger than all others
+            together.
+    """
+
+    def __init__(self, path: Path, fields: Collection[str] | None = None) -> None:
         self.path = path
-        metadata = self._file.metadata
+        self._columns, self._unread = [], dict[str, Any]()
+        metadata, schema = self._file.metadata, self._file.schema_arrow
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._starts = [0, *accumulate(sizes)]
+        for field in schema:
+            if fields is None or field.name in fields:
+                self._columns.append(field.name)
+            else:
+                self._unread[field.name] = _hint_of(str(field.type))
 
     @cached_property
     def _file(self) -> Any:
         parquet = optional_module("pyarrow.parquet", "data", f"to read {self.path}")
+        open_regular(self.path).close()
         try:
-            return parquet.ParquetFile(self.path, memory_map=True)
-        except ValueError as error:  # pyarrow's ArrowInvalid
+            leaves = parquet.ParquetFile(self.path, memory_map=True).schema
+            # A value that many rows share is held once: a few bytes of a file may be gigabytes.
+            shared = [
+                leaves.column(i).path
+                for i in range(len(leaves))
+                if leaves.column(i).physical_type == "BYTE_ARRAY"
+            ]
+            return parquet.ParquetFile(self.path, memory_map=True, read_dictionary=shared)
+        except (ValueError, OSError) as error:  # pyarrow's ArrowInvalid
             raise ValueError(
-                f"{self.path} is not a parquet file ({error}): copy it again"
+                f"{self.path} is not a parquet file ({brief(error)}): copy it again"
             ) from None
 
     @cached_property
     def _group(self) -> Callable[[int], Any]:
         # Without threads: those that pyarrow has begun would be lost in a fork.
         return lru_cache(KEPT_GROUPS)(
-            lambda group: self._file.read_row_group(group, use_threads=False)
+            lambda group: self._file.read_row_group(group, columns=self._columns, use_threads=False)
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_starts": self._starts}
+        return {key: self.__dict__[key] for key in ("path", "_starts", "_columns", "_unread")}
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -139,10 +232,39 @@ class Parquet:
         where = f"{self.path}, row {i}"
         group = bisect.bisect_right(self._starts, i) - 1
         try:
-            values = self._group(group).slice(i - self._starts[group], 1).to_pylist()[0]
+            self._check_size(group, where)
+            found = self._group(group).slice(i - self._starts[group], 1).to_pylist()
         except (ValueError, OSError) as error:
-            raise BadExample("bad record", f"{where} cannot be read ({error})") from None
-        return Row(values, where, self.path.parent)
+            raise BadExample("bad record", f"{where} cannot be read ({brief(error)})") from None
+        # Without a column of use there is no row either.
+        return Row(found[0] if found else {}, where, self.path.parent, unread=self._unread)
+
+    def _check_size(self, group: int, where: str) -> None:
+        """Refuse what is too large before it is read."""
+        metadata = self._file.metadata.row_group(group)
+        total = texts = 0
+        for i in range(metadata.num_columns):
+            column = metadata.column(i)
+            if column.path_in_schema.partition(".")[0] in self._columns:
+                total += column.total_uncompressed_size
+                kind = self._file.schema.column(i).logical_type.type
+                texts += column.total_uncompressed_size if kind == "STRING" else 0
+        rows = metadata.num_rows
+        if total > min(MAX_GROUP, (MAX_MEMBER + MAX_TEXT) * rows) or texts > MAX_TEXTS:
+            raise BadExample(
+                "bad record",
+                f"{where}: its row group has {total:,} bytes in {rows} rows, {texts:,} of text: "
+                f"write the file with smaller row groups, of 100 rows for instance",
+            )
+
+
+class _Member(NamedTuple):
+    """A part of a record in a tar; ``fault``: why it is not read."""
+
+    extension: str
+    offset: int
+    size: int
+    fault: str = ""
 
 
 class Tar:
@@ -154,21 +276,24 @@ class Tar:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        members: dict[str, list[tuple[str, int, int]]] = {}  # key -> (extension, offset, size)
+        members: dict[str, list[_Member]] = {}
         try:
-            with tarfile.open(path, "r:") as tar:
+            with (
+                open_regular(path) as stream,
+                tarfile.open(fileobj=stream, mode="r:") as tar,
+            ):
+                end = os.fstat(stream.fileno()).st_size
                 for member in tar:
                     folder, _, file = member.name.rpartition("/")
                     key, _, extension = file.partition(".")
-                    if not member.isreg() or not key:  # hidden files begin with the dot
+                    if member.isdir() or not key:  # hidden files begin with the dot
                         continue
                     found = members.setdefault(f"{folder}/{key}", [])
-                    extension = extension.lower()
-                    if MEMBER.fullmatch(extension):
-                        found.append((extension, member.offset_data, member.size))
-        except tarfile.TarError as error:
+                    found.append(_member(member, extension.lower(), end))
+        except (tarfile.TarError, OverflowError, EOFError) as error:
+            reason = brief(error).replace("unexpected end of data", "it breaks off")
             raise ValueError(
-                f"{path} cannot be read as a tar ({error}): copy it again, and unpack it first if "
+                f"{path} cannot be read as a tar ({reason}): copy it again, and unpack it first if "
                 f"it is compressed (gunzip), since members are read where they lie"
             ) from None
         self._keys = [key.lstrip("/") for key in members]
@@ -178,11 +303,17 @@ class Tar:
         return len(self._keys)
 
     def __getitem__(self, i: int) -> Row:
-        where = f"{self.path}, key {self._keys[i]}"
+        where = f"{self.path}, key {brief(self._keys[i])}"
         values: dict[str, Any] = {}
+        unread: dict[str, Any] = {}
         images: list[bytes] = []
-        with self.path.open("rb") as stream:
-            for extension, offset, size in self._members[i]:
+        with open_regular(self.path) as stream:
+            for extension, offset, size, fault in self._members[i]:
+                if not MEMBER.fullmatch(extension):
+                    unread[f".{extension}"] = f"a.{extension}"
+                    continue
+                if fault:
+                    raise BadExample("bad record", f"{where}: its .{extension} {fault}")
                 stream.seek(offset)
                 content = stream.read(size)
                 if extension == "json":
@@ -194,7 +325,22 @@ class Tar:
         if images:
             values = {key: value for key, value in values.items() if key != "image"}
             values["images"] = images
-        return Row(values, where, self.path.parent)
+        return Row(values, where, self.path.parent, confined=True, unread=unread)
+
+
+def _member(member: tarfile.TarInfo, extension: str, end: int) -> _Member:
+    """``end``: bytes of the whole tar."""
+    fault = ""
+    limit = MAX_TEXT if extension in ("json", "txt") else MAX_MEMBER
+    if not member.isreg():
+        fault = "is a link or a device, expected a file: pack the file itself"
+    elif member.issparse():
+        fault = "is stored with holes, expected a plain file: pack it without --sparse"
+    elif member.size > limit:
+        fault = f"has {member.size:,} bytes, expected at most {limit:,}"
+    elif member.offset_data + member.size > end:
+        fault = "breaks off: copy the tar again"
+    return _Member(extension, member.offset_data, member.size, fault)
 
 
 class HubRows:
@@ -259,7 +405,8 @@ class HubRows:
             self._ends.append(self._file.tell())
         self._file.seek(self._ends[i])
         text = self._file.read(self._ends[i + 1] - self._ends[i])
-        return Row(json.loads(text, object_hook=_bytes_from_json), where, Path())
+        values = json.loads(text, object_hook=_bytes_from_json)
+        return Row(values, where, Path(), confined=True)
 
 
 class Joined:
@@ -268,6 +415,7 @@ class Joined:
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = parts
         self._starts = [0, *accumulate(len(part) for part in parts)]
+        self.is_cheap = all(getattr(part, "is_cheap", False) for part in parts)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -281,24 +429,27 @@ KINDS: dict[str, Callable[[Path], Rows]] = {
     ".parquet": Parquet,
     ".tar": Tar,
     ".jsonl": JsonLines,
-    ".json": JsonList,
+    ".json": open_json,
 }
 
 
-def open_rows(path: str, subset: str = "", split: str = "train") -> Rows:
+def open_rows(
+    path: str, subset: str = "", split: str = "train", fields: Collection[str] | None = None
+) -> Rows:
     """Records of a file, of a folder's files, of files by a pattern (``train-*.parquet``), a hub.
 
+    Args:
+        fields: columns of parquet files that are loaded; None = all.
     Raises: FileNotFoundError; ValueError for files of unknown or several kinds or splits; and
         ImportError naming the extra that is not installed.
     """
     if path.startswith("hub:"):
         return HubRows(path.removeprefix("hub:"), subset, split)
-    files = _find_files(Path(os.path.expanduser(path)))
-    return (
-        Joined([KINDS[file.suffix](file) for file in files])
-        if files[1:]
-        else (KINDS[files[0].suffix](files[0]))
-    )
+    parts = [
+        Parquet(file, fields) if file.suffix == ".parquet" else KINDS[file.suffix](file)
+        for file in _find_files(Path(os.path.expanduser(path)))
+    ]
+    return Joined(parts) if parts[1:] else parts[0]
 
 
 def _find_files(path: Path) -> list[Path]:
@@ -330,8 +481,8 @@ def _find_files(path: Path) -> list[Path]:
     return files
 
 
-def _image_number(member: tuple[str, int, int]) -> int:
-    found = MEMBER.fullmatch(member[0])
+def _image_number(member: _Member) -> int:
+    found = MEMBER.fullmatch(member.extension)
     return int(found[1]) if found and found[1] else -1
 
 
@@ -352,6 +503,13 @@ def _object(text: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BadExample("bad record", f"{where} is not valid JSON ({error})") from None
     return _checked(values, where)
+
+
+def _hint_of(kind: str) -> str | dict[str, bytes]:
+    """Something like the values of a column that is not loaded, by its type in the schema."""
+    if "bytes: binary" in kind:  # how pictures are stored, also in lists
+        return {"bytes": b"GIF8"}
+    return kind  # says that there is something
 
 
 def _checked(values: Any, where: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def print_views(views: Iterable[View | Fault], console: Console) -> None:
     """Each example as lines of prefix, user and assistant, with token borders."""
     for view in views:
         if isinstance(view, Fault):
-            message = f"record {view.record}: {view.cause}: {visible(view.detail)}"
+            message = f"record {view.record}: {visible(f'{view.cause}: {view.detail}')}"
             console.print(Text(message, style="bold red"), soft_wrap=True)
             console.print()
             continue
@@ -58,7 +58,8 @@ def print_views(views: Iterable[View | Fault], console: Console) -> None:
             for image in (drawn or view.images)[:1]:
                 console.print(_half_blocks(image))
         for name, crop in view.crops:
-            console.print(f"  {name}: {crop.width} x {crop.height} pixels", highlight=False)
+            line = Text(f"  {visible(name)}: {crop.width} x {crop.height} pixels")
+            console.print(line)
         rows = Table.grid(padding=(0, 1))
         rows.add_column(no_wrap=True)
         rows.add_column(overflow="fold")
@@ -84,7 +85,7 @@ def print_report(report: Report, console: Console) -> None:
     for finding in report.findings:
         table.add_row(
             Text("fatal", style="bold red") if finding.fatal else Text("warning", style="yellow"),
-            finding.cause,
+            Text(visible(finding.cause)),
             str(finding.count),
             ", ".join(map(str, finding.records)),
             Text(visible(finding.detail)),
@@ -301,8 +302,20 @@ def _summary(report: Report) -> str:
         f"{visible(report.source)}: looked at {report.records} of {report.size} records, of which "
         f"{report.good} can be read: {report.branches} branches, {report.pictures} pictures, "
         f"{report.tokens:,} tokens of which {report.labels:,} are learned, the longest record "
-        f"{report.longest:,} of at most {report.max_tokens:,} tokens"
+        f"{report.longest:,} of at most {report.max_tokens:,} tokens{_beside(report)}"
     )
+
+
+def _beside(report: Report) -> str:
+    """What is no finding, and good to know."""
+    said = ""
+    if report.outside:
+        first = visible(report.outside_first)
+        said += f"; {report.outside} files outside the folder of the data (the first: {first})"
+    if report.unread:
+        listed = ", ".join(f"{visible(name)} ({n})" for name, n in sorted(report.unread.items()))
+        said += f"; fields that are not read: {listed}"
+    return said
 
 
 _PAGE = """<!DOCTYPE html>

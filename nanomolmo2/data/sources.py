@@ -17,10 +17,18 @@ from typing import Any, ClassVar, Self, get_args
 import numpy as np
 
 from nanomolmo2.config import Config
-from nanomolmo2.data.example import BadExample, Example, Source
-from nanomolmo2.data.layouts import LAYOUTS, Prompts, Record, address_key, layout_of
+from nanomolmo2.data.example import NOT_OF_A_RECORD, BadExample, Example, Source, named
+from nanomolmo2.data.fields import (
+    READ,
+    UNREAD_PICTURE,
+    RowLimits,
+    declared,
+    unread_fields,
+)
+from nanomolmo2.data.layouts import LAYOUTS, layout_of
 from nanomolmo2.data.mixture import Mixture
-from nanomolmo2.data.records import Rows, open_rows
+from nanomolmo2.data.record import Confined, PointsScale, Prompts, Record, address_key
+from nanomolmo2.data.records import Row, Rows, open_rows
 from nanomolmo2.data.registry import SOURCES
 
 __all__ = ["BadExample", "Source", "SourceConfig", "address_key", "open_mixture", "open_source"]
@@ -43,6 +51,8 @@ class SourceConfig(Config):
             bare style names of Molmo2's first stage (``long_caption 42:``, ``pointing: dogs``).
         separate_turns: the questions of a conversation do not build on each other: each becomes a
             branch of its own.
+        points_scale: of the points that records give: ``pixels``; ``unit``, 0 to 1 of each side;
+            ``percent``; ``thousandths``. A field of the same name in a record goes first.
         subset, split: which part of a data set on the hub.
         seed: of what is drawn within an example: scenes, wordings.
         options: of a registered source, as plain JSON types, such as ``{"length": 1000}``; those
@@ -58,6 +68,7 @@ class SourceConfig(Config):
     image_folder: str = ""
     prompts: Prompts = "natural"
     separate_turns: bool = False
+    points_scale: PointsScale = "pixels"
     subset: str = ""
     split: str = "train"
     seed: int = 0
@@ -67,7 +78,11 @@ class SourceConfig(Config):
         if not self.path:
             raise ValueError("path is empty: give a file, a folder, hub:NAME or emoji")
         formats = ("auto", *LAYOUTS, *SOURCES)
-        for name, known in (("format", formats), ("prompts", get_args(Prompts))):
+        for name, known in (
+            ("format", formats),
+            ("prompts", get_args(Prompts)),
+            ("points_scale", get_args(PointsScale)),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
@@ -126,19 +141,70 @@ class RecordSource:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Example:
+        return self.read(i)
+
+    def read(self, i: int, limits: RowLimits | None = None) -> Example:
+        """Example i.
+
+        Args:
+            limits: refuse what can never fit before anything of it is decoded.
+        Raises: `BadExample` for whatever is wrong with this record; IndexError past the end.
+        """
         if not 0 <= i < len(self):
             raise IndexError(f"{self.name} has no example {i}, only {len(self)}")
-        config, (values, where, folder) = self.config, self.rows[i]
-        layout = layout_of(values) if config.format == "auto" else config.format
+        where = f"{self.name}, example {i}"
+        try:
+            row = self.rows[i]
+            where = row.where
+            return self._read(row, i, limits)
+        except (BadExample, *NOT_OF_A_RECORD):
+            raise
+        except Exception as error:  # nobody can foresee what is in the records of the world
+            raise BadExample("bad record", f"{where} cannot be read ({named(error)})") from None
+
+    def layout(self, row: Row) -> str:
+        """How the fields of a record are read."""
+        return layout_of(row.values) if self.config.format == "auto" else self.config.format
+
+    def _read(self, row: Row, i: int, limits: RowLimits | None) -> Example:
+        config, layout = self.config, self.layout(row)
+        reason = limits.refuse(declared(row.values, layout)) if limits is not None else None
+        if reason is not None:
+            raise BadExample("too long", f"{row.where}: {reason}")
+        confined: Confined = "no"
+        if row.confined:
+            confined = "folder" if config.image_folder else "itself"
         record = Record(
-            values,
-            where,
-            Path(config.image_folder).expanduser() if config.image_folder else folder,
+            row.values,
+            row.where,
+            Path(config.image_folder).expanduser() if config.image_folder else row.folder,
             np.random.default_rng([config.seed, i]),
             config.prompts,
             config.separate_turns,
+            config.points_scale,
+            confined,
         )
-        return LAYOUTS[layout](record)
+        pictures, others = unread_fields({**row.values, **row.unread}, layout)
+        try:
+            example = LAYOUTS[layout](record)
+        except BadExample as bad:  # of which such a field is often the cause
+            also = f"; {unread_note(pictures[0])}" if pictures else ""
+            raise BadExample(bad.cause, f"{bad.detail}{also}") from None
+        notes = [(UNREAD_PICTURE, f"{row.where}: {unread_note(name)}") for name in pictures]
+        return replace(
+            example,
+            notes=(*notes, *record.notes),
+            unread=tuple(others),
+            outside=tuple(record.outside),
+        )
+
+
+def unread_note(name: str) -> str:
+    """What to say of a field that looks like a picture and is not read."""
+    return (
+        f"its field {name[:80]!r} looks like a picture and is not read: name it 'image', 'images' "
+        f"or 'video', or leave it out"
+    )
 
 
 def open_source(spec: str | Path | SourceConfig) -> Source:
@@ -152,7 +218,7 @@ def open_source(spec: str | Path | SourceConfig) -> Source:
     if (known := config.registered) is not None:
         options = SOURCES[known].from_dict(config.options)
         return options.open(config.seed, config.name or known)
-    source = RecordSource(open_rows(config.path, config.subset, config.split), config)
+    source = RecordSource(open_rows(config.path, config.subset, config.split, READ), config)
     if not len(source):
         raise ValueError(f"{config.path} holds no records: was it written to the end?")
     return source

@@ -64,6 +64,8 @@ from nanomolmo2.emoji.vision_stages import (
     VariedStage,
 )
 from nanomolmo2.training.loop import LoopConfig, Stage, run
+from nanomolmo2.training.metrics import info_to_people
+from nanomolmo2.training.run_folder import Resume, claimed
 
 
 def tiny_stages(
@@ -95,7 +97,7 @@ def train_tiny(
     *,
     scale: str = "full",
     seed: int = 0,
-    resume: bool = False,
+    resume: Resume = False,
     config: LoopConfig | None = None,
     evaluate: Evaluate | None = None,
 ) -> bool:
@@ -105,14 +107,15 @@ def train_tiny(
         evaluate: scores of the model, logged behind each stage that asks questions.
     Returns: whether the run finished (it may be stopped early by ``config.stop_after``).
     """
-    out = Path(out)
-    tiny = TinyForTraining(seed, scenes=scale_of(scale).look)
-    stages = tiny_stages(tiny, seed, scale, evaluate)
-    if scale_of(scale).compiled and has_compiler():
-        tiny.compile_decoder()
-    finished = run_stages(tiny, stages, out, config, resume=resume)
-    if finished:
-        save_tiny(tiny, out / "model")
+    out, config = Path(out), config or LoopConfig()
+    with claimed(out, resume, info=info_to_people(config.quiet)):
+        tiny = TinyForTraining(seed, scenes=scale_of(scale).look)
+        stages = tiny_stages(tiny, seed, scale, evaluate)
+        if scale_of(scale).compiled and has_compiler():
+            tiny.compile_decoder()
+        finished = run_stages(tiny, stages, out, config, resume=resume)
+        if finished:
+            save_tiny(tiny, out / "model")
     return finished
 
 
@@ -122,7 +125,7 @@ def run_stages(
     out: Path,
     config: LoopConfig | None = None,
     *,
-    resume: bool = False,
+    resume: Resume = False,
 ) -> bool:
     """`training.loop.run` with products in bfloat16, where the CPU has instructions for them."""
     bf16_matmul(defaults(tiny.model))

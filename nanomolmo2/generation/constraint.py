@@ -34,6 +34,7 @@ from nanomolmo2.processor.tokenizer import Tokenizer
 _TAGS = ("points", "tracks")
 _OPENINGS = tuple(f"<{tag}" for tag in _TAGS)
 _CLOSINGS = tuple(f"</{tag}>" for tag in _TAGS)
+_SINGLE = "<point"
 _COORDS = ' coords="'
 _MOST = 10**9 - 1  # nine digits: largest id, number of an image, tenth of a second
 _ASCII_BYTE = re.compile(r"<0x[0-7][0-9A-F]>")
@@ -118,6 +119,8 @@ class PointsGrammar:
         if phase == "end":
             return State("label", "", tag) if char == ">" else None
         # label
+        if part == _SINGLE and (char.isspace() or char in "/>"):
+            return None  # a tag of Molmo 1, which is read too
         if new == f"</{tag}>":
             return State()
         if part == f"</{tag}" or new in _OPENINGS or any(new == c[:-1] for c in self._others(tag)):
@@ -281,12 +284,13 @@ class PointsConstraint:
 
     def allowed(self, state: State) -> Tensor | None:
         """(tokens,) bool: which tokens may come; None = any."""
-        if state not in self._cache:
+        found: Tensor | bool | None = self._cache.get(state, False)
+        if isinstance(found, bool):  # not there; another thread may empty the cache at any time
             if len(self._cache) >= _CACHED_STATES:
                 self._cache.clear()
             free = state.phase in ("out", "label")
-            self._cache[state] = self._but_wrong(state) if free else self._right(state)
-        found = self._cache[state]
+            found = self._but_wrong(state) if free else self._right(state)
+            self._cache[state] = found
         if found is None or found.dtype == torch.bool:
             return found
         return torch.zeros_like(self._texts.written).index_fill_(0, found, True)

@@ -91,6 +91,9 @@ class SamplingParams:
                 )
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(f"logprobs must be 0 or more tokens, or None, found {self.logprobs}")
+        for seed in self.seed if isinstance(self.seed, Sequence) else (self.seed or 0,):
+            if not -(2**63) <= seed < 2**64:
+                raise ValueError(f"a seed must be below 2**64, found {str(seed)[:30]}")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(stop):
             raise ValueError(

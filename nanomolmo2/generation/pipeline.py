@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 
@@ -144,8 +144,8 @@ class Pipeline:
             keywords: fields of `GenerateOptions` and of its ``sampling`` by name, in place of those
                 of ``options``: ``max_new_tokens=64, temperature=0.5, stop=["."], seed=1``.
         Raises: ValueError for images and videos that do not open, a video where the model takes
-            none, messages out of order, a prompt longer than the model's context, sampling values
-            out of range.
+            none, messages out of order, an empty question, a prompt longer than the model's
+            context, sampling values out of range.
         """
         pieces = self.stream(
             images,
@@ -184,6 +184,7 @@ class Pipeline:
         messages = (
             [{"role": "user", "content": question}] if isinstance(question, str) else question
         )
+        _check_texts(messages, self.model.config.llm_config.max_position_embeddings)
         encoded = self.processor.encode(messages, _as_list(images), video=video)
         if messages[-1]["role"] != "user":
             raise ValueError(
@@ -347,6 +348,32 @@ class TextStream:
         self._pieces.append(piece)
         if self._on_text is not None:
             self._on_text(piece)
+
+
+# A token stands for about four characters; long ones, such as runs of spaces, for a few dozen.
+_CHARACTERS_PER_TOKEN = 32
+
+
+def _check_texts(messages: Sequence[Message], context: int) -> None:
+    """Look at what is cheap before the texts are encoded, which takes minutes for a book.
+
+    Raises: ValueError for a question of nothing but spaces, and texts that cannot fit.
+    """
+    given: Any = messages  # what is wrong with its form is said where messages are read
+    length, last = 0, []
+    for message in given if isinstance(given, Sequence) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        parts = content if isinstance(content, (list, tuple)) else [content]
+        texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+        last = [text for text in texts if isinstance(text, str)]
+        length += sum(map(len, last))
+    if last and not any(c.isprintable() and not c.isspace() for text in last for c in text):
+        raise ValueError("the question is empty: expected a text")
+    if length > _CHARACTERS_PER_TOKEN * context:
+        raise ValueError(
+            f"the question has {length:,} characters with what was said before, which the "
+            f"model's context of {context:,} tokens cannot hold: shorten it"
+        )
 
 
 def _as_list(images: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:

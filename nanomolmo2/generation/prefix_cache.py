@@ -12,6 +12,7 @@ of it. ``lookahead`` is how far that goes; a beginning can be reused only if it 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -50,9 +51,9 @@ class Prefix:
 class PrefixCache:
     """Keys and values, and visual tokens, of recent prompts: the least recently used go first.
 
-    For one model and one thread. When the model's weights change (an optimiser's step, another
-    precision, other tensors), everything is forgotten by itself; a change that PyTorch does not
-    count, such as through ``.data``, needs :meth:`clear`.
+    For one model, whose threads may share it. When the model's weights change (an optimiser's step,
+    another precision, other tensors), everything is forgotten by itself; a change that PyTorch does
+    not count, such as through ``.data``, needs :meth:`clear`.
 
     Attributes:
         max_bytes: most bytes of everything held.
@@ -70,11 +71,19 @@ class PrefixCache:
         self.reused_images = 0
         self._entries: OrderedDict[Any, tuple[Any, int]] = OrderedDict()  # key -> value, bytes
         self._stamps: dict[str, int] = {}
+        self._lock = threading.RLock()  # of all that changes; nothing is computed under it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def clear(self) -> None:
         """Forget everything."""
-        self._entries.clear()
-        self.nbytes = 0
+        with self._lock:
+            self._entries.clear()
+            self.nbytes = 0
 
     def check(self, part: str, module: nn.Module) -> None:
         """Forget everything if the weights of ``part`` are not those of the last call."""
@@ -82,9 +91,10 @@ class PrefixCache:
         stamp = hash(
             (id(module), *((w.data_ptr(), w._version, w.dtype, w.device) for w in weights))
         )
-        if self._stamps.setdefault(part, stamp) != stamp:
-            self.clear()
-            self._stamps[part] = stamp
+        with self._lock:
+            if self._stamps.setdefault(part, stamp) != stamp:
+                self.clear()
+                self._stamps[part] = stamp
 
     def find(self, keys: Keys, lookahead: int, others: Iterable[Prefix] = ()) -> tuple[Prefix, int]:
         """The longest reusable beginning of a prompt, and its length; 0 if there is none.
@@ -95,14 +105,13 @@ class PrefixCache:
         """
         best, most = Prefix(keys[:0], 0, RowCache(0)), 0
         found: Any = None
-        own = ((k, v) for k, (v, _) in self._entries.items() if isinstance(v, Prefix))
-        for key, prefix in (*own, *((None, p) for p in others)):
+        for key, prefix in (*self._prefixes(), *((None, p) for p in others)):
             shared = min(prefix.shared(keys, lookahead), len(keys) - 1)
             if shared > most and shared >= max(lookahead, prefix.lookahead):
                 best, most, found = prefix, shared, key
-        if found is not None:
-            self._entries.move_to_end(found)
-        self.reused_tokens += most
+        with self._lock:
+            self._touch(found)
+            self.reused_tokens += most
         return best, most
 
     def keep(self, prefix: Prefix) -> None:
@@ -111,19 +120,18 @@ class PrefixCache:
         if not length or length < prefix.lookahead:
             return
         keys = prefix.keys[:length]
-        for key, (held, _) in list(self._entries.items()):
-            if not isinstance(held, Prefix):
-                continue
-            n = min(len(held.keys), length)
-            if np.array_equal(held.keys[:n], keys[:n]) and held.lookahead == prefix.lookahead:
-                if len(held.keys) >= length:
-                    self._entries.move_to_end(key)
-                    return  # it is the beginning of one that is held
-                self._drop(key)  # the other way round
         row = prefix.row
         if row.capacity > (1 + _SLACK) * length:
             row = row.fork(length)
-        self._put(object(), Prefix(keys, prefix.lookahead, row), row.nbytes)
+        with self._lock:
+            for key, held in self._prefixes():
+                n = min(len(held.keys), length)
+                if np.array_equal(held.keys[:n], keys[:n]) and held.lookahead == prefix.lookahead:
+                    if len(held.keys) >= length:
+                        self._touch(key)
+                        return  # it is the beginning of one that is held
+                    self._drop(key)  # the other way round
+            self._put(object(), Prefix(keys, prefix.lookahead, row), row.nbytes)
 
     def visual_tokens(
         self, digests: Sequence[str], encode: Callable[[list[int]], Iterable[Tensor]]
@@ -135,21 +143,36 @@ class PrefixCache:
             encode: gives the features of those with these numbers.
         """
         features: dict[str, Tensor] = {}
-        for name in digests:
-            if name in self._entries:
-                self._entries.move_to_end(name)
-                features[name] = self._entries[name][0]
-        self.reused_images += sum(name in features for name in digests)
+        with self._lock:
+            for name in digests:
+                if name in self._entries:
+                    self._touch(name)
+                    features[name] = self._entries[name][0]
+            self.reused_images += sum(name in features for name in digests)
         new = {name: i for i, name in enumerate(digests) if name not in features}
         if new:
             for name, encoded in zip(new, encode(list(new.values())), strict=True):
                 features[name] = encoded.detach().clone()
-                self._put(name, features[name], features[name].nbytes)
+                with self._lock:
+                    self._put(name, features[name], features[name].nbytes)
         return [features[name] for name in digests]
+
+    # ---- the entries: call these with the lock ----
+
+    def _prefixes(self) -> list[tuple[Any, Prefix]]:
+        with self._lock:
+            return [(k, v) for k, (v, _) in self._entries.items() if isinstance(v, Prefix)]
+
+    def _touch(self, key: Any) -> None:
+        """It was used just now; another thread may have dropped it meanwhile."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
 
     def _put(self, key: Any, value: Any, nbytes: int) -> None:
         if nbytes > self.max_bytes:
             return
+        if key in self._entries:  # two threads encoded one image
+            self._drop(key)
         self._entries[key] = value, nbytes
         self.nbytes += nbytes
         while self.nbytes > self.max_bytes:

@@ -14,6 +14,7 @@ Plain Python on ints: a draft costs microseconds, a step milliseconds.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -101,9 +102,10 @@ class NgramLookup:
 class StepCosts:
     """Seconds of a decoding step by the number of token positions in it, learned as they come.
 
-    One for an engine. A median of the last steps, so that a pause of the machine does not count;
-    between the measured numbers of positions on a straight line. What was not seen for a while is
-    forgotten, and so is tried again: the machine may have been busy, contexts grow.
+    One for a model, whose engines may run in several threads. A median of the last steps, so that a
+    pause of the machine does not count; between the measured numbers of positions on a straight
+    line. What was not seen for a while is forgotten, and so is tried again: the machine may have
+    been busy, contexts grow.
     """
 
     _KEPT = 7  # steps of each number of positions
@@ -123,22 +125,26 @@ class StepCosts:
         self._median: dict[int, float] = {}
         self._trusted: list[int] = []  # sorted
         self._steps = 0
+        self._lock = threading.RLock()
         for positions, value in (seconds or {}).items():
             for _ in range(self._TRUSTED):
                 self.record(positions, value)
 
     def record(self, positions: int, seconds: float) -> None:
         """Take the time of one step. Steps with a part of a prompt in them do not belong here."""
-        self._steps += 1
-        recent = self._recent.setdefault(positions, deque(maxlen=self._KEPT))
-        recent.append(seconds)
-        self._seen[positions] = self._steps
-        self._median[positions] = median(recent)
-        old = [p for p, seen in self._seen.items() if self._steps - seen > self._FORGET_AFTER]
-        for p in old:
-            del self._recent[p], self._seen[p], self._median[p]
-        if old or len(recent) == self._TRUSTED:
-            self._trusted = sorted(p for p, r in self._recent.items() if len(r) >= self._TRUSTED)
+        with self._lock:
+            self._steps += 1
+            recent = self._recent.setdefault(positions, deque(maxlen=self._KEPT))
+            recent.append(seconds)
+            self._seen[positions] = self._steps
+            self._median[positions] = median(recent)
+            old = [p for p, seen in self._seen.items() if self._steps - seen > self._FORGET_AFTER]
+            for p in old:
+                del self._recent[p], self._seen[p], self._median[p]
+            if old or len(recent) == self._TRUSTED:
+                self._trusted = sorted(
+                    p for p, r in self._recent.items() if len(r) >= self._TRUSTED
+                )
 
     def seconds(self, positions: int) -> float:
         """Expected seconds of a step; before the first measurement in units of a single position.
@@ -147,6 +153,10 @@ class StepCosts:
         """
         if positions < 1:
             raise ValueError(f"a step has at least one position, found {positions}")
+        with self._lock:
+            return self._seconds(positions)
+
+    def _seconds(self, positions: int) -> float:
         known = self._trusted
         if not known:
             return 1 + self._SLOPE * (positions - 1)

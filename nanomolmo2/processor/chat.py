@@ -31,6 +31,9 @@ Sources: Qwen3 tokenizer_config.json; Molmo2 olmo/preprocessing/data_formatter.p
 
 from __future__ import annotations
 
+import base64
+import binascii
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,17 +70,24 @@ STYLES_WITHOUT_PREFIX = frozenset({
 class ContentItem(TypedDict):
     """A part of a message: of ``type`` text, image or video.
 
+    Parts as servers take them are read too: ``{"type": "image_url", "image_url": {"url": ...}}``,
+    ``video_url``, ``input_text``, ``input_image``, and ``{"type": "image", "url": ...}``. Their
+    address is a data URL or that of a local file (``file:///...``).
+
     ``image`` is anything that `processor.image.load_image` takes, ``video`` anything that
     `processor.video.load_video` takes; without it the item stands for the next of the images, or
     for the video, given beside the messages. ``style`` is one of Molmo2's names for kinds of
     answers, such as ``vqa2`` for short ones.
     """
 
-    type: Literal["text", "image", "video"]
+    type: Literal["text", "image", "video", "image_url", "video_url", "input_text", "input_image"]
     text: NotRequired[str]
     style: NotRequired[str]
     image: NotRequired[Any]
     video: NotRequired[Any]
+    url: NotRequired[str]
+    image_url: NotRequired[str | Mapping[str, Any]]
+    video_url: NotRequired[str | Mapping[str, Any]]
 
 
 class Message(TypedDict):
@@ -295,6 +305,7 @@ def _read_message(message: Message, number: int, styled: bool) -> Turn:
     texts, images, videos = [], [], []
     for item in content:
         part: Mapping[str, Any] = item if isinstance(item, Mapping) else {}
+        part = _as_ours(part, where)
         if part.get("type") == "text" and isinstance(part.get("text"), str):
             style = part.get("style") if styled else None
             has_prefix = style is not None and style not in STYLES_WITHOUT_PREFIX
@@ -313,6 +324,56 @@ def _read_message(message: Message, number: int, styled: bool) -> Turn:
             f"{where} is by {role!r} and holds a picture or video: only users show them"
         )
     return Turn(role, _join(texts, styled), tuple(images), tuple(videos))
+
+
+# Names of parts in the APIs of servers, and which of ours they are.
+_OF_SERVERS = {"image_url": "image", "input_image": "image", "video_url": "video"}
+_OF_SERVERS |= {"input_video": "video", "input_text": "text"}
+_DATA_URL = re.compile(r"data:([\w./+-]*)(?:;[\w=.-]+)*?;base64,", re.IGNORECASE)
+
+
+def _as_ours(part: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A part of a server's API as one of ours; others as they are."""
+    name = part.get("type")
+    if name in ("image", "video"):
+        given = part.get(name)
+        if given is None and isinstance(part.get("url"), str):  # as transformers writes it
+            return {"type": name, name: _from_address(part["url"], name, where)}
+        if isinstance(given, str) and given[:5].lower() == "data:":
+            return {**part, name: _from_address(given, name, where)}
+        return part
+    kind = _OF_SERVERS.get(name) if isinstance(name, str) else None
+    if kind is None or kind == "text":
+        return part if kind is None else {**part, "type": kind}
+    found = part.get(f"{kind}_url")
+    address = found.get("url") if isinstance(found, Mapping) else found
+    if not isinstance(address, str) or not address:
+        raise ValueError(
+            f"{where} holds a part of type {name!r} without an address, expected "
+            f"{{'type': {name!r}, '{kind}_url': {{'url': 'data:...;base64,...'}}}}"
+        )
+    return {"type": kind, kind: _from_address(address, kind, where)}
+
+
+def _from_address(address: str, kind: str, where: str) -> bytes | str:
+    """The bytes of a data URL; a local file's address as it is."""
+    if address[:5].lower() == "file:":
+        return address
+    if address[:5].lower() == "data:":
+        header = _DATA_URL.match(address[:200])
+        try:
+            if header is not None:
+                return base64.b64decode("".join(address[header.end() :].split()), validate=True)
+        except (binascii.Error, ValueError):
+            pass
+        raise ValueError(
+            f"{where} holds a data URL that cannot be read, expected 'data:{kind}/...;base64,' and "
+            f"the file in base 64"
+        )
+    raise ValueError(
+        f"{where} holds the address {address[:60]!r}: nothing is downloaded here; give a data URL "
+        f"('data:{kind}/...;base64,...') or a local file ('file:///...')"
+    )
 
 
 def _join(texts: Sequence[str], styled: bool) -> str:

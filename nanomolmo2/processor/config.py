@@ -14,6 +14,14 @@ from nanomolmo2.processor.chat import ChatFormat
 from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.processor.image import Resample
 
+# The most that a setting may ask for: a file of a few bytes is not to cost gigabytes. The released
+# models have 378 pixels, 729 patches and 8 to 24 crops; images of 4,096 tokens fill a context.
+_MOST_PIXELS = 2_048  # a side
+_MOST_PATCHES = 256  # a side
+_MOST_TOKENS = 65_536  # of an image
+_MOST_CROPPED = 50_000_000  # pixels of all crops of an image
+_MOST_FRAMES = 100_000
+
 
 @dataclass(frozen=True)
 class VideoConfig(Config):
@@ -36,6 +44,8 @@ class VideoConfig(Config):
         self.check_positive()
         if not self.max_fps > 0:
             raise ValueError(f"max_fps ({self.max_fps}) must be greater than 0")
+        _check_most("max_frames", self.max_frames, _MOST_FRAMES)
+        _check_most("pooling_size", self.pooling_size, _MOST_PATCHES)
 
 
 @dataclass(frozen=True)
@@ -91,12 +101,18 @@ class ProcessorConfig(Config):
                 f"image_tokens ({self.image_tokens}) must be at least 1, or None to let the model "
                 f"expand one image token to its visual tokens"
             )
+        _check_most("image_size", self.image_size, _MOST_PIXELS)
+        _check_most("image_tokens", self.image_tokens or 1, _MOST_TOKENS)
         if not all(std > 0 for std in self.image_std) or not self.rescale_factor > 0:
             raise ValueError(
                 f"image_std {self.image_std} and rescale_factor {self.rescale_factor} must be "
                 f"greater than 0: pixels are multiplied by the one and divided by the other"
             )
         if self.multicrop is not None:
+            _check_most("patches a side", self.multicrop.patches_per_side, _MOST_PATCHES)
+            _check_most("pooling_size", self.multicrop.pooling_size, _MOST_PATCHES)
+            pixels = self.multicrop.max_crops * self.image_size**2
+            _check_most("max_crops times the pixels of a crop", pixels, _MOST_CROPPED)
             for name, expected in _one_view(self.multicrop).items():
                 if getattr(self, name) != expected:
                     raise ValueError(
@@ -123,6 +139,11 @@ class ProcessorConfig(Config):
         if fields.get("multicrop") is not None:
             molmo2 |= _one_view(fields["multicrop"])
         return cls(**{**molmo2, **fields})
+
+
+def _check_most(name: str, found: int, most: int) -> None:
+    if found > most:
+        raise ValueError(f"{name} ({found:,}) must be at most {most:,}")
 
 
 def _one_view(crops: MultiCrop) -> dict[str, Any]:

@@ -22,6 +22,9 @@ Source: Molmo2, olmo/preprocessing/multicrop_preprocessor.py; transformers 5.23,
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,9 +33,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 
 from nanomolmo2.config import Config
 from nanomolmo2.processor.image import ImageSource, load_image
+
+_BAND = 1 << 22  # pixels of a large image that are copied at once
 
 
 @dataclass(frozen=True)
@@ -145,8 +151,16 @@ class MultiCrop(Config):
 
     def frame(self, picture: ImageSource) -> NDArray[np.float32]:
         """One frame of a video, made as an overview is: (N, 3*P*P) float32."""
-        (frame,) = resize(load_image(picture), (self.image_size, self.image_size))
-        return self._normalise(self._cut(frame, 1, 1))[0]
+        return self.patches(self.overview(load_image(picture)))
+
+    def overview(self, image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """An RGB image squashed to the size of a crop: (image_size, image_size, 3)."""
+        (squashed,) = resize(image, (self.image_size, self.image_size))
+        return squashed
+
+    def patches(self, overview: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """What `overview` gave, normalised and cut: (N, 3*P*P)."""
+        return self._normalise(self._cut(overview, 1, 1))[0]
 
     def _cut(self, canvas: NDArray[np.uint8], rows: int, cols: int) -> NDArray[np.uint8]:
         """(H, W, 3) -> (rows * cols, N, 3*P*P), in one copy."""
@@ -184,14 +198,59 @@ def resize(image: Any, *sizes: tuple[int, ...]) -> list[NDArray[np.uint8]]:
 
     Returns: arrays (height, width, 3).
     """
-    pixels = np.asarray(image)
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+    rows = _rows_between(height, [size[0] for size in sizes])
+    pixels = _rows_of(image, rows)
     resized = [np.empty((*size, 3), dtype=np.uint8) for size in sizes]
+    plane = _sparse_plane(height, width)
     for channel in range(3):  # one at a time: see the top of the file; it saves memory too
-        plane = torch.from_numpy(pixels[:, :, channel].astype(np.float32))[None, None]
+        plane[rows] = pixels[:, :, channel]
+        tensor = torch.from_numpy(plane)[None, None]
         for size, out in zip(sizes, resized, strict=True):
-            values = F.interpolate(plane, size, mode="bilinear", align_corners=False)[0, 0]
+            values = F.interpolate(tensor, size, mode="bilinear", align_corners=False)[0, 0]
             out[:, :, channel] = values.round_().clamp_(0, 255).to(torch.uint8).numpy()
     return resized
+
+
+def _sparse_plane(height: int, width: int) -> NDArray[np.float32]:
+    """(H, W) of which only some rows will be written and read: no memory stands behind others."""
+    if height * width < _BAND or not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.empty((height, width), dtype=np.float32)
+    memory = mmap.mmap(-1, 4 * height * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page spans several rows
+    return np.frombuffer(memory, dtype=np.float32).reshape(height, width)
+
+
+def _rows_between(height: int, lengths: Sequence[int]) -> NDArray[np.int64]:
+    """The rows of an image that the rows of its resized copies lie between.
+
+    PyTorch counts in float32: where a place is nearly a whole row, both neighbours are taken.
+    """
+    near = []
+    for length in lengths:
+        places = (np.arange(length) + 0.5) * (height / length) - 0.5
+        for place in (places - 0.1, places + 0.1):
+            above = np.floor(place).astype(np.int64)
+            near += [above, above + 1]
+    return np.unique(np.clip(np.concatenate(near), 0, height - 1))
+
+
+def _rows_of(image: Any, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """(rows, W, 3): some rows of an image, which as a whole is copied only if it is small."""
+    if not isinstance(image, Image.Image):
+        return np.asarray(image)[rows]
+    if image.width * image.height <= _BAND:
+        return np.asarray(image)[rows]
+    pixels = np.empty((len(rows), image.width, 3), dtype=np.uint8)
+    step = max(1, _BAND // image.width)
+    for top in range(0, image.height, step):
+        first, last = np.searchsorted(rows, (top, top + step))
+        if first < last:
+            bottom = min(image.height, top + step)
+            band = np.asarray(image.crop((0, top, image.width, bottom)))
+            pixels[first:last] = band[rows[first:last] - top]
+    return pixels
 
 
 def pool_windows(patches: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], int, int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Iterable, Sequence
+import unicodedata
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nanomolmo2.files import atomic_path
+from nanomolmo2.checks import save_image
 from nanomolmo2.processor.image import ImageSource, load_image
 from nanomolmo2.processor.points import Point
 
@@ -32,7 +34,7 @@ def draw_points(image: ImageSource, points: Iterable[Point], *, number: int = 1)
 
     Each point is a disc with its id, ringed in white and black so that it shows on any background;
     points with the same label share a colour, and the first of them carries the label. Sizes follow
-    the image's.
+    the image's. A label that the font lacks characters of is drawn as `label_marks` says.
 
     Args:
         image: image the points belong to, anything `load_image` takes.
@@ -40,8 +42,50 @@ def draw_points(image: ImageSource, points: Iterable[Point], *, number: int = 1)
         number: which image of the prompt this is, from 1.
     Returns: RGB image of the same size.
     """
+    points = list(points)
     shown = [point for point in points if point.image == number and point.time is None]
-    return _paint(image, shown, _colour_numbers(shown, by_id=False), by_id=False)
+    colours = _colour_numbers(shown, by_id=False)
+    return _paint(image, shown, colours, label_marks(points), by_id=False)
+
+
+def label_marks(points: Iterable[Point]) -> dict[str, str]:
+    """The labels that cannot be drawn, and what is drawn in their place.
+
+    Pillow's font has little more than the letters of English. Accents are left out (``cafe``);
+    a label with other characters (Chinese, Arabic, emoji) becomes ``label A``, ``label B``, in
+    order of appearance among all given points, so whoever shows the image can say what they mean.
+    """
+    labels = dict.fromkeys(label for point in points if (label := point.label))
+    lacking = [label for label in labels if any(map(_lacks, _without_accents(label)))]
+    return {label: f"label {_letters(number)}" for number, label in enumerate(lacking)}
+
+
+def _letters(number: int) -> str:
+    """A .. Z, A2 .. Z2, ..."""
+    turn, letter = divmod(number, 26)
+    return chr(ord("A") + letter) + (str(turn + 1) if turn else "")
+
+
+def _without_accents(label: str) -> str:
+    """A label as the font may have it, on one line."""
+    label = " ".join(label.split())
+    if not any(map(_lacks, label)):
+        return label
+    parts = unicodedata.normalize("NFKD", label)
+    return "".join(part for part in parts if not unicodedata.combining(part))
+
+
+@lru_cache(maxsize=4096)
+def _lacks(character: str) -> bool:
+    """Whether the font draws its empty box for a character."""
+    if character == " ":
+        return False
+    font = _font(32)
+    try:
+        drawn, box = font.getmask(character), font.getmask("\uffff")
+    except UnicodeError:  # the small font of a Pillow without FreeType, or half a pair
+        return True
+    return drawn.size == box.size and bytes(drawn) == bytes(box)
 
 
 def draw_frames(
@@ -67,6 +111,7 @@ def draw_frames(
     steps = [after - before for before, after in itertools.pairwise(times)]
     # Times in answers are written with one decimal, so even a point on a frame may be 0.05 s off.
     reach = max(steps, default=0.0) / 2 + 0.05
+    points = list(points)
     shown: list[list[Point]] = [[] for _ in frames]
     drawn: list[Point] = []
     for point in points:
@@ -79,8 +124,9 @@ def draw_frames(
             drawn.append(point)
     followed = len({(p.label, p.id) for p in drawn}) < len(drawn)
     colours = _colour_numbers(drawn, by_id=followed)
+    marks = label_marks(points)
     return [
-        _paint(frame, on_frame, colours, by_id=followed)
+        _paint(frame, on_frame, colours, marks, by_id=followed)
         for frame, on_frame in zip(frames, shown, strict=True)
     ]
 
@@ -108,15 +154,15 @@ def save_gif(
         image = frame.copy()
         image.thumbnail((max_side, max_side))
         small.append(image)
-    with atomic_path(path) as temporary:
-        small[0].save(
-            temporary,
-            format="GIF",
-            save_all=True,
-            append_images=small[1:],
-            duration=[max(20, round(1000 * step)) for step in steps],  # players slow down below 20
-            loop=0,
-        )
+    save_image(
+        small[0],
+        path,
+        "GIF",
+        save_all=True,
+        append_images=small[1:],
+        duration=[max(20, round(1000 * step)) for step in steps],  # players slow down below 20
+        loop=0,
+    )
 
 
 def _colour_key(point: Point, by_id: bool) -> Hashable:
@@ -130,7 +176,12 @@ def _colour_numbers(points: Iterable[Point], *, by_id: bool) -> dict[Hashable, i
 
 
 def _paint(
-    image: ImageSource, points: Sequence[Point], colours: dict[Hashable, int], *, by_id: bool
+    image: ImageSource,
+    points: Sequence[Point],
+    colours: Mapping[Hashable, int],
+    marks: Mapping[str, str],
+    *,
+    by_id: bool,
 ) -> Image.Image:
     """A copy of an image with points; ``colours`` has a number for each label, or label and id."""
     canvas = load_image(image).copy()
@@ -145,7 +196,8 @@ def _paint(
         canvas.paste(disc, corner, disc)
     for label in filter(None, dict.fromkeys(point.label for point in points)):
         first = next(point for point in points if point.label == label)
-        _draw_label(canvas, first, label, radius, *colours_of(first))
+        text = marks.get(label) or _without_accents(label)
+        _draw_label(canvas, first, text, radius, *colours_of(first))
     return canvas
 
 

@@ -13,17 +13,24 @@
     <tracks coords="0.0 1 259 340 2 800 120;0.5 1 262 338">dancers</tracks>
                     the id is that of an object and stays with it; a hidden object is left out
 
+    <point x="10.5" y="20" alt="dog">dog</point>
+    <points x1="10.5" y1="20" x2="64" y2="48.2" alt="dogs">dogs</points>
+                    Molmo 1, which is read but not written: percent of the width and height
+
 Source: Molmo2, olmo/preprocessing/point_formatter.py (html-v2 joins groups with ``;``, html-v1 with
 a tab). The grammar of the tags (`_join_groups`, `_scan_tags`) does not know what a key means.
 """
 
 from __future__ import annotations
 
+import html
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
+
+from nanomolmo2.processor.counts import stated_count
 
 SCALE = 1000  # coordinates are written in thousandths of the image's side
 NOTHING_THERE = "There are none."
@@ -151,42 +158,47 @@ def parse_points(
 ) -> list[Point]:
     """Read the points in an answer, in pixels of the original images or of the video.
 
-    Reads every points and tracks tag of the text, with ``;``, a tab, ``:`` or ``,`` between the
-    groups and with other attributes. A tag that breaks off is read as far as its numbers are surely
-    whole, so the points of a growing (streamed) answer only ever grow. Triples that do not fit the
-    grammar are left out, and so are those with a value over 1000.
+    Reads every points, tracks and point tag of the text, with ``;``, a tab, ``:`` or ``,`` between
+    the groups and with other attributes. A tag that breaks off is read as far as its numbers are
+    surely whole, so the points of a growing (streamed) answer only ever grow. Triples that do not
+    fit the grammar are left out, and so are those with a value over 1000 (in percent: over 100).
 
     Args:
         text: answer such as ``<points coords="1 1 512 300">cat</points>``.
         image_sizes: (width, height) of each image in prompt order, pixels.
         video_size: (width, height) of the video, pixels. With it and without image_sizes every key
-            is a time; otherwise ``1`` is an image and ``1.0`` a time.
+            is a time; otherwise ``1`` is an image and ``1.0`` and ``0:01`` a time.
         problems: gets one line for each thing that was left out: what and where.
     Returns: points in order of appearance; empty if the answer has none. Those of a video have a
         time (without video_size they are left out); those of tracks have the id of their object.
+        Those of Molmo 1 are numbered over the answer, and lie in the first image if there are
+        several, which is reported.
     Raises: ValueError if a point names an image the prompt did not have; with ``problems`` it is
         left out and reported instead.
     """
     points = []
+    all_times = video_size is not None and not image_sizes
+    noted = [] if problems is None else problems
     for tag in _scan_tags(text):
-        if problems is not None:
-            problems += tag.problems
+        noted += tag.problems
         for key, triples in tag.groups:
             if not triples:
                 continue
-            time, number = None, 1
-            if "." in key or (video_size is not None and not image_sizes):
-                time = float(key)
-            else:
-                number = int(key)
+            number, time = _read_key(key, all_times)
             try:
+                if key == _NO_KEY and all_times:
+                    noted.append(f"{tag.where} names no time of the video")
+                    continue
                 width, height = _size_of(number, time, image_sizes, video_size)
             except ValueError as error:
-                if problems is not None:
-                    problems.append(f"{tag.where}: {error}")
-                elif time is None:
+                if problems is None and time is None:
                     raise
+                noted.append(f"{tag.where}: {error}")
                 continue
+            if key == _NO_KEY and len(image_sizes) > 1:
+                noted.append(
+                    f"{tag.where} names none of {len(image_sizes)} pictures: taken for the first"
+                )
             for id, x, y in triples:
                 place = x * width / SCALE, y * height / SCALE
                 points.append(Point(*place, number, id, tag.label, time))
@@ -197,18 +209,23 @@ def parse_count(text: str) -> int | None:
     """Read the number that a counting answer gives.
 
     In this order: the number after ``a total of``; after ``There are`` or ``There is`` (``none``
-    and ``no`` are 0), and 0 for ``No tracks available``; an answer that is only a number; the
-    number of points in the answer, where the points of one track count once.
+    and ``no`` are 0, but not in ``no doubt``), and 0 for ``No tracks available``; an answer that is
+    only a number, or a number and what was counted (``5 red dogs``); the number of points in the
+    answer, where the points of one track count once.
+
+    A number may have separators (``1,024``, ``10 000``, ``1'024``, ``1.000.000``), be a word
+    (``five``, ``a dozen``, ``3 million``) and stand behind ``about``, ``exactly``, ``at least`` and
+    the like. What is no count of things gives nothing: ``3.7``, ``-3``, ``1.024`` (which may be a
+    thousand or one), ``2 or 3``, ``50%``, ``more than 5``.
 
     Molmo2's own scorer of image counting ignores the number in the text and takes the points:
     that is ``len(parse_points(...))``.
 
     Returns: the count; None if the answer gives neither a number nor a point, which is not 0.
     """
-    for pattern in (_TOTAL, _THERE_ARE, _NO_TRACKS, _BARE_NUMBER):
-        if match := pattern.search(text):
-            found = match[1]
-            return int(found) if found.isdecimal() else 0
+    stated = stated_count(text)
+    if stated is not None:
+        return stated
     count = 0
     for tag in _scan_tags(text):
         ids = [triple.id for _, triples in tag.groups for triple in triples]
@@ -248,33 +265,53 @@ def points_to_json(
 
 # ---- grammar of the tags ----
 
-_TAG = re.compile(r"<(points|tracks)\b")
-_LABEL_TAG = re.compile(r"</?(?:points|tracks)\b")
-_COORDS = re.compile(r'(?P<before>[^<>]*?)\scoords="(?P<coords>[0-9 .;:,\t]*)')
-_ALT = re.compile(r'\salt="([^"]*)"')
-_END = {
-    name: re.compile(rf'"[^<>]*?(?:/>|>(?P<label>.*?)</{name}>)', re.DOTALL)
-    for name in ("points", "tracks")
+_TAG = re.compile(r"<(points\b|tracks\b|point(?=\s++[A-Za-z][\w-]*+\s*+=|\s*+/?>))", re.I)
+_LABEL_TAG = re.compile(r"</?(?:points?|tracks)\b", re.I)
+# One attribute, the end of the opening, or a character of neither. A quote may stand behind a
+# backslash; "open" is a value whose end quote is missing.
+_PART = re.compile(
+    r"""(?:(?<!\s)\s++|(?<=["']))(?P<name>[A-Za-z][\w-]*+)\s*+=\s*+
+        (?:"(?P<double>(?:[^"\\]|\\.)*+)"|'(?P<single>(?:[^'\\]|\\.)*+)'|(?P<open>["'])
+        |(?P<bare>[^\s"'<>=]++)(?=[\s>]))
+    |(?P<end>/?>)|[^<]""",
+    re.VERBOSE | re.DOTALL,
+)
+_DIGITS = re.compile(r"[0-9 .;:,\t]*")
+_PLACE = re.compile(r"([xy])(\d{0,6})", re.IGNORECASE)
+_PERCENT = re.compile(r"\s*+(\d{1,9}(?:\.\d{0,9})?)\s*+%?\s*+")
+_TIMES = ("time", "t", "timestamp")
+_SECONDS = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*s?")
+_CLOSING = {
+    name: re.compile(rf"(?P<label>.*?)</{name}>", re.DOTALL | re.I)
+    for name in ("points", "point", "tracks")
 }
-_GROUP = re.compile(r"[^;:,\t]+")
-_KEY = re.compile(r" *(\d{1,9}(?:\.\d+)?) ")
+# A colon ends a group, but not where it is that of a clock. What looks like one and is none, such
+# as 1:75, stays one piece and is reported as a whole.
+_GROUP = re.compile(r"(?: *+\d{1,9}(?::\d{1,9}){1,3}+(?:[.,]\d{1,9})?(?= ))?[^;:,\t]+")
+_CLOCK = re.compile(r"(?:(\d{1,5}):)?(\d{1,5}):([0-5]\d(?:[.,]\d{1,9})?)")
+_KEY = re.compile(rf" *({_CLOCK.pattern}|\d{{1,9}}(?:\.\d{{1,9}})?) ")
 # The lookahead wants to see the end of the last number: "100" may be the beginning of "1000".
 _TRIPLE = re.compile(r"(?<![\d.])(\d{1,9}) +(\d{3,4}) +(\d{3,4})(?=[^\w.])")
-
-_TOTAL = re.compile(r"\ba total of (\d{1,9})\b", re.IGNORECASE)
-_THERE_ARE = re.compile(r"\bthere (?:are|is) (\d{1,9}|none|no)\b", re.IGNORECASE)
-_NO_TRACKS = re.compile(r"\b(no) tracks available\b", re.IGNORECASE)
-_BARE_NUMBER = re.compile(r"^\s*(\d{1,9})\s*\.?\s*$")
+_NO_KEY = ""  # of Molmo 1, which says neither the image nor, mostly, the time
 
 
 class _Triple(NamedTuple):
     id: int
-    x: int
-    y: int
+    x: float  # thousandths
+    y: float
+
+
+class _Opening(NamedTuple):
+    """``<points ...>`` without its name; ``stop`` is None where the ``>`` is missing."""
+
+    attributes: dict[str, tuple[int, int]]  # name -> where its value is
+    unclosed: str | None  # the attribute that has no end quote
+    stop: int | None
+    is_empty: bool  # />
 
 
 class _Tag(NamedTuple):
-    name: str  # points or tracks
+    name: str  # points, tracks or point
     where: str  # for messages
     label: str | None  # None where the tag is not closed and has no alt
     groups: list[tuple[str, list[_Triple]]]  # [(key, triples), ...]
@@ -290,31 +327,124 @@ def _join_groups(groups: Iterable[tuple[str, Iterable[tuple[int, int, int]]]]) -
 
 
 def _scan_tags(text: str) -> Iterator[_Tag]:
-    """Each points and tracks tag of a text."""
+    """Each points, tracks and point tag of a text."""
     openings = list(_TAG.finditer(text))
     limits = [*(opening.start() for opening in openings[1:]), len(text)]
+    pairs = 0  # x and y of Molmo 1, which are numbered over the answer
     for number, (opening, limit) in enumerate(zip(openings, limits, strict=False), start=1):
-        name = opening[1]
+        name = opening[1].lower()
         where = f"{name} tag {number}"
-        found = _COORDS.match(text, opening.end())
-        if found is None:
-            yield _Tag(name, where, None, [], [f"{where} has no coords"])
-            continue
-        start, stop = found.span("coords")
-        end = _END[name].match(text, stop, limit)  # after the limit it would close a later tag
-        label = end["label"] if end else None
-        if label is None and (alt := _ALT.search(found["before"])):
-            label = alt[1]
-        groups, problems = _scan_coords(text, start, stop, where)
-        if stop == len(text):
-            tail = text[max(start, stop - 20) : stop]
-            problems.append(f"{where}: the answer breaks off after {tail!r}")
-        elif text[stop] != '"':
-            rest = text[stop : stop + 20]
-            problems.append(f"{where}: {rest!r} in its coords, expected numbers and an end quote")
-        elif end is None:
-            problems.append(f"{where} is not closed with </{name}>")
+        head = _read_opening(text, opening.end(), limit)
+        start, _ = head.attributes.get("coords", (0, 0))
+        if start and text[start - 1] in "\"'":
+            stop = _DIGITS.match(text, start).end()  # type: ignore[union-attr]  # may be empty
+            groups, problems = _scan_coords(text, start, stop, where)
+            label, problem = _read_label(text, name, head, limit)
+            if stop == len(text):
+                tail = text[max(start, stop - 20) : stop]
+                problems.append(f"{where}: the answer breaks off after {tail!r}")
+            elif text[stop] != text[start - 1]:
+                label, rest = None, text[stop : stop + 20]
+                problems.append(
+                    f"{where}: {rest!r} in its coords, expected numbers and an end quote"
+                )
+            elif problem:
+                problems.append(f"{where} {problem}")
+        else:
+            values = {name: text[begin:end] for name, (begin, end) in head.attributes.items()}
+            if head.unclosed is not None:  # "10" may be the beginning of "10.5"
+                del values[head.unclosed]
+            triples, problems = _read_percents(values, where, pairs, head.stop is not None)
+            pairs += len(triples) + len(problems)
+            key, problem = _read_time(values)
+            groups = [(key, triples)]
+            label, unclosed = _read_label(text, name, head, limit)
+            if not triples and not problems and head.unclosed is None:
+                problem = f"has no {'x and y' if name == 'point' else 'coords'}"
+            elif head.unclosed is not None:
+                problem = f"breaks off in its {head.unclosed[:40]}"
+            problem = problem or unclosed
+            problems += [f"{where} {problem}"] if problem else []
+        if label is None and (alt := head.attributes.get("alt")):
+            value = re.sub(r"\\(.)", r"\1", text[slice(*alt)], flags=re.DOTALL)
+            label = None if head.unclosed == "alt" else html.unescape(value)
         yield _Tag(name, where, label, groups, problems)
+
+
+def _read_opening(text: str, start: int, limit: int) -> _Opening:
+    """The attributes from a place on; of two with one name the first counts, as in HTML."""
+    attributes: dict[str, tuple[int, int]] = {}
+    for part in _PART.finditer(text, start, limit):
+        if part.start() != start:  # stepped over a "<"
+            break
+        start = part.end()
+        if part["end"]:
+            return _Opening(attributes, None, start, part["end"] == "/>")
+        if part["name"]:
+            kind = next(k for k in ("double", "single", "open", "bare") if part[k] is not None)
+            name = part["name"].lower()
+            if kind == "open":
+                attributes.setdefault(name, (start, limit))
+                return _Opening(attributes, name, None, False)
+            attributes.setdefault(name, part.span(kind))
+    return _Opening(attributes, None, None, False)
+
+
+def _read_label(text: str, name: str, head: _Opening, limit: int) -> tuple[str | None, str | None]:
+    """(text between the tags or None, what is wrong or None)."""
+    if head.is_empty:
+        return None, None
+    if head.stop is not None:
+        # After the limit it would close a later tag.
+        closing = _CLOSING[name].match(text, head.stop, limit)
+        if closing is not None:
+            return closing["label"], None
+    return None, f"is not closed with </{name}>"
+
+
+def _read_percents(
+    values: Mapping[str, str], where: str, before: int, is_whole: bool
+) -> tuple[list[_Triple], list[str]]:
+    """(triples, problems) of ``x``, ``y``, ``x1``, ``y1``, ...; ids count from ``before`` + 1."""
+    halves: dict[str, dict[str, str]] = {}
+    triples: list[_Triple] = []
+    problems: list[str] = []
+    for name, value in values.items():
+        place = _PLACE.fullmatch(name)
+        if place is None:
+            continue
+        axis, index = place.groups()
+        halves.setdefault(index, {})[axis] = value
+        if len(halves[index]) < 2:
+            continue
+        pair = halves.pop(index)
+        x, y = (_PERCENT.fullmatch(pair[axis]) for axis in "xy")
+        shown = f"x{index}={pair['x'][:20]!r} y{index}={pair['y'][:20]!r}"
+        if x is None or y is None:
+            problems.append(f"{where}: left out {shown}, expected percent such as 10.5")
+        elif max(float(x[1]), float(y[1])) > 100:
+            problems.append(f"{where}: left out {shown}: over 100 %")
+        else:
+            id = before + len(triples) + len(problems) + 1
+            thousandths = (SCALE / 100 * float(half[1]) for half in (x, y))
+            triples.append(_Triple(id, *thousandths))
+    for index, half in halves.items() if is_whole else ():
+        axis = next(iter(half))
+        other = "y" if axis == "x" else "x"
+        problems.append(f"{where}: {axis}{index} has no {other}{index}")
+    return triples, problems
+
+
+def _read_time(values: Mapping[str, str]) -> tuple[str, str | None]:
+    """(key, what is wrong or None) of a tag of Molmo 1 with a ``time``."""
+    value = next((values[name].strip() for name in _TIMES if name in values), None)
+    if value is None:
+        return _NO_KEY, None
+    if _CLOCK.fullmatch(value):
+        return value, None
+    if seconds := _SECONDS.fullmatch(value):
+        return f"{float(seconds[1])}", None
+    return _NO_KEY, f"has the time {value[:40]!r}, expected seconds or 0:12"
 
 
 def _scan_coords(
@@ -354,6 +484,20 @@ def _scan_coords(
 # ---- keys and pixels ----
 
 _LATEST = 10**8  # seconds; a key has at most nine digits before the point
+
+
+def _read_key(key: str, all_times: bool) -> tuple[int, float | None]:
+    """(number of the image, seconds) that a key names: ``2``, ``2.5``, ``1:05``, ``0:01:05.5``."""
+    if key == _NO_KEY:
+        return 1, None
+    if clock := _CLOCK.fullmatch(key):
+        hours, minutes, seconds = (
+            float((part or "0").replace(",", ".")) for part in clock.groups()
+        )
+        return 1, 3600 * hours + 60 * minutes + seconds
+    if "." in key or all_times:
+        return 1, float(key)
+    return int(key), None
 
 
 def _by_key(

@@ -28,6 +28,7 @@ from nanomolmo2.processor.chat import (
 )
 from nanomolmo2.processor.config import ProcessorConfig, VideoConfig
 from nanomolmo2.processor.crops import MultiCrop
+from nanomolmo2.processor.inputs import is_file
 from nanomolmo2.processor.tokenizer import MOLMO2_TOKENS, Tokenizer, molmo2_tokenizer
 from nanomolmo2.processor.video import VideoSource
 from nanomolmo2.processor.visual import DETAILS_START, FRAME_MARKS, ROW_END, VisualLoader
@@ -319,12 +320,17 @@ class Processor:
         """
         directory = Path(directory)
         path = directory / CONFIG_FILE
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(
                 f"there is no {path}: expected a folder that Processor.save or "
                 f"NanoMolmo2.save_pretrained wrote"
             )
-        return cls(ProcessorConfig.load(path), Tokenizer.from_file(directory / TOKENIZER_FILE))
+        config = ProcessorConfig.load(path)
+        tokenizer = Tokenizer.from_file(directory / TOKENIZER_FILE)
+        try:
+            return cls(config, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def molmo2_processor(
@@ -356,7 +362,8 @@ def _several(images: Sequence[Any] | None) -> Sequence[Any]:
     """Refuse one image where a list is meant; the rows of an array would pass for images."""
     if images is None:
         return ()
-    if isinstance(images, (str, bytes, Path, Image.Image)) or getattr(images, "ndim", 4) != 4:
+    is_one = isinstance(images, (str, bytes, bytearray, memoryview, Path, Image.Image))
+    if is_one or is_file(images) or getattr(images, "ndim", 4) != 4:
         raise ValueError(
             f"images must be a list, found one {type(images).__name__}: put a single picture into "
             f"a list"

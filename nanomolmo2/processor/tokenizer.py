@@ -9,8 +9,9 @@ the chat format writes is *control*. The two have their own methods:
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +20,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from nanomolmo2.files import atomic_path
+from nanomolmo2.processor.tokenizer_file import is_library_failure, read_backend
 
 # What Molmo2 adds behind Qwen3's vocabulary, in order of their ids from vocab_size on.
 MOLMO2_TOKENS = (
@@ -82,26 +84,32 @@ class Tokenizer:
 
         Raises: FileNotFoundError; ValueError if the file is not a tokenizer.
         """
-        return cls(_read_backend(path))
+        backend = read_backend(path)
+        try:
+            return cls(backend)
+        except ValueError as error:
+            raise ValueError(f"the tokenizer {path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``; complete or not at all."""
         with atomic_path(path) as temporary:
-            self.backend.save(str(temporary))
+            temporary.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id, special tokens included."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def special_id(self, name: str) -> int:
         """Id of a special token by its text. Raises: ValueError naming those there are."""
         if name not in self.special_ids:
             known = sorted(self.special_ids, key=lambda n: self.special_ids[n])
-            shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+            shown = ", ".join(repr(n)[1:-1][:40] for n in known[:8]) + (
+                ", ..." if len(known) > 8 else ""
+            )
             raise ValueError(
-                f"the tokenizer has no special token {name!r}; it has {shown or 'none'}: use the "
-                f"tokenizer.json that belongs to the model"
+                f"the tokenizer has no special token {name!r:.60}; it has {shown or 'none'}: use "
+                f"the tokenizer.json that belongs to the model"
             )
         return self.special_ids[name]
 
@@ -121,9 +129,10 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD. Inverse of ``encode_text``."""
-        return str(
-            self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
-        )
+        with _explained():
+            return str(
+                self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+            )
 
     def split_control(self, text: str) -> tuple[str, str]:
         """(up to the last special token, plain rest): ``("<|im_start|>", "user\\n")``."""
@@ -132,7 +141,8 @@ class Tokenizer:
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
         try:
-            return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+            with _explained():
+                return tuple(self.backend.encode(text, add_special_tokens=False).ids)
         except TypeError:  # half a surrogate pair, which JSON can hold
             raise ValueError(
                 f"found {text[:40]!r}, expected a text of Unicode characters: it has to be encoded "
@@ -150,6 +160,19 @@ class Tokenizer:
         return tuple(ids)
 
 
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if not is_library_failure(error):
+            raise
+        raise ValueError(
+            f"the tokenizer fails ({str(error)[:200]}): its tokenizer.json is damaged or not made "
+            f"for this text, use the one that belongs to the model"
+        ) from None
+
+
 def molmo2_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Tokenizer:
     """Load a ``tokenizer.json`` and see to it that it has Molmo2's tokens, at their ids.
 
@@ -164,7 +187,7 @@ def molmo2_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Toke
     Raises: FileNotFoundError; ValueError for a file that is no tokenizer, one with more tokens
         than vocab_size, and one that has Molmo2's tokens in part or at other ids.
     """
-    backend = _read_backend(path)
+    backend = read_backend(path)
     ids = [backend.token_to_id(name) for name in MOLMO2_TOKENS]
     if any(id is not None for id in ids):
         first = vocab_size if vocab_size is not None else ids[0]
@@ -176,7 +199,7 @@ def molmo2_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Toke
             )
         return Tokenizer(backend)
     first = vocab_size if vocab_size is not None else QWEN3_VOCAB_SIZE
-    used = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    used = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if used > first:
         raise ValueError(
             f"{path} has {used} tokens, more than vocab_size ({first}): use the tokenizer of the "
@@ -187,20 +210,3 @@ def molmo2_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Toke
         [AddedToken(name, special=True, normalized=False) for name in (*fillers, *MOLMO2_TOKENS)]
     )
     return Tokenizer(backend)
-
-
-def _read_backend(path: str | Path) -> tokenizers.Tokenizer:
-    path = Path(path)
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no tokenizer at {path}: expected a tokenizer.json of the tokenizers library"
-        )
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for every bad file
-        raise ValueError(
-            f"{path} is not a tokenizer.json of the tokenizers library ({error}): copy the "
-            f"file again, or export it with the library's save()"
-        ) from None

@@ -6,8 +6,8 @@ its crops, and a video as many as its frames.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,16 @@ from nanomolmo2.processor.chat import Segment, show_images, show_video
 from nanomolmo2.processor.config import ProcessorConfig
 from nanomolmo2.processor.crops import MultiCrop, pool_windows, shift_windows
 from nanomolmo2.processor.image import load_image, preprocess
-from nanomolmo2.processor.video import Video, VideoSource, load_video
+from nanomolmo2.processor.points import Size
+from nanomolmo2.processor.sampling import Frame, Sampled
+from nanomolmo2.processor.video import VideoSource, sample_video
 
 # Beside the tokens that `ProcessorConfig` names: what else stands around crops and frames.
 DETAILS_START, ROW_END = "<im_start>", "<im_col>"
 FRAME_MARKS = ("<frame_start>", "<frame_end>")
+
+
+T = TypeVar("T")
 
 
 class Visual(NamedTuple):
@@ -33,6 +38,13 @@ class Visual(NamedTuple):
 class _Loaded(NamedTuple):
     pixels: NDArray[np.float32]  # (3, S, S)
     size: tuple[int, int]  # (width, height) of the original
+
+
+def _once(make: Callable[[Any], T], images: Sequence[Any]) -> list[T]:
+    """What is made of each; of one object that comes several times, once."""
+    images = list(images)  # an array makes new objects each time that one goes over it
+    results = {key: make(image) for key, image in {id(i): i for i in images}.items()}
+    return [results[id(image)] for image in images]
 
 
 class VisualLoader:
@@ -62,7 +74,7 @@ class VisualLoader:
             return Visual((), {})
         if self.config.multicrop is not None:
             return self._load_crops(images, self.config.multicrop)
-        loaded = [self._load_image(image) for image in images]
+        loaded = _once(self._load_image, images)
         fields = {
             "pixel_values": np.stack([image.pixels for image in loaded]),
             "image_sizes": tuple(image.size for image in loaded),
@@ -71,8 +83,12 @@ class VisualLoader:
         return Visual(show_images(self.config.chat_format, texts), fields)
 
     def _load_crops(self, images: Sequence[Any], multicrop: MultiCrop) -> Visual:
-        loaded = [load_image(image) for image in images]
-        crops = [multicrop(image) for image in loaded]
+        def cut(source: Any) -> tuple[Size, dict[str, Any]]:
+            image = load_image(source)  # one after the other: only the crops of each are kept
+            return image.size, multicrop(image)
+
+        made = _once(cut, images)
+        sizes, crops = [size for size, _ in made], [crop for _, crop in made]
         num_crops = [len(image["pixel_values"]) for image in crops]
         firsts = np.cumsum([0, *num_crops[:-1]])
         pooling = [
@@ -83,7 +99,7 @@ class VisualLoader:
         texts = [self._text_of_crops(*grid) for grid in grids.tolist()]
         fields = {
             "pixel_values": np.concatenate([image["pixel_values"] for image in crops]),
-            "image_sizes": tuple(image.size for image in loaded),
+            "image_sizes": tuple(sizes),
             "image_token_pooling": np.concatenate(pooling),
             "image_grids": grids,
             "image_num_crops": np.array(num_crops, dtype=np.int64),
@@ -107,7 +123,11 @@ class VisualLoader:
                 "found a video, but this processor takes pictures only: use one whose config has "
                 "`video`, such as molmo2_processor(...)"
             )
-        video = load_video(source, max_frames=settings.max_frames, max_fps=settings.max_fps)
+        # Of a frame only what the model sees of it is kept, so a long video fits into memory.
+        each = self._frame if multicrop is None else multicrop.overview
+        video = sample_video(
+            source, lambda *_: each, max_frames=settings.max_frames, max_fps=settings.max_fps
+        )
         if multicrop is None:
             return self._load_frames(video)
         side, num_frames = multicrop.patches_per_side, len(video.frames)
@@ -116,7 +136,7 @@ class VisualLoader:
         )
         for number, frame in enumerate(video.frames):
             repeated = number > 0 and frame is video.frames[number - 1]
-            patches[number] = patches[number - 1] if repeated else multicrop.frame(frame)
+            patches[number] = patches[number - 1] if repeated else multicrop.patches(frame)
         index, rows, cols = pool_windows(
             np.arange(side * side).reshape(side, side), settings.pooling_size
         )
@@ -140,10 +160,13 @@ class VisualLoader:
         frame_text = f"{start}{self.config.image_token * (rows * cols)}{end}"
         return Visual(show_video(video.times, frame_text), fields)
 
-    def _load_frames(self, video: Video) -> Visual:
+    def _frame(self, frame: Frame) -> NDArray[np.float32]:
+        return self._load_image(frame).pixels
+
+    def _load_frames(self, video: Sampled) -> Visual:
         """Frames as the images that a processor without crops makes."""
         fields = {
-            "pixel_values": np.stack([self._load_image(frame).pixels for frame in video.frames]),
+            "pixel_values": np.stack(video.frames),
             "frame_times": tuple(video.times),
             "video_size": video.size,
         }
@@ -152,7 +175,8 @@ class VisualLoader:
     def _load_image(self, image: Any) -> _Loaded:
         config = self.config
         side = config.image_size
-        if hasattr(image, "detach"):  # a torch tensor, without importing torch for it
+        # A torch tensor, without importing torch for it; open files have a `detach` too.
+        if hasattr(image, "detach") and hasattr(image, "shape"):
             image = image.detach().cpu().float().numpy()
             if image.shape != (3, side, side):
                 raise ValueError(

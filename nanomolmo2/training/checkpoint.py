@@ -2,14 +2,14 @@
 
     DIR/checkpoints/000000012/    steps done, over all stages
         checkpoint.pt             weights, optimiser, random states (several ranks: their shards)
-        about.json                the position, and the SHA-256 of every other file
+        about.json                the position, the SHA-256 of every other file, and a digest of
+                                  all that
 
 Nothing of a file is run when it is read.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
@@ -24,10 +24,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from nanomolmo2.checks import sha256_of
-from nanomolmo2.config import read_json_object
+from nanomolmo2.checks import FULL_DISK, read_with_digest, sha256_of, with_digest
 from nanomolmo2.files import atomic_path
 from nanomolmo2.training.distributed import (
+    STATE_FILE,
     World,
     gather_objects,
     load_sharded,
@@ -38,7 +38,6 @@ from nanomolmo2.training.optim import Optimizers
 
 FOLDER, FILE, ABOUT = "checkpoints", "checkpoint.pt", "about.json"
 DAMAGED = ".damaged"
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
@@ -49,6 +48,8 @@ class Position:
         data: position of the data, as the stage gave it with its last batch; plain JSON types.
         log: sums of the steps behind the last line of the log.
         score: what the best checkpoint of a stage has least of; None = not scored.
+        sources: digest of the files of every source of data, by its path; None = not known.
+    Raises: ValueError for values of other types.
     """
 
     stage: int
@@ -57,6 +58,24 @@ class Position:
     data: Any = None
     log: dict[str, Any] | None = None
     score: float | None = None
+    sources: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("stage", "step", "done"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} is {value!r}, expected a number of 0 or more")
+        if self.step > self.done:
+            raise ValueError(f"step {self.step} of a stage comes behind all {self.done} steps")
+        score = self.score
+        if score is not None and type(score) not in (int, float):
+            raise ValueError(f"score is {score!r}, expected a number")
+        for name, kinds in (("sums", (int, float)), ("counts", (int,))):
+            numbers = _object_in(self.log, "log").get(name, {})
+            if any(type(value) not in kinds for value in _object_in(numbers, name).values()):
+                raise ValueError(f"{name} of the log holds {numbers!r:.80}, expected numbers")
+        if any(type(value) is not str for value in _object_in(self.sources, "sources").values()):
+            raise ValueError(f"sources is {self.sources!r:.80}, expected digests")
 
     @property
     def name(self) -> str:
@@ -157,7 +176,7 @@ class Checkpoints:
     def _describe(self, position: Position, folder: Path, sums: dict[str, str]) -> None:
         """Write ``about.json``, which makes a folder a checkpoint."""
         with atomic_path(folder / ABOUT) as aside:
-            text = json.dumps({**vars(position), "sha256": sums}, indent=1)
+            text = json.dumps(with_digest({**vars(position), "sha256": sums}))
             aside.write_text(text + "\n", encoding="utf-8")
 
     def _newest(self) -> tuple[Position | None, str]:
@@ -177,11 +196,11 @@ class Checkpoints:
         return None, problem
 
     def _verify(self, folder: Path) -> Position:
-        about = read_json_object(folder / ABOUT)
-        for file, expected in about.pop("sha256").items():
+        position, sums = _read_about(folder)
+        for file, expected in sums.items():
             if sha256_of(folder / file) != expected:
                 raise ValueError(f"{file} is not as it was written")
-        return Position(**about)
+        return position
 
     def names(self) -> list[str]:
         """Folders of the checkpoints, oldest first."""
@@ -192,11 +211,11 @@ class Checkpoints:
         scored = []
         for name in self.names():
             try:
-                about = read_json_object(self.folder / name / ABOUT)
-            except (OSError, ValueError):
+                position, _ = _read_about(self.folder / name)
+            except (OSError, ValueError, TypeError):
                 continue
-            if about.get("score") is not None:
-                scored.append((-about["stage"], about["score"], name))
+            if position.score is not None:
+                scored.append((-position.stage, position.score, name))
         return min(scored)[-1] if scored else None
 
     def _not_written(self, position: Position, error: Exception) -> str:
@@ -209,6 +228,29 @@ class Checkpoints:
             f"the checkpoint of step {position.done} could not be written to {self.folder} "
             f"({cause}); {left}: {advice} and resume"
         )
+
+
+def _read_about(folder: Path) -> tuple[Position, dict[str, str]]:
+    """What a checkpoint says of itself: its position, and the SHA-256 of its files.
+
+    Those of before the digest have none; the types of their values are checked all the same.
+
+    Raises: OSError, ValueError, TypeError if it is not as it was written.
+    """
+    about = read_with_digest(folder / ABOUT)
+    sums = _object_in(about.pop("sha256", None), "sha256")
+    if not sums.keys() & {FILE, STATE_FILE} or any(Path(name).name != name for name in sums):
+        raise ValueError(f"{ABOUT} does not name its files")
+    position = Position(**about)
+    if position.name != folder.name:
+        raise ValueError(f"{ABOUT} is of step {position.done}")
+    return position, sums
+
+
+def _object_in(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{name} is {value!r:.80}, expected an object")
+    return value or {}
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nanomolmo2.accelerate import checkpoint_activations
-from nanomolmo2.checks import sha256_of
+from nanomolmo2.checks import read_with_digest, sha256_of, with_digest
 from nanomolmo2.models import NanoMolmo2, VisionEncoder
 from nanomolmo2.models.connector import MultimodalConnector
 from nanomolmo2.models.language_model import DecoderLayer
@@ -284,8 +284,21 @@ def save_sharded(
 
 def stored_checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of the files of a checkpoint, as :func:`save_sharded` took them."""
-    sums: dict[str, str] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["sha256"]
+    sums: dict[str, str] = read_state(folder)["sha256"]
     return {**sums, STATE_FILE: sha256_of(folder / STATE_FILE)}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """``state``, ``sha256`` of the files and number of ``ranks`` of a checkpoint.
+
+    Raises: OSError, ValueError if the file is not as it was written.
+    """
+    contents = read_with_digest(folder / STATE_FILE)
+    if contents.keys() != {"state", "sha256", "ranks"}:
+        raise ValueError(f"{STATE_FILE} has the keys {', '.join(contents)}")
+    if ".metadata" not in contents["sha256"]:
+        raise ValueError(f"{STATE_FILE} does not name its files")
+    return contents
 
 
 def load_sharded(
@@ -301,7 +314,7 @@ def load_sharded(
     """
     folder = Path(folder)
     try:
-        contents = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        contents = read_state(folder)
         state: dict[str, Any] = contents["state"]
         _verify(folder, contents["sha256"])
         reader = dcp.FileSystemReader(folder)
@@ -426,7 +439,8 @@ def _verify(folder: Path, sums: dict[str, str]) -> None:
 def _finish(folder: Path, aside: Path, contents: dict[str, Any]) -> None:
     contents["ranks"] = _ranks()
     contents["sha256"] |= _checksums([aside / ".metadata"])
-    (aside / STATE_FILE).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+    text = json.dumps(with_digest(contents))
+    (aside / STATE_FILE).write_text(text, encoding="utf-8")
     os.replace(aside, folder)
 
 

@@ -24,10 +24,10 @@ from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from nanomolmo2.files import atomic_path
+from nanomolmo2.convert.tensor_writer import save_tensors
+from nanomolmo2.files import atomic_path, open_regular
 from nanomolmo2.models import NanoMolmo2, VisionEncoder
 
 FORMAT = 1  # goes into every name: another way to compute features is another encoder
@@ -135,6 +135,7 @@ class FeatureCache:
         if not path.exists():
             return None
         try:
+            open_regular(path).close()  # the library would wait for ever at a pipe
             with safe_open(path, framework="pt") as file:
                 features: Tensor = file.get_tensor("features")
                 if (file.metadata() or {}).get("crc32") != _checksum(features):
@@ -160,7 +161,7 @@ class FeatureCache:
         features = features.cpu().contiguous()
         try:
             with atomic_path(path) as temporary:
-                save_file({"features": features}, temporary, {"crc32": _checksum(features)})
+                save_tensors({"features": features}, temporary, {"crc32": _checksum(features)})
         except (SafetensorError, OSError) as error:
             self._write = False
             warnings.warn(

@@ -21,13 +21,16 @@ from typing import Any
 import torch
 from rich.progress import TaskID
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from nanomolmo2.data.loader import ignore_signals
+from nanomolmo2.data.worker import guarded, received
 from nanomolmo2.training.checkpoint import Checkpoints, Position, is_sharded
-from nanomolmo2.training.distributed import World, sum_over_ranks
-from nanomolmo2.training.metrics import RunLog, Tracker
+from nanomolmo2.training.distributed import World, gather_objects, sum_over_ranks
+from nanomolmo2.training.fingerprint import changed
+from nanomolmo2.training.metrics import RunLog, Tracker, info_to_people
 from nanomolmo2.training.optim import OptimConfig, Optimizers, Selection
+from nanomolmo2.training.run_folder import Resume, check_space, claimed
 
 
 class Stage(ABC):
@@ -72,7 +75,25 @@ class Stage(ABC):
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # else it draws from the one that training draws from
         )
-        return ((batch, None) for batch in loader)
+        made: Any = iter(loader)
+        try:
+            for _ in steps:
+                yield received(made), None
+        finally:
+            if workers:
+                # Left to the garbage collector, a worker may not be told and be waited for.
+                made._shutdown_workers()
+
+    def sources(self) -> dict[str, str] | None:
+        """Fingerprints of the files that the data come from, by path; called on one rank."""
+        return None
+
+    def sources_changed(self) -> None:
+        """Called on resume where `sources` are not what they were; on every rank."""
+
+    def remarks(self, batch: Any) -> Sequence[str]:
+        """What people should hear about a batch, such as what was left out of it."""
+        return ()
 
     def join_ranks(self, state: Any) -> object:
         """The state of the data for a checkpoint, of what every rank has; called on all of them."""
@@ -135,18 +156,24 @@ def run(
     folder: Path,
     config: LoopConfig | None = None,
     *,
-    resume: bool = False,
+    resume: Resume = False,
     world: World | None = None,
     trackers: Sequence[Tracker] = (),
 ) -> bool:
     """Train ``model`` through all stages; ``folder`` gets ``checkpoints`` and ``log.jsonl``.
 
+    Args:
+        resume: go on behind the newest checkpoint. Where there is none the run starts anew, and a
+            line says so; "required" makes that an error.
     Returns: whether the last stage was finished.
-    Raises: ValueError if the folder already holds a run and ``resume`` is off, or the loss is not
-        a number; OSError if a file cannot be written; Stopped after SIGTERM or Ctrl-C. The last
-        checkpoint is intact after all of them.
+    Raises: ValueError if the folder already holds a run and ``resume`` is off, or it is in use,
+        or the loss is not a number; OSError if a file cannot be written; Stopped
+        after SIGTERM or Ctrl-C. The last checkpoint is intact after all of them.
     """
-    return _Run(model, stages, folder, config or LoopConfig(), world, trackers).go(resume)
+    config = config or LoopConfig()
+    info = info_to_people(config.quiet)
+    with claimed(folder, resume, world=world, shared=True, info=info):
+        return _Run(model, stages, folder, config, world, trackers).go(resume)
 
 
 class _Run:
@@ -159,7 +186,6 @@ class _Run:
         world: World | None,
         trackers: Sequence[Tracker],
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.model, self.stages, self.folder, self.config = model, stages, folder, config
         self.world = world or World()
         main = self.world.is_main
@@ -167,15 +193,16 @@ class _Run:
         self.checkpoints = Checkpoints(folder, config.keep, self.log.info, self.world)
         self.saved = 0  # steps done at the last checkpoint
         self.losses: list[float] = []  # since then
+        self.sources: dict[str, str] | None = None  # of the stage
 
-    def go(self, resume: bool) -> bool:
-        has_log = self.log.path.exists() and self.log.path.stat().st_size > 0
-        if not resume and (has_log or self.checkpoints.names()):
-            raise ValueError(
-                f"{self.folder} already holds a run: resume it (--resume), or choose another folder"
-            )
+    def go(self, resume: Resume) -> bool:
         found = self.checkpoints.newest() if resume else None
         position = found or Position(stage=0, step=0, done=0)
+        if position.stage >= len(self.stages):
+            raise ValueError(
+                f"the checkpoint in {self.folder} is of stage {position.stage + 1}, but this run "
+                f"has {len(self.stages)}: resume with what the run was started with"
+            )
         self.saved = position.done
         self.log.restart(position.log)
         last = self._last_step(position.done)
@@ -214,6 +241,8 @@ class _Run:
         config, stage = self.config, self.stages[position.stage]
         stage.begin()
         optimizers = stage.optimizers()
+        check_space(self.folder, checkpoint_bytes(self.model, optimizers))
+        self._note_sources(stage, found)
         if found is not None:
             self.checkpoints.restore(found, self.model, optimizers)
         end = int(min(stage.steps, position.step + last - position.done))
@@ -234,6 +263,8 @@ class _Run:
                     stopping = True
                     break
                 waited = time.monotonic() - started
+                for text in stage.remarks(batch):
+                    self.log.info(text)
                 metrics = self._step(stage, optimizers, position.step, batch)
                 metrics |= {
                     "wait_seconds": waited,
@@ -258,6 +289,23 @@ class _Run:
                 f"stopped by a signal; all {position.done} steps so far are saved", stop.number
             )
         return position
+
+    def _note_sources(self, stage: Stage, found: Position | None) -> None:
+        """Remember what the data are made of, and say so if they were changed meanwhile."""
+        names: list[str] = []
+        if self.world.is_main:
+            self.sources = stage.sources()
+            before = None if found is None else found.sources
+            names = changed(before or {}, self.sources or {})
+        if self.world.size > 1:
+            names = gather_objects(names)[0]
+        if names:
+            stage.sources_changed()
+        for path in names:
+            self.log.info(
+                f"{path} is not what it was when this run was stopped: it goes on with what the "
+                f"data hold now, and may end elsewhere than one that was never stopped"
+            )
 
     def _step(
         self, stage: Stage, optimizers: Optimizers, step: int, batch: Any
@@ -302,6 +350,7 @@ class _Run:
         position.data = stage.join_ranks(position.data)
         mean = sum(self.losses) / len(self.losses)
         position.score, position.log = scores.get("loss", mean), self.log.state()
+        position.sources = self.sources
         self.checkpoints.save(position, self.model, optimizers)
         self.saved, self.losses = position.done, []
 
@@ -315,6 +364,18 @@ class _Run:
             number = sum_over_ranks(torch.tensor(stop.number, device=self.world.device))
             stop.number = max(stop.number, int(number > 0) * signal.SIGTERM)
         return stop.number > 0
+
+
+def checkpoint_bytes(model: nn.Module, optimizers: Optimizers) -> int:
+    """Bytes of the weights and of the moments that they will have."""
+    moments = {"adamw": 2, "muon": 1}
+    weights = sum(tensor.numel() * tensor.itemsize for tensor in model.state_dict().values())
+    return weights + sum(
+        moments[name] * parameter.numel() * parameter.itemsize
+        for name, part in optimizers.parts.items()
+        for group in part.param_groups
+        for parameter in group["params"]
+    )
 
 
 def read_metrics(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
@@ -366,4 +427,6 @@ class _Steps(Dataset[Any]):
         return self.stage.steps
 
     def __getitem__(self, step: int) -> object:
-        return self.stage.batch(step)
+        if get_worker_info() is None:
+            return self.stage.batch(step)
+        return guarded(lambda: self.stage.batch(step))

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nanomolmo2.accelerate.linear import OneDNNLinear
 from nanomolmo2.accelerate.swap import replace_layer
+from nanomolmo2.checks import check_replaceable
 from nanomolmo2.config import Config, read_json_object
+from nanomolmo2.convert.tensor_files import open_tensor_file
+from nanomolmo2.convert.tensor_writer import save_tensors
 from nanomolmo2.files import atomic_path
 from nanomolmo2.models import LanguageModel
 from nanomolmo2.training.distributed import full_tensor
@@ -183,14 +184,11 @@ def save_lora(llm: LanguageModel, folder: str | Path) -> None:
     metadata = {"format": "pt", "base": _fingerprint(layers)}
     if dist.is_initialized() and dist.get_rank():
         return
+    check_replaceable(folder, (WEIGHTS_NAME, CONFIG_NAME, "README.md"))
     config = next(iter(layers.values())).config
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        save_file(
-            {n: t.contiguous() for n, t in tensors.items()},
-            temporary / WEIGHTS_NAME,
-            metadata,
-        )
+        save_tensors(tensors, temporary / WEIGHTS_NAME, metadata)
         text = json.dumps(_to_peft(config), indent=2)
         (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -278,35 +276,31 @@ def _to_peft(config: LoraConfig) -> dict[str, Any]:
 
 def _read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], str | None]:
     """Configuration, matrices by our names, and the base's fingerprint if the file has one."""
-    if not (folder / CONFIG_NAME).is_file() or not (folder / WEIGHTS_NAME).is_file():
+    if not (folder / CONFIG_NAME).exists() or not (folder / WEIGHTS_NAME).exists():
         raise ValueError(
             f"{folder} holds no LoRA: expected {CONFIG_NAME} and {WEIGHTS_NAME}, as save_lora "
             f"writes them"
         )
     values = read_json_object(folder / CONFIG_NAME)
+    variants = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
     try:
-        variants = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
-        if values["peft_type"] != "LORA" or any(values.get(key) for key in variants):
+        if values.get("peft_type") != "LORA" or any(values.get(key) for key in variants):
             raise ValueError("only plain LoRA is read, none of its variants")
-        config = LoraConfig.from_dict(
-            {
-                "rank": values["r"],
-                "alpha": values["lora_alpha"],
-                "dropout": values.get("lora_dropout", 0.0),
-                "targets": values["target_modules"],
-            }
-        )
-    except (KeyError, ValueError) as error:
+        fields = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules"}
+        if absent := [theirs for theirs in fields.values() if theirs not in values]:
+            raise ValueError(f"{', '.join(absent)} is missing: copy the file again")
+        found = {ours: values[theirs] for ours, theirs in fields.items()}
+        config = LoraConfig.from_dict({**found, "dropout": values.get("lora_dropout", 0.0)})
+    except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from None
-    tensors = {}
     try:
-        with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
-            base = (file.metadata() or {}).get("base")
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                ours = name.removeprefix(PEFT_PREFIX).removesuffix(".weight")
-                tensors[ours] = file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
+        opened = open_tensor_file(folder / WEIGHTS_NAME)
+        tensors = {
+            name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor.read()
+            for name, tensor in opened.tensors.items()
+        }
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"{folder / WEIGHTS_NAME} cannot be read ({error}): copy the file again"
         ) from None
-    return config, tensors, base
+    return config, tensors, opened.metadata.get("base")

@@ -8,13 +8,16 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nanomolmo2.files import open_regular
+from nanomolmo2.terminal import visible
 
 FILE = "log.jsonl"
 EXACT = "loss"  # logged with all digits: a resumed run must repeat it bit for bit
@@ -53,7 +56,7 @@ class RunLog:
     def progress(self, name: str, total: int, done: int) -> Progress:
         """A bar for one stage; its only task is number 0."""
         bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
@@ -61,12 +64,12 @@ class RunLog:
             TextColumn("{task.fields[status]}"),
             console=self.console,
         )
-        bar.add_task(name, total=total, completed=done, status="")
+        bar.add_task(visible(name), total=total, completed=done, status="")
         return bar
 
     def info(self, text: str) -> None:
         """A line for people, above the bar."""
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        _print_line(self.console, text)
 
     def step(self, stage: str, step: int, metrics: dict[str, float]) -> str | None:
         """Count a step; returns a short status each time a line is written."""
@@ -139,25 +142,43 @@ class RunLog:
     def _cut_half_a_line(self) -> None:
         """Remove the beginning of a line whose end a power cut took away."""
         if self.path.exists():
-            text = self.path.read_bytes()
+            with open_regular(self.path) as stream:
+                text = stream.read()
             if text and not text.endswith(b"\n"):
                 os.truncate(self.path, text.rfind(b"\n") + 1)
+
+
+def info_to_people(quiet: bool) -> Callable[[str], None]:
+    """What prints a line for people before there is a log."""
+    console = Console(quiet=quiet, stderr=True)
+    return lambda text: _print_line(console, text)
+
+
+def _print_line(console: Console, text: str) -> None:
+    console.print(visible(text), highlight=False, soft_wrap=True, markup=False)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's log; of a step that was repeated after a resume only the last.
 
-    Raises: FileNotFoundError; ValueError naming the line that is no JSON object.
+    A last line without its end is still being written: it is left out.
+
+    Raises: FileNotFoundError; ValueError for what is no regular file, or naming the line that is no
+        JSON object.
     """
     path = folder / FILE if folder.is_dir() else folder
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no {path}: expected the folder of a training run")
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    with open_regular(path) as stream:
+        whole, _, _ = stream.read().rpartition(b"\n")
+    for number, text in enumerate(whole.split(b"\n") if whole else (), start=1):
         try:
             line = json.loads(text)
-            found[line.get("stage"), line["step"], "loss" in line] = line
-        except (ValueError, KeyError, AttributeError, TypeError):
+            found[line.get("stage"), line["step"] + 0, "loss" in line] = line
+            for value in (*line.values(), *line.get("evaluation", {}).values()):
+                isinstance(value, int) and float(value)  # not one of 400 digits
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError):
             raise ValueError(
                 f"{path}, line {number} is not an object with a step: remove the line"
             ) from None

@@ -121,20 +121,29 @@ def setup_for(recipe: Recipe, ranks: int, device: str, architecture: str | None 
             f"batch_size {recipe.batch_size} cannot be shared by {ranks} ranks: choose a multiple "
             f"of the ranks"
         )
-    if architecture is not None:
-        model = preset(architecture)
-    elif recipe.architecture is not None:
-        model = recipe.architecture
-    elif recipe.model in KNOWN:
-        model = preset(KNOWN[recipe.model])
-    elif Path(recipe.model).is_dir():
+    model = preset(architecture) if architecture is not None else recipe.architecture
+    if model is None:
+        model = known_config(recipe.model)
+    if model is None and Path(recipe.model).expanduser().is_dir():
         model = load_config(recipe.model)
-    else:
+    if model is None:
         raise ValueError(
             f"the sizes of {recipe.model!r} are not known here: give a preset of the same sizes "
             f"(--architecture)"
         )
     return Setup(recipe, model, ranks, device)
+
+
+def known_config(name: str) -> NanoMolmo2Config | None:
+    """Sizes of a model that is known by its name; None for folders, and for other names."""
+    is_folder = "/" in name and Path(name).is_dir()
+    return preset(KNOWN[name]) if name in KNOWN and not is_folder else None
+
+
+def count_weights(config: NanoMolmo2Config) -> int:
+    """Parameters of a model, which is not allocated."""
+    with torch.device("meta"):
+        return _count(NanoMolmo2(config).parameters())
 
 
 def predict(setup: Setup) -> Memory:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanomolmo2.files import atomic_path
+from nanomolmo2.checks import written
+from nanomolmo2.terminal import visible
 from nanomolmo2.training.metrics import read_log
 
 PANELS = {
@@ -45,13 +46,13 @@ def plot_runs(folders: Sequence[Path], path: Path) -> None:
             for name, (steps, values) in found.items():
                 if wanted(name):
                     label = name if len(folders) == 1 else f"{folder.name} {name}"
-                    _draw(axis, steps, values, label)
+                    _draw(axis, steps, values, visible(label).replace("$", r"\$"))  # no formula
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
         if len(axis.get_legend_handles_labels()[0]) <= MOST_LABELS:
             axis.legend(fontsize=7)
-    with atomic_path(path) as temporary:
+    with written(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 

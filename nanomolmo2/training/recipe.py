@@ -96,6 +96,12 @@ class Recipe(Config):
             raise ValueError(
                 f"residual_dropout is {self.residual_dropout}, expected 0 (off) to less than 1"
             )
+        if not 0 <= self.max_bad_fraction < 1:
+            raise ValueError(
+                f"max_bad_fraction is {self.max_bad_fraction}, expected a share from 0 to below 1"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}, expected 0 to {2**32 - 1}")
         unknown = [part for part in self.train if part not in PARTS]
         if unknown or not self.train:
             raise ValueError(f"train is {self.train}, expected at least one of {', '.join(PARTS)}")
@@ -118,7 +124,7 @@ class Recipe(Config):
 
     def differences(self, other: Recipe) -> list[str]:
         """Fields that would make ``other`` compute something else; lengths do not count here."""
-        ignored = {"steps", "log_every", "save_every", "keep", "feature_cache"}
+        ignored = {"steps", "log_every", "save_every", "keep", "feature_cache", "max_bad_fraction"}
         own, others = (
             dataclasses.replace(one, data=tuple(source.with_all_options() for source in one.data))
             for one in (self, other)

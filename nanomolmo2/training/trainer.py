@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nanomolmo2.accelerate import defaults
+from nanomolmo2.accelerate.quantization import dequantize, is_quantized
 from nanomolmo2.batch import IGNORED_LABEL, Batch
 from nanomolmo2.convert.pretrained import (
     load,
@@ -44,20 +45,27 @@ from nanomolmo2.training.distributed import (
 )
 from nanomolmo2.training.dropout import residual_dropout
 from nanomolmo2.training.feature_cache import FeatureCache
+from nanomolmo2.training.fingerprint import fingerprints
 from nanomolmo2.training.loop import LoopConfig, Stage, run
 from nanomolmo2.training.lora import add_lora, merge_lora
-from nanomolmo2.training.metrics import open_trackers
+from nanomolmo2.training.metrics import info_to_people, open_trackers
 from nanomolmo2.training.optim import OptimConfig, Selection, clear_rows, components, set_trainable
 from nanomolmo2.training.recipe import Recipe
-
-RECIPE_FILE, MODEL_FOLDER = "recipe.json", "model"
+from nanomolmo2.training.run_folder import (
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    Info,
+    Resume,
+    check_outside,
+    claimed,
+)
 
 
 def train_recipe(
     recipe: Recipe,
     out: str | Path,
     *,
-    resume: bool = False,
+    resume: Resume = False,
     max_steps: int | None = None,
     stop_after: int | None = None,
     workers: int = 1,
@@ -69,7 +77,8 @@ def train_recipe(
     """Train by a recipe in ``out``; when it is done, the model is written to ``out/model``.
 
     Args:
-        resume: go on behind the newest checkpoint of ``out``.
+        resume: go on behind the newest checkpoint of ``out``. Where there is none the run starts
+            anew, and a line says so; "required" makes that an error.
         max_steps: stop there, to be resumed; beyond the recipe's steps it makes the recipe longer.
         stop_after: stop after so many steps of this call.
         workers: 1 prepares data in another process, 0 between steps.
@@ -93,9 +102,26 @@ def train_recipe(
                 world=world,
                 cache_dir=cache_dir,
             )
-    out = Path(out)
-    recipe = resolve_recipe(recipe, out, resume, max_steps)
-    model, processor = build(recipe, cache_dir)
+    out, info = Path(out), info_to_people(quiet or not world.is_main)
+    config = LoopConfig(workers=workers, stop_after=stop_after, stop_at=max_steps, quiet=quiet)
+    check_outside(out, [source.path for source in recipe.data])
+    with claimed(out, resume, world=world, inputs=[recipe.model], info=info):
+        recipe = resolve_recipe(recipe, out, bool(resume), max_steps)
+        return _train(recipe, out, resume, config, world, log_to, cache_dir, info)
+
+
+def _train(
+    recipe: Recipe,
+    out: Path,
+    resume: Resume,
+    config: LoopConfig,
+    world: World,
+    log_to: Sequence[str],
+    cache_dir: str | Path,
+    info: Info,
+) -> bool:
+    """`train_recipe` in a folder that is this run's."""
+    model, processor = build(recipe, cache_dir, info)
     shard(
         model,
         world,
@@ -105,22 +131,22 @@ def train_recipe(
     )
     _seed(recipe.seed + world.rank)  # ranks must not drop out the same places
     stage = RecipeStage(recipe, model, processor, world)
-    config = LoopConfig(
+    if world.is_main:
+        for sentence in stage.warnings():
+            info(f"warning: {sentence}")
+    config = dataclasses.replace(
+        config,
         log_every=recipe.log_every,
         save_every=recipe.save_every,
         keep=recipe.keep,
         clip_norm=recipe.clip_norm,
-        workers=workers,
-        stop_after=stop_after,
-        stop_at=max_steps,
-        quiet=quiet,
     )
-    if world.is_main:
-        out.mkdir(parents=True, exist_ok=True)
     trackers = open_trackers(log_to, out, recipe.to_dict()) if world.is_main else []
-    if world.is_main and not (out / RECIPE_FILE).exists():
+    if world.is_main and not (resume and (out / RECIPE_FILE).exists()):
         recipe.save(out / RECIPE_FILE)
     finished = run(model, [stage], out, config, resume=resume, world=world, trackers=trackers)
+    if stage.left_out:
+        info(f"warning: {stage.left_out}: nanomolmo2 inspect --audit names them")
     if finished:
         save_model(recipe, model, processor, out / MODEL_FOLDER, world)
     return finished
@@ -145,12 +171,20 @@ def resolve_recipe(recipe: Recipe, out: Path, resume: bool, max_steps: int | Non
 # ---- the model ----
 
 
-def build(recipe: Recipe, cache_dir: str | Path = "checkpoints") -> tuple[NanoMolmo2, Processor]:
-    """Model and processor of a recipe, in float32, with the parts frozen that do not learn."""
+def build(
+    recipe: Recipe, cache_dir: str | Path = "checkpoints", info: Info = lambda text: None
+) -> tuple[NanoMolmo2, Processor]:
+    """Model and processor of a recipe, in float32, with the parts frozen that do not learn.
+
+    Quantised weights become floating point ones of the same values, of which ``info`` is told.
+    """
     _seed(recipe.seed)
     name = None if recipe.model == "base" else recipe.model
     if recipe.architecture is None:
         model, processor = load(name, cache_dir=cache_dir, dtype=torch.float32)
+        if is_quantized(model):
+            info(f"the weights of {recipe.model} are quantised: training starts from rounded ones")
+            model = dequantize(model)
     else:
         processor = load_processor(name)
         model = NanoMolmo2(recipe.architecture)
@@ -169,7 +203,7 @@ def build(recipe: Recipe, cache_dir: str | Path = "checkpoints") -> tuple[NanoMo
     if recipe.sequence_length > limit:
         raise ValueError(
             f"sequence_length is {recipe.sequence_length}, but the model {recipe.model} has "
-            f"{limit} positions: shorten the rows"
+            f"{limit} positions: shorten the rows (--sequence-length {limit})"
         )
     defaults(model)
     if recipe.lora is not None:
@@ -239,6 +273,7 @@ class RecipeStage(Stage):
         """
         self.name, self.steps = recipe.name, recipe.steps
         self.recipe, self.model, self.world = recipe, model, world
+        self._given = mixture is not None
         self.loader = PackedLoader(
             mixture or open_mixture(recipe.data, recipe.seed),
             EncodeTree(processor, recipe.loss_weighting),
@@ -261,6 +296,8 @@ class RecipeStage(Stage):
         self.cache = FeatureCache.of_model(recipe.feature_cache or None, model) if frozen else None
         row = full_tensor(model.llm.embed_tokens.weight)[model.config.image_token_id]
         self.holds_placeholder = not bool(row.any())
+        self._told: set[str] = set()  # causes of what was left out
+        self.left_out = ""
 
     def components(self) -> Mapping[str, tuple[nn.Module | Selection, OptimConfig]]:
         return components(self.model, self.recipe.train, self.recipe.optimisers)
@@ -271,6 +308,26 @@ class RecipeStage(Stage):
             self.loader.load_state_dict(state)
         for _, step in zip(steps, self.loader, strict=False):
             yield step, step.state
+
+    def warnings(self) -> list[str]:
+        """What is probably a mistake in the data: to be said once, before the first step."""
+        return self.loader.warnings()
+
+    def remarks(self, batch: Step) -> list[str]:
+        """The first example of every cause that was left out; the log counts all of them."""
+        if batch.bad:
+            causes = ", ".join(f"{cause} {n}" for cause, n in batch.bad.items())
+            number = sum(batch.bad.values())
+            self.left_out = f"left out {number} of {batch.drawn} examples ({causes})"
+        new = {c: text for c, text in batch.first_bad.items() if c not in self._told}
+        self._told |= new.keys()
+        return [f"warning: left out ({cause}): {text}" for cause, text in new.items()]
+
+    def sources(self) -> dict[str, str] | None:
+        return None if self._given else fingerprints(self.recipe.data)
+
+    def sources_changed(self) -> None:
+        self.loader.expect_changes()
 
     def join_ranks(self, state: Any) -> object:
         return merge_states(gather_objects(state))
@@ -360,5 +417,5 @@ def label_weights(batch: Batch) -> Tensor:
 
 def _seed(seed: int) -> None:
     torch.manual_seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -22,6 +22,7 @@ from nanomolmo2.accelerate.quantization import (
     cache_dtype,
     count_weights,
     cpu_features,
+    dequantize,
     is_quantized,
     quantization_config,
     quantization_report,
@@ -83,6 +84,37 @@ def test_a_language_model(mode: str, tied: bool) -> None:
     assert set(made) == {*names, "lm_head"}
     assert {m.mode for m in made.values()} == {mode}
     assert llm.embed_tokens.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_dequantized_layers_hold_the_rounded_values(mode: str, calibrated: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 6)
+    scale = torch.linspace(0.5, 2.0, 8) if calibrated and mode == "int8" else None
+    layer = QuantizedLinear.from_linear(linear, mode, scale)
+    x = torch.randn(3, 8)
+    layer(x)  # packs the weights, which must come back
+    plain = layer.dequantized()
+    assert plain.weight.dtype == plain.bias.dtype == torch.float32
+    assert plain.weight.requires_grad
+    assert torch.equal(plain.bias, linear.bias)
+    error = (plain.weight - linear.weight).abs().max()
+    largest = linear.weight.abs().max() * (4 if calibrated else 1)
+    assert 0 < error < largest / 200
+    torch.testing.assert_close(plain(x), layer(x), rtol=0.05, atol=0.05)
+
+
+def test_a_dequantized_model_can_learn() -> None:
+    llm = randomize(LanguageModel(LLM), 1)  # tied
+    quantize(llm, "int8-weight-only")
+    ids = text_ids(2, 5)
+    expected = llm(ids)
+    dequantize(llm)
+    assert not is_quantized(llm) and llm.lm_head is None
+    torch.testing.assert_close(llm(ids), expected, rtol=0.05, atol=0.05)
+    llm(ids).sum().backward()
+    assert llm.layers[0].mlp.up_proj.weight.grad is not None
 
 
 @pytest.mark.parametrize("mode", MODES)

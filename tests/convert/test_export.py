@@ -32,8 +32,10 @@ FILES = {
     *("README.md", "chat_template.jinja", "config.json", "generation_config.json"),
     *("model.safetensors", "nanomolmo2_processor.json", "preprocessor_config.json"),
     *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
-    "video_preprocessor_config.json",
+    *("video_preprocessor_config.json", "configuration_molmo2.py", "image_processing_molmo2.py"),
+    *("modeling_molmo2.py", "processing_molmo2.py", "video_processing_molmo2.py"),
 }
+BOS = "<|im_end|>"
 
 
 def small_model(seed: int = 0, **changes: Any) -> NanoMolmo2:
@@ -85,9 +87,10 @@ def test_the_files(tiny: Path) -> None:
     assert config["tie_word_embeddings"] is False
     assert config["image_patch_id"] == config["image_high_res_id"] == 738
     assert config["image_start_token_id"] == 736
-    assert config["frame_end_token_id"] == 744
+    assert (config["frame_start_token_id"], config["frame_end_token_id"]) == (736, 737)
+    assert config["is_mm_prefix_lm"] is True
     assert config["dtype"] == "bfloat16"
-    assert "auto_map" not in config
+    assert config["transformers_version"] == "5.23.0"
     assert open_safetensors(tiny)["lm_head.weight"].shape == (736, 256)
     assert "without crops" in (tiny / "README.md").read_text()
 
@@ -98,6 +101,9 @@ def test_trap_10_a_prompt_begins_with_the_token_that_ends_an_answer(tiny: Path) 
     assert generation["bos_token_id"] == ids["<|im_end|>"] == 708
     assert generation["eos_token_id"] == [708, 706]
     assert generation["pad_token_id"] == ids["<|endoftext|>"]
+    assert generation["do_sample"] is False  # greedy in transformers,
+    assert generation["temperature"] == 0  # and in vLLM
+    assert generation["transformers_version"] == "5.23.0"
     tokens = json.loads((tiny / "tokenizer_config.json").read_text())
     assert tokens["bos_token"] == tokens["eos_token"] == "<|im_end|>"
     assert tokens["pad_token"] == "<|endoftext|>"
@@ -158,7 +164,7 @@ def test_tiny_in_transformers(tiny: Path) -> None:
     messages = [{"role": "user", "content": "Point to the dog."}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     plain = processor.encode(messages)
-    assert [708, *tokenizer(text)["input_ids"]] == plain.input_ids.tolist()
+    assert tokenizer(text)["input_ids"] == plain.input_ids.tolist()
 
 
 def test_crops_go_through_the_official_files(tmp_path: Path) -> None:
@@ -289,6 +295,60 @@ def test_the_remark_on_another_mask(tmp_path: Path, changes: dict[str, Any]) -> 
     assert "not made for image tokens that see each other" in remark
 
 
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_the_mask_is_stated_and_read_back(tmp_path: Path, both_ways: bool) -> None:
+    model = small_model(bidirectional_image_attention=both_ways)
+    export_quietly(model, tmp_path, crops_processor())
+    assert json.loads((tmp_path / "config.json").read_text())["is_mm_prefix_lm"] is both_ways
+    again = NanoMolmo2.from_pretrained(str(tmp_path))
+    assert again.config.bidirectional_image_attention is both_ways
+    edit_json(tmp_path / "config.json", is_mm_prefix_lm="no")
+    with pytest.raises(ValueError, match="is_mm_prefix_lm is 'no', expected True"):
+        NanoMolmo2.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_frames_have_the_ids_of_the_tokens_that_mark_them(tmp_path: Path, marked: bool) -> None:
+    """vLLM puts the embeddings of these two around every frame, whatever the prompt has there."""
+    processor = crops_processor(video=VideoConfig(max_frames=20, use_frame_special_tokens=marked))
+    model = small_model()
+    export_quietly(model, tmp_path, processor)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["use_frame_special_tokens"] is marked
+    ids = processor.tokenizer.special_ids
+    names = ("<frame_start>", "<frame_end>") if marked else ("<im_start>", "<im_end>")
+    found = (config["frame_start_token_id"], config["frame_end_token_id"])
+    assert found == tuple(ids[name] for name in names)
+    # The tokens of frames count in the mask either way, as before the export.
+    again = NanoMolmo2.from_pretrained(str(tmp_path)).config
+    assert set(again.image_special_token_ids) == set(model.config.image_special_token_ids)
+
+
+def test_the_remark_on_the_layout_of_tiny_is_true(tiny: Path) -> None:
+    """82 tokens for 38: what the written settings make of a picture."""
+    text = " ".join((tiny / "README.md").read_text().split())
+    assert "82 tokens for 38" in text
+    assert "`<im_start>` to `<im_end>`) of 6 rows that end with `<im_col>`" in text
+    picture = Image.new("RGB", (300, 200))
+    question = [{"role": "user", "content": "Describe this picture."}]
+    own = nanomolmo2.load(tiny)[1]
+    official = json.loads((tiny / "preprocessor_config.json").read_text())
+    crops = MultiCrop(
+        max_crops=official["max_crops"],
+        image_size=official["size"]["height"],
+        patch_size=official["patch_size"],
+        overlap_margins=tuple(official["overlap_margins"]),
+    )
+    theirs = Processor(ProcessorConfig.molmo2(multicrop=crops), own.tokenizer)
+    lengths = [
+        len(p.encode(question, [picture]).input_ids) - len(p.encode(question).input_ids)
+        for p in (own, theirs)
+    ]
+    assert lengths == [38, 82]
+    video = json.loads((tiny / "video_preprocessor_config.json").read_text())
+    assert video["pooling_size"] == [2, 2]  # a frame has the 36 tokens of a picture
+
+
 def test_a_failed_export_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +401,8 @@ TEXT, PICTURE = {"type": "text", "text": "Hi"}, {"type": "image"}
 TURN = "<|im_start|>user\nHi<|im_end|>\n"
 ASK = "<|im_start|>assistant\n"
 
-# The first five are what the released template makes of these messages.
+# The first five are what the released template makes of these messages, behind the begin token,
+# which it leaves to the processor.
 RENDERED = {
     "text last": (
         [user({"type": "text", "text": "Describe this image."}, PICTURE)],
@@ -394,20 +455,20 @@ RENDERED = {
 @pytest.mark.parametrize("case", RENDERED)
 def test_chat_template(case: str) -> None:
     messages, expected = RENDERED[case]
-    assert rendered(messages) == expected
+    assert rendered(messages) == BOS + expected
 
 
 def test_chat_template_knows_the_styles_without_a_prefix() -> None:
     for style in STYLES_WITHOUT_PREFIX:
-        assert rendered([user({**TEXT, "style": style})]) == TURN + ASK
+        assert rendered([user({**TEXT, "style": style})]) == BOS + TURN + ASK
     listed = set(re.findall(r"'(\w+)'", TEMPLATE.read_text().split("] -%}")[0]))
     assert listed == STYLES_WITHOUT_PREFIX
 
 
 def test_chat_template_without_a_prompt_for_an_answer() -> None:
-    assert rendered([user(TEXT)], add_generation_prompt=False) == TURN
+    assert rendered([user(TEXT)], add_generation_prompt=False) == BOS + TURN
     answered = [user(TEXT), {"role": "assistant", "content": "Yes"}]
-    assert rendered(answered, add_generation_prompt=False) == f"{TURN} {ASK}Yes"
+    assert rendered(answered, add_generation_prompt=False) == f"{BOS}{TURN} {ASK}Yes"
 
 
 @pytest.mark.parametrize(

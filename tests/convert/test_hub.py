@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -134,7 +135,7 @@ def test_download_writes_the_same_weights_as_safetensors(
         assert (folders[1] / "model.safetensors").read_bytes() == content
     shutil.rmtree(folders[1])
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", _no_space)
+        patch.setattr("nanomolmo2.convert.tensor_writer.save_file", _no_space)
         with pytest.raises(OSError, match=r"could not write .*qwen3.*No space.*is the disk full"):
             download(["llm"], tmp_path, console=QUIET)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".") or p == folders[1]]
@@ -403,3 +404,15 @@ def test_script_help_is_quick_and_complete(tmp_path: Path) -> None:
     assert done.returncode == 0
     for option in ("--vision-only", "--llm-only", "--force", "--cache-dir", "--revision"):
         assert option in done.stdout
+
+
+def test_no_room_for_a_download(
+    fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with pytest.raises(OSError, match=r"could not write Qwen/.*No space.*set HF_HOME"):
+        download(["llm"], tmp_path / "checkpoints", console=QUIET)
+    assert not (tmp_path / "checkpoints").exists()

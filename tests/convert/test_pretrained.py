@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from safetensors.torch import save_file
 
 from nanomolmo2.convert import pretrained
 from nanomolmo2.convert.pretrained import save_pretrained
-from nanomolmo2.convert.tensor_files import write_cache
+from nanomolmo2.convert.tensor_files import open_safetensors, write_cache
 from nanomolmo2.models import LanguageModel, NanoMolmo2, VisionEncoder
 from tests.convert.checkpoints import (
     LLM,
@@ -363,7 +366,7 @@ BREAKAGES = {
     not_an_object: r"config\.json: expected a JSON object",
     unknown_field: r"config\.json: NanoMolmo2Config does not know the field\(s\) surprise",
     wrong_type: r"config\.json: NanoMolmo2Config\.image_token_id: expected int, found '100'",
-    wrong_sizes: r"9 of another shape.*and 1 more",
+    wrong_sizes: r"9 of another shape.*and 3 more",
 }
 
 
@@ -414,6 +417,91 @@ def test_missing_shard_and_shards_of_two_checkpoints(tmp_path: Path) -> None:
         NanoMolmo2.from_pretrained(folder)
     first.write_bytes(kept)
     NanoMolmo2.from_pretrained(folder)
+
+
+FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "README.md")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "of the kernel"])
+@pytest.mark.parametrize("file", FILES)
+def test_only_regular_files_of_a_folder_are_opened(tmp_path: Path, kind: str, file: str) -> None:
+    """A named pipe would wait for ever, and /dev/zero has no end."""
+    model = make_nanomolmo2()
+    model.save_pretrained(tmp_path, max_shard_size="200KB" if "index" in file else "5GB")
+    path = tmp_path / file
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "/proc/self/status")
+    if file == "README.md":
+        model.save_pretrained(tmp_path)  # the card is not read as text, and no file of ours
+        assert_same_bits(NanoMolmo2.from_pretrained(tmp_path), model)
+        return
+    with pytest.raises(ValueError, match=rf"{file} is .*expected a regular file"):
+        NanoMolmo2.from_pretrained(tmp_path)
+
+
+def test_a_shard_that_is_a_pipe(tmp_path: Path) -> None:
+    make_nanomolmo2().save_pretrained(tmp_path, max_shard_size="50KB")
+    shard = sorted(tmp_path.glob("model-*"))[2]
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(ValueError, match=rf"{shard.name} is a device or a pipe"):
+        NanoMolmo2.from_pretrained(tmp_path)
+
+
+def write_header(path: Path, header: Any, content: bytes = b"", padding: int = 0) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text += b" " * padding
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
+
+
+def entry(first: int, last: int, *shape: int) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": list(shape), "data_offsets": [first, last]}
+
+
+@pytest.mark.parametrize(
+    ("header", "content", "reason"),
+    [
+        ({"a": entry(0, 8, 2), "b": entry(4, 12, 2)}, 12, "overlap or leave gaps"),
+        ({"a": entry(0, 8, 2), "b": entry(0, 8, 2)}, 8, "overlap or leave gaps"),
+        ({"a": entry(4, 12, 2)}, 12, "overlap or leave gaps"),
+        ({"a": entry(0, 8, 2)}, 12, "do not end where the file ends"),
+        ({"a": entry(0, 8, 2)}, 4, "do not end where the file ends"),
+        ({"a": entry(0, 8, 10**9)}, 8, "'a' has not the size of its shape"),
+        ({"a": entry(0, 8, -1, -2)}, 8, "'a' in its header has no shape or no place"),
+        ({"a": entry(0, 0, *[2**60] * 9)}, 0, "'a' in its header has no shape or no place"),
+        ({"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}, 8, "'a' in its header"),
+        ({"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}, 8, "'a' in its header"),
+        ({"a": 5}, 0, "'a' in its header is no tensor"),
+        ([1], 0, "its header is no JSON object"),
+        (b"\xff\xfe", 0, "decode"),
+        (b"[" * 100_000, 0, "recursion"),
+    ],
+)
+def test_a_header_that_is_not_true(header: Any, content: int, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_header(path, header, bytes(content))
+    with pytest.raises(ValueError, match=rf"not a whole safetensors file \(.*{reason}") as caught:
+        open_safetensors(tmp_path)
+    assert len(str(caught.value).replace(str(path), "")) < 300
+
+
+def test_a_header_of_99_megabytes(tmp_path: Path) -> None:
+    """It was parsed into gigabytes before anything was compared with the file."""
+    path = tmp_path / "model.safetensors"
+    write_header(path, {"a": entry(0, 8, 2)}, bytes(8), padding=99_000_000)
+    before = time.process_time()
+    with pytest.raises(
+        ValueError, match=r"its header has 99,000,0\d\d bytes, expected at most 8,0"
+    ):
+        open_safetensors(tmp_path)
+    assert time.process_time() - before < 1
+    write_header(path, {"a": entry(0, 8, 2)}, bytes(8), padding=7_000_000)
+    assert open_safetensors(tmp_path)["a"].read().tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("name", ["nothing", "/nowhere/at/all", "../a/b", "C:\\x", ""])
@@ -511,6 +599,84 @@ def test_cache_file_of_another_model(tmp_path: Path, changes: dict[str, Any], me
     make_cache(tmp_path / "qwen3_0.6b_base.pt", LanguageModel(LLM), **changes)
     with pytest.raises(ValueError, match=message):
         LanguageModel.from_pretrained(cache_dir=tmp_path)
+
+
+def expanded() -> dict[str, Any]:
+    """Every row is the same one: 4 bytes in the file."""
+    state = LanguageModel(LLM).state_dict()
+    return {name: torch.zeros(1).expand(tensor.shape) for name, tensor in state.items()}
+
+
+def overlapping() -> dict[str, Any]:
+    """All tensors lie in the memory of the largest."""
+    state = LanguageModel(LLM).state_dict()
+    memory = torch.zeros(max(t.numel() for t in state.values()))
+    return {n: memory[: t.numel()].view(t.shape) for n, t in state.items()}
+
+
+def transposed() -> dict[str, Any]:
+    state = LanguageModel(LLM).state_dict()
+    return {n: t.t().contiguous().t() if t.ndim == 2 else t for n, t in state.items()}
+
+
+def sparse() -> dict[str, Any]:
+    index = torch.zeros(1, 1, dtype=torch.long)
+    return {"norm.weight": torch.sparse_coo_tensor(index, torch.ones(1), (10**12,))}
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (expanded, "rows do not lie one behind the other"),
+        (overlapping, r"tensors of [\d,]+ bytes in a file of"),
+        (transposed, "rows do not lie one behind the other"),
+        (sparse, "no plain tensors|can not load safely"),
+    ],
+)
+def test_tensors_that_say_more_than_the_file_holds(
+    state: Any, message: str, tmp_path: Path
+) -> None:
+    """They would become as large as they say when they are cast or quantised."""
+    make_cache(tmp_path / "qwen3_0.6b_base.pt", LanguageModel(LLM), state_dict=state())
+    with pytest.raises(ValueError, match=rf"is not a weight cache: found .*({message})"):
+        LanguageModel.from_pretrained(cache_dir=tmp_path)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_cache_that_is_compressed_or_no_file(tmp_path: Path) -> None:
+    path, small = tmp_path / "qwen3_0.6b_base.pt", tmp_path / "small"
+    make_cache(path, LanguageModel(LLM))
+    path.with_suffix(".json").unlink()
+    with (
+        zipfile.ZipFile(path) as whole,
+        zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    small.replace(path)
+    with pytest.raises(ValueError, match=r"not a weight cache.*it is compressed"):
+        LanguageModel.from_pretrained(cache_dir=tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"qwen3_0\.6b_base\.pt is a device or a pipe"):
+        LanguageModel.from_pretrained(cache_dir=tmp_path)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("place", ["config", "source"])
+def test_a_config_that_holds_itself(place: str, tmp_path: Path) -> None:
+    """Written out, fifty lists of fifty lists of ... are more than the universe holds."""
+    shared: Any = [0] * 50
+    for _ in range(50):
+        shared = [shared] * 50
+    path = tmp_path / "x.pt"
+    make_cache(path, LanguageModel(LLM))
+    payload = torch.load(path, weights_only=True)
+    torch.save({**payload, place: {"hidden_size": shared}}, path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match="not made of a few numbers and names"):
+        LanguageModel.from_pretrained(path)
 
 
 @pytest.mark.usefixtures("small_parts")

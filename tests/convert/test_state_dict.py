@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanomolmo2.convert.state_dict import from_reference, to_reference
+from nanomolmo2.convert.state_dict import check_keys, from_reference, to_reference
 from nanomolmo2.convert.tables import QWEN3, QWEN3_PREFIX, SIGLIP2, SIGLIP2_PREFIX, Table
 from nanomolmo2.convert.tensor_files import open_safetensors
 from nanomolmo2.models import LanguageModel, LLMConfig, VisionEncoder
@@ -84,8 +84,19 @@ def test_one_error_lists_everything_that_is_wrong() -> None:
 
 def test_many_wrong_names_are_counted() -> None:
     module, table, prefix = ours()[0]
-    with pytest.raises(ValueError, match=r"53 missing: .* and 45 more"):
+    with pytest.raises(ValueError, match=r"53 missing: .* and 46 more"):
         from_reference({}, table, expected=module.state_dict(), prefix=prefix)
+
+
+def test_many_wrong_shapes_stay_one_readable_sentence() -> None:
+    name, shapes = "connector.pooling.layers.0.self_attn.q_proj.weight", ([4096, 4096], [8192, 1])
+    with pytest.raises(
+        ValueError, match=r"11 of another shape: .* is \[4096, 4096\].*more"
+    ) as said:
+        check_keys(
+            missing=[], unused=[], misshapen={f"{name}{n}": shapes for n in range(11)}, source="x"
+        )
+    assert len(str(said.value)) < 600
 
 
 def test_a_tensor_stored_with_and_without_prefix_is_an_error() -> None:

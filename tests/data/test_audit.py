@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from PIL import Image
 
 from nanomolmo2.data.audit import Finding, Report, audit, cause_of_problem, digest
 from nanomolmo2.data.example import BadExample, Example
-from nanomolmo2.processor import Processor, parse_points
+from nanomolmo2.processor import Point, Processor, format_points, parse_points
+from nanomolmo2.processor.config import VideoConfig
+from nanomolmo2.processor.video import Video
 from tests.data.sources import Listed, encoder, picture, talk
 from tests.small_model import small_processor
 
@@ -249,3 +252,126 @@ def test_the_report_is_plain_json(processor: Processor) -> None:
     values = json.loads(json.dumps(report.to_dict()))
     assert values["fatal"] is True
     assert [finding["cause"] for finding in values["findings"]] == ["bad record", "empty question"]
+
+
+# ---- what users trip over ----
+
+
+def test_more_crops_than_a_row_holds(found) -> None:
+    nine = Example([picture(seed) for seed in range(9)], [talk("Same?", "No.")])
+    assert found(nine) == {}
+    assert found(nine, max_crops=9) == {}
+    finding = found(nine, max_crops=8)["more crops than a row holds"]
+    assert (finding.fatal, finding.detail) == (True, "9 crops, 8 fit")
+
+
+def test_frames_are_crops_of_a_row(found) -> None:
+    frames = tuple(np.asarray(picture(seed)) for seed in range(13))
+    video = Example([], [talk("What?", "Noise.")], Video(frames, tuple(range(13))))
+    processor = small_processor()
+    config = replace(processor.config, video=VideoConfig())
+    encode = encoder(Processor(config, processor.tokenizer))
+    assert found(video, encode=encode, max_crops=13) == {}
+    finding = found(video, encode=encode, max_crops=12)["more crops than a row holds"]
+    assert finding.detail == "13 crops, 12 fit"
+
+
+@pytest.mark.parametrize(("time", "late"), [(0.0, False), (2.9, False), (3.5, True), (500.0, True)])
+def test_a_point_behind_the_end_of_its_video_is_outside(found, time: float, late: bool) -> None:
+    """Whoever counts frames in place of seconds taught points in frames that are not there."""
+    frames = tuple(np.zeros((8, 8, 3), np.uint8) for _ in range(5))
+    answer = f'<points coords="{time} 1 500 500">dog</points>'
+    video = Example([], [talk("Where?", answer)], Video(frames, (0.0, 0.5, 1.0, 1.5, 2.0)))
+    processor = small_processor()
+    config = replace(processor.config, video=VideoConfig())
+    findings = found(video, encode=encoder(Processor(config, processor.tokenizer)))
+    assert list(findings) == ["points outside the picture"] * late
+    for finding in findings.values():
+        assert f"a point at {time:g} s, the video ends at 2 s" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "detail"),
+    [
+        ("<|image_1|>What?", "Red.", "'<|image_1|>' is left in a question"),
+        ("What?", "Red <image>.", "'<image>' is left in an answer"),
+        ("<img>What?", "Red.", "'<img>' is left in a question"),
+    ],
+)
+def test_tags_that_are_left_are_told(found, question: str, answer: str, detail: str) -> None:
+    finding = found(good(0), good(1, question, answer))["picture tag in the text"]
+    assert (finding.fatal, finding.records) == (False, [1])
+    assert finding.detail == f"branch 0: {detail}"
+
+
+def test_what_a_record_notes_is_a_warning(processor: Processor) -> None:
+    notes = (("picture field that is not read", "line 1: 'img'"),)
+    noted = replace(good(0), notes=notes, unread=("a", "b"), outside=("../a.png", "../b.png"))
+    report = run_audit(processor, [noted, replace(good(1), unread=("b",))], max_tokens=400)
+    [finding] = report.findings
+    assert (finding.cause, finding.fatal) == ("picture field that is not read", False)
+    assert finding.detail == "line 1: 'img'"
+    assert report.unread == {"a": 1, "b": 2}
+    assert (report.outside, report.outside_first) == (2, "record 0: ../a.png")
+
+
+def pointing(places: list[tuple[float, float]], size: tuple[int, int], seed: int) -> Example:
+    text = format_points([Point(*place) for place in places], "dog", [size])
+    return Example([picture(seed, *size)], [talk("Where?", text)])
+
+
+@pytest.mark.parametrize(
+    ("scale", "side", "size", "count"),
+    [
+        ("unit", 1, (64, 48), 1),
+        ("unit", 1, (640, 480), 3),
+        ("percent", 100, (640, 480), 4),
+        ("percent", 100, (1000, 200), 9),
+        ("thousandths", 1000, (2400, 1800), 6),
+    ],
+)
+def test_points_in_another_unit_lie_in_a_corner(
+    found, scale: str, side: int, size: tuple[int, int], count: int
+) -> None:
+    rng = np.random.default_rng(0)
+    places = [tuple(place) for place in (rng.random((count, 2)) * side).tolist()]
+    causes = found(*(pointing([place], size, seed) for seed, place in enumerate(places)))
+    finding = causes["points in a corner"]
+    assert (finding.fatal, finding.count) == (False, count)
+    assert f"{count} of {count} points lie within {side} pixels" in finding.detail
+    assert f"'points_scale': {scale!r}" in finding.detail
+    honest = (rng.random((count, 2)) * size).tolist()
+    spread = [pointing([tuple(place)], size, seed) for seed, place in enumerate(honest)]
+    assert "points in a corner" not in found(*spread)
+
+
+def test_a_few_points_elsewhere_do_not_hide_the_corner(found) -> None:
+    rng = np.random.default_rng(0)
+    inside = [tuple(place) for place in (rng.random((18, 2)) * 100).tolist()]
+    examples = [pointing([place], (640, 480), seed) for seed, place in enumerate(inside)]
+    examples += [pointing([(300, 300)], (640, 480), 50), pointing([(5, 400)], (640, 480), 51)]
+    finding = found(*examples)["points in a corner"]
+    assert finding.detail.startswith("18 of 20 points lie within 100 pixels")
+    half = examples[:10] + [pointing([(200 + 40 * n, 200)], (640, 480), 60 + n) for n in range(10)]
+    assert "points in a corner" not in found(*half)
+
+
+def test_a_corner_among_other_points_is_no_other_unit(found) -> None:
+    corners = [(0, 0), (640, 0), (0, 480), (640, 480)]
+    assert "points in a corner" not in found(pointing(corners, (640, 480), 0))
+    both = [pointing([(0.4, 0.7), (0.1, 0.9)], (640, 480), 1), pointing(corners, (640, 480), 2)]
+    assert found(*both)["points in a corner"].detail.startswith("2 of 6 points lie within 1 pixel")
+
+
+@pytest.mark.parametrize(
+    ("places", "size"),
+    [
+        ([(97.0, 63.5)], (192, 192)),  # the shipped example
+        ([(5, 5), (90, 90), (50, 20)], (100, 100)),  # nowhere else to lie
+        ([(1, 1)], (3, 3)),
+        ([(50, 50)], (200, 200)),
+        ([(99, 99), (150, 20)], (640, 480)),
+    ],
+)
+def test_points_that_may_lie_where_they_do(found, places: Any, size: tuple[int, int]) -> None:
+    assert found(pointing(places, size, 0)) == {}

@@ -10,6 +10,7 @@ import pytest
 from nanomolmo2 import cli
 from nanomolmo2.data import sources
 from nanomolmo2.data.example import BadExample, Example
+from nanomolmo2.recipes import finetune
 from tests.data.sources import Listed, picture, talk
 
 
@@ -88,12 +89,15 @@ def test_a_fatal_finding_makes_the_exit_code_1(
     assert cli.main(["inspect", "my.jsonl", "--audit", "--limit", "2"]) == 0
 
 
-def test_the_longest_sequence_is_the_models_context_or_what_is_said(
+def test_rows_are_those_of_training_or_what_is_said(
     opens, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opens(good(0))
     assert cli.main(["inspect", "my.jsonl", "--audit", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["max_tokens"] == 2048
+    found = json.loads(capsys.readouterr().out)
+    chosen = finetune(("my.jsonl",), "tiny")  # as nanomolmo2 train --data my.jsonl does
+    assert found["max_tokens"] == chosen.sequence_length
+    assert found["max_crops"] == chosen.max_crops
     arguments = ["inspect", "my.jsonl", "--audit", "--json", "--sequence-length", "45"]
     assert cli.main(arguments) == 1
     causes = [found["cause"] for found in json.loads(capsys.readouterr().out)["findings"]]
@@ -103,7 +107,7 @@ def test_the_longest_sequence_is_the_models_context_or_what_is_said(
 def test_the_share_of_broken_pictures_is_an_option(opens) -> None:
     opens(good(0), Example(["absent.png"], [talk("?", "!")]))
     assert cli.main(["inspect", "my.jsonl", "--audit"]) == 1
-    assert cli.main(["inspect", "my.jsonl", "--audit", "--bad-share", "0.5"]) == 0
+    assert cli.main(["inspect", "my.jsonl", "--audit", "--max-bad-share", "0.5"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,8 @@ def test_the_share_of_broken_pictures_is_an_option(opens) -> None:
     [
         (["--count", "0"], 2, "--count must be 1 or more, found 0"),
         (["--start", "-1"], 2, "--start must be 0 or more"),
-        (["--audit", "--bad-share", "2"], 2, "--bad-share must be 0 to 1"),
+        (["--audit", "--max-bad-share", "2"], 2, "--max-bad-share must be 0 to 1"),
+        (["--audit", "--sequence-length", "5000"], 1, "has 2048 positions"),
         (["--limit", "3"], 2, "--limit is for --audit"),
         (["--html", "page.txt"], 2, "expected one of .html"),
         (["--start", "9"], 1, "has 1 records, numbered from 0"),
@@ -163,3 +168,87 @@ def test_a_file_with_something_of_everything(
     out = capsys.readouterr().out
     assert '<points coords="1' in out
     assert "pictures: 40 x 30" in out
+
+
+def write(path: Path, *records: dict) -> Path:
+    picture(1).save(path.parent / "a.png")
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def audit(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, str]]:
+    """Exit code, and cause -> detail."""
+    code = cli.main(["inspect", *map(str, arguments), "--audit", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    return code, {found["cause"]: found["detail"] for found in report["findings"]}
+
+
+ASKED = {"question": "?", "answer": "!"}
+
+
+def test_records_that_training_would_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thirteen = {"frames": ["a.png"] * 13, "times": list(range(13))}
+    for record, reason in (
+        ({"images": ["a.png"] * 9, **ASKED}, "9 pictures are at least 9 crops"),
+        ({"video": thirteen, **ASKED}, "13 frames are at least 13 crops"),
+        ({"question": "a" * 200_000, "answer": "!"}, "its texts have 200,001 characters"),
+    ):
+        path = write(tmp_path / "a.jsonl", record)
+        code, causes = audit(capsys, path)
+        assert (code, [*causes]) == (1, ["too long"])
+        assert reason in causes["too long"]
+    for record in ({"images": ["a.png"] * 9, **ASKED}, {"video": thirteen, **ASKED}):
+        path = write(tmp_path / "a.jsonl", record)
+        assert audit(capsys, path, "--max-crops", 13)[0] == 0
+
+
+def test_frames_of_a_video_are_an_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = [picture(seed) for seed in range(30)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=500)
+    path = write(tmp_path / "a.jsonl", {"video": "a.gif", **ASKED})
+    code, causes = audit(capsys, path)
+    assert (code, causes) == (1, {"more crops than a row holds": "16 crops, 8 fit"})
+    assert audit(capsys, path, "--max-frames", 8) == (0, {})
+
+
+def test_pictures_that_nobody_reads_and_points_in_a_corner(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = [{"x": 0.25, "y": 0.5}, {"x": 0.75, "y": 0.125}]
+    pointing = {"image": "a.png", "question": "Where?", "label": "dog", "points": points}
+    path = write(tmp_path / "a.jsonl", pointing, {"image_path": "a.png", **ASKED})
+    code, causes = audit(capsys, path)
+    assert code == 0
+    assert causes.keys() == {"points in a corner", "picture field that is not read"}
+    assert "'points_scale': 'unit'" in causes["points in a corner"]
+    code, causes = audit(capsys, path, "--points-scale", "unit")
+    assert causes.keys() == {"picture field that is not read"}
+
+
+def test_fields_and_files_outside_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    picture(2).save(tmp_path / "b.png")
+    records = [{"image": "../b.png", "source": "web\x1b[2J", **ASKED}, {"sou\x1b[2J": 1, **ASKED}]
+    path = write(tmp_path / "data" / "a.jsonl", *records)
+    assert cli.main(["inspect", str(path), "--audit"]) == 0
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert "1 files outside the folder of the data (the first: record 0: ../b.png)" in out
+    assert "fields that are not read: sou\\x1b[2J (1), source (1)" in out
+    assert "nothing found" in out
+
+
+def test_nothing_new_is_said_of_shipped_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = Path(__file__).parents[2] / "docs" / "example.jsonl"
+    assert audit(capsys, shipped)[1].keys() == {"duplicate picture"}
+    assert audit(capsys, "emoji", "--limit", 20)[1].keys() == {"duplicate question on a picture"}
+    assert cli.main(["data", "emoji", "--out", str(tmp_path / "scenes"), "--count", "20"]) == 0
+    capsys.readouterr()
+    assert audit(capsys, tmp_path / "scenes")[1].keys() == {"duplicate question on a picture"}

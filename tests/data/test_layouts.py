@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,23 @@ def test_points_in_pixels_become_molmo2s_text(folder):
     assert answer.startswith("Counting the <points") and answer.endswith("a total of 2.")
     [[_, answer]] = talk(read({**values, "points": []}, folder))
     assert answer == "There are none."
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"time": "0:01"}, "has the time '0:01', expected seconds"),
+        ({"time": [1]}, r"has the time \[1\], expected seconds"),
+        ({}, "in a video has no 'time'"),
+        ({"image": "2", "time": 1}, "names the image '2', expected 1"),
+    ],
+)
+def test_the_time_of_a_point(values, error, folder):
+    video = {"frames": ["a.png", "a.png"], "times": [0, 1]}
+    point = {"x": 10, "y": 10, **values}
+    with pytest.raises(BadExample, match=error) as bad:
+        read({"video": video, "question": "Where?", "points": [point]}, folder)
+    assert bad.value.cause == "bad points"
 
 
 def test_points_of_several_labels_and_pictures(folder):
@@ -269,7 +287,7 @@ def test_llava(folder):
     ("text", "num_pictures", "expected"),
     [
         ("Red?\n<image>", 1, "Red?"),
-        ("Is <image> red?", 1, "Is  red?"),
+        ("Is <image> red?", 1, "Is red?"),
         ("<image><image>\nSame?", 2, "Same?"),
         ("<image>\n<image>\n\nSame?", 2, "Same?"),
         ("Compare <image> with <image>.", 2, "Compare Image 1 with Image 2."),
@@ -415,6 +433,214 @@ def test_cosyn_point(as_lists):
     assert cause({**values, "questions": ["?"]}) == "bad record"
     assert cause({**values, "questions": [], "answer_points": []}) == "no answer"
     assert cause({**values, "questions": [None, "?"]}) == "bad record"
+
+
+# ---- pictures where the text shows them, in every layout ----
+
+
+def test_tags_are_taken_out_of_our_own_layout(folder):
+    pictures = {"images": ["a.png", "b.png"]}
+    asked = {**pictures, "question": "<image><image>\nSame?", "answer": "No."}
+    assert talk(read(asked, folder)) == [["Same?", "No."]]
+    messages = [
+        {"role": "system", "content": "<image>Be short."},
+        {"role": "user", "content": "What is this?"},
+        {"role": "assistant", "content": "Red."},
+        {"role": "user", "content": "<image>And this?"},
+        {"role": "assistant", "content": "Blue <image>."},
+    ]
+    example = read({**pictures, "messages": messages}, folder)
+    assert talk(example) == [
+        ["Be short.\n\nWhat is this?", "Red.", "Image 2\nAnd this?", "Blue <image>."]
+    ]
+    branches = [{"question": "<image>\nRed?", "answer": "!"}] * 2
+    example = read({"image": "a.png", "branches": branches}, folder)
+    assert talk(example) == [["Red?", "!"]] * 2
+    assert example.notes == ()
+
+
+def test_numbering_runs_on_through_a_conversation(folder):
+    values = {"image": ["a.png"] * 3}
+    texts = said("<image>\nRed?", "Yes.", "Is <image> like <image>?", "No.")
+    read_so = talk(read({**values, "conversations": texts}, folder))
+    assert read_so == [["Red?", "Yes.", "Is Image 2 like Image 3?", "No."]]
+    apart = read({**values, "conversations": texts}, folder, separate_turns=True)
+    assert talk(apart) == [["Red?", "Yes."], ["Is Image 2 like Image 3?", "No."]]
+
+
+def test_tags_of_other_layouts():
+    bytes_of = {"bytes": png(), "path": None}
+    texts = [{"user": "<image_1>Red?", "assistant": "Yes."}]
+    assert talk(read({"images": [bytes_of], "texts": texts})) == [["Red?", "Yes."]]
+    values = {"image": bytes_of, "questions": ["<image>Where?"], "answer_points": [[]]}
+    assert talk(read(values))[0][0] == "Where?"
+
+
+@pytest.mark.parametrize("text", ["<image>", "<image><image>?", "see <image_2>"])
+def test_a_tag_without_its_picture_is_a_bad_record(text, folder):
+    asked = {"question": text, "answer": "!"}
+    images = ["a.png"] if text != "<image>" else []
+    assert cause({"images": images, **asked}, folder) == "missing picture"
+    texts = said(text, "!")
+    assert cause({"image": images, "conversations": texts}, folder) == "missing picture"
+
+
+def test_fewer_tags_than_pictures_are_noted(folder):
+    record = Record(
+        {"images": ["a.png", "b.png"], "question": "<image>?", "answer": "!"},
+        "here",
+        folder,
+        np.random.default_rng(0),
+    )
+    LAYOUTS["own"](record)
+    [(found, detail)] = record.notes
+    assert found == "picture tags and pictures differ"
+    assert detail == "here: its text shows 1 pictures, but it has 2"
+
+
+# ---- points in other units, and in videos ----
+
+
+@pytest.mark.parametrize(
+    ("scale", "x", "y"), [("unit", 0.5, 0.25), ("percent", 50, 25), ("thousandths", 500, 250)]
+)
+def test_points_in_other_units(scale, x, y, folder):
+    point = {"x": x, "y": y}
+    values = {"image": "a.png", "question": "?", "label": "dot", "points": [point]}
+    expected = '<points coords="1 1 500 250">dot</points>'
+    assert talk(read({**values, "points_scale": scale}, folder))[0][1] == expected
+    assert talk(read(values, folder, points_scale=scale))[0][1] == expected  # of the whole source
+    answer = {"points": [point], "label": "dot"}
+    asked = {"question": "?", "answer": {**answer, "points_scale": scale}}
+    assert talk(read({"image": "a.png", **asked}, folder))[0][1] == expected
+    branch = {"question": "?", "answer": answer, "points_scale": scale}
+    assert talk(read({"image": "a.png", "branches": [branch]}, folder))[0][1] == expected
+    whole = {"branches": [{"question": "?", "answer": answer}], "points_scale": scale}
+    assert talk(read({"image": "a.png", **whole}, folder))[0][1] == expected
+
+
+def test_a_record_goes_before_its_source(folder):
+    values = {"image": "a.png", "question": "?", "points": [{"x": 100, "y": 25}], "label": "dot"}
+    stated = read({**values, "points_scale": "pixels"}, folder, points_scale="percent")
+    assert talk(stated)[0][1] == '<points coords="1 1 500 250">dot</points>'
+
+
+@pytest.mark.parametrize(
+    ("scale", "x"), [("unit", 1.1), ("percent", 101), ("thousandths", -1), ("inches", 1), (5, 1)]
+)
+def test_points_outside_of_their_unit(scale, x, folder):
+    point = {"points": [{"x": x, "y": 0.5}], "points_scale": scale}
+    assert cause({"image": "a.png", "question": "?", **point}, folder) == "bad points"
+
+
+def test_points_in_a_video_file(folder):
+    """The file's own size is asked for; an animated GIF needs no decoder of the extra."""
+    frames = [Image.new("RGB", (80, 40), color) for color in ("red", "green", "blue")]
+    frames[0].save(
+        folder / "clip.gif", save_all=True, append_images=frames[1:], duration=500, loop=0
+    )
+    values = {"video": "clip.gif", "question": "Point.", "label": "dot"}
+    for scale, x, y in (("pixels", 20, 10), ("percent", 25, 25)):
+        points = [{"x": x, "y": y, "time": 0.5}]
+        example = read({**values, "points": points, "points_scale": scale}, folder)
+        assert talk(example) == [["Point.", '<points coords="0.5 1 250 250">dot</points>']]
+        assert example.video == folder / "clip.gif"
+    assert cause({**values, "points": [{"x": 81, "y": 1, "time": 0}]}, folder) == "bad points"
+    (folder / "clip.gif").write_bytes(b"GIF89a")
+    assert cause({**values, "points": [{"x": 1, "y": 1, "time": 0}]}, folder) == "not encodable"
+
+
+def test_points_in_a_video_file_of_frames_and_sound(folder):
+    av = pytest.importorskip("av")
+    with av.open(str(folder / "film.mp4"), "w") as film:
+        stream = film.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for shade in range(8):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 30 * shade, np.uint8))
+            film.mux(stream.encode(frame))
+        film.mux(stream.encode())
+    values = {"video": "film.mp4", "question": "Point.", "label": "dot"}
+    [[_, answer]] = talk(read({**values, "points": [{"x": 16, "y": 12, "time": 0.5}]}, folder))
+    assert answer == '<points coords="0.5 1 250 250">dot</points>'
+
+
+# ---- one picture, many times ----
+
+
+@pytest.mark.parametrize("values", [{"url": "a.png"}, {"path": None}, {}])
+def test_an_object_that_holds_no_picture_is_named(values, folder):
+    with pytest.raises(BadExample, match="in place of a picture, expected its path") as error:
+        read({"images": [values], "question": "?", "answer": "Yes."}, folder)
+    assert str(values) in str(error.value)
+
+
+def test_a_picture_is_decoded_once(folder, monkeypatch):
+    """By whatever name: six large ones took six times the memory."""
+    (folder / "linked.png").symlink_to("a.png")
+    names = ["a.png", "./a.png", str(folder / "a.png"), "linked.png", {"path": "a.png"}]
+    example = read({"images": [*names, *["b.png"] * 60], **ASKED}, folder)
+    assert len({id(image) for image in example.images}) == 2
+    assert len(example.images) == 65
+    twice = read({"images": [png(), {"bytes": png()}], **ASKED})
+    assert twice.images[0] is twice.images[1]
+    video = {"frames": ["a.png"] * 50, "times": list(range(50))}
+    frames = read({"video": video, **ASKED}, folder).video.frames
+    assert len({id(frame) for frame in frames}) == 1
+
+
+def test_the_pictures_of_a_record_have_a_size_together(folder, monkeypatch):
+    from nanomolmo2.data import record
+
+    monkeypatch.setattr(record, "MAX_RECORD_PIXELS", 200 * 100 + 50 * 50)
+    assert len(read({"images": ["a.png", "b.png", "a.png"], **ASKED}, folder).images) == 3
+    Image.new("RGB", (50, 50)).save(folder / "c.png")
+    with pytest.raises(BadExample, match="22,500 pixels together") as error:
+        read({"images": ["a.png", "b.png", "c.png"], **ASKED}, folder)
+    assert error.value.cause == "broken picture"
+
+
+# ---- what is no picture ----
+
+
+@pytest.mark.parametrize("field", ["image", "images", "video"])
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_told_so(field, name, folder):
+    value = [name] if field == "images" else name
+    with pytest.raises(BadExample, match=r"the name of its (picture|video) is empty: give a path"):
+        read({field: value, **ASKED}, folder)
+
+
+def test_devices_and_pipes_are_no_pictures(folder):
+    """Where a checksum is asked for, they were read before they were looked at."""
+    os.mkfifo(folder / "pipe.png")
+    for name in ("/dev/zero", "pipe.png", "/proc/self/environ", "."):
+        assert cause({"image": name, **ASKED}, folder) == "broken picture"
+        assert cause({"video": name, **ASKED}, folder) == "missing video"
+        pixmo = {"image": name, "label": "dot", "points": [], "image_url": URL}
+        assert cause({**pixmo, "image_sha256": "0" * 64}, folder) == "broken picture"
+
+
+def test_names_that_no_file_can_have(folder):
+    for name in ("x" * 300 + ".png", "a\0.png", "a/" * 3000):
+        assert cause({"image": name, **ASKED}, folder) in ("broken picture", "missing picture")
+        assert cause({"video": name, **ASKED}, folder) in ("broken picture", "missing video")
+
+
+def test_addresses_that_are_no_text(folder):
+    assert cause({"image": "http://\ud800", **ASKED}, folder) == "missing picture"
+    assert len(address_key("http://\ud800")) == 64
+    pixmo = {"image_url": URL, "label": "dot", "points": []}
+    assert cause({**pixmo, "image_sha256": "../a"}, folder) == "bad record"
+
+
+def test_a_speaker_that_is_no_name(folder):
+    assert cause({"conversations": [{"from": [], "value": "?"}]}, folder) == "bad record"
+    assert cause({"conversations": [{"from": {}, "value": "?"}]}, folder) == "bad record"
+
+
+def test_a_local_address_is_a_path(folder):
+    example = read({"image": (folder / "a.png").as_uri(), **ASKED}, folder)
+    assert example.images[0].size == (200, 100)
 
 
 # ---- whatever a file may hold ----

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from nanomolmo2.batch import IGNORED_LABEL, PACK_SUBSEGMENT, PREFIX_SUBSEGMENT, 
 from nanomolmo2.data.example import BadExample, Branch, Example
 from nanomolmo2.data.loader import PackedLoader, RowPlan, Step, merge_states
 from nanomolmo2.data.mixture import Mixture
+from nanomolmo2.data.sources import SourceConfig, open_mixture
 from nanomolmo2.emoji.source import EmojiConfig, EmojiScenes
 from nanomolmo2.processor import Encoded
+from nanomolmo2.processor.encode import EncodeTree
 from tests.data.sources import Listed, encoder, talk
 from tests.small_model import small_processor
 
@@ -323,6 +326,98 @@ def test_too_many_bad_examples_stop_the_run() -> None:
     with pytest.raises(ValueError, match=message):
         steps_of(resumed, 2)
     assert steps_of(loader(bad=8, max_bad_fraction=0.2), 100)[-1].drawn > 1000
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_same_sentence_with_and_without_a_worker(workers: Any) -> None:
+    """PyTorch's own message began with the traceback of the worker."""
+    with pytest.raises(ValueError) as error:
+        steps_of(loader(workers=workers, bad=2, sizes=(40,)), 20)
+    with pytest.raises(ValueError) as alone:
+        steps_of(loader(bad=2, sizes=(40,)), 20)
+    assert str(error.value) == str(alone.value)
+    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ImportError("pip install 'nanomolmo2[video]'"), NameError("name 'x'"), AssertionError("5")],
+)
+def test_any_error_of_a_worker_is_the_error_of_the_run(error: Exception) -> None:
+    def encode(example: Example) -> Encoded:
+        raise error
+
+    for workers in (0, 1):
+        with pytest.raises(type(error)) as raised:
+            steps_of(loader(workers=workers, encode=encode, bad=9), 1)
+        assert str(raised.value) == str(error)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OverflowError("too large"), RuntimeError("odd")])
+def test_whatever_encoding_raises_is_one_bad_example(error: Exception) -> None:
+    def encode(example: Example) -> Encoded:
+        if example.branches[0].truth["number"] == 3:
+            raise error
+        return encode_number(example)
+
+    steps = steps_of(loader(encode=encode), 20)
+    assert steps[-1].bad.keys() == {"not encodable"}
+
+
+def one_bad_of(size: int, **changes: Any) -> PackedLoader:
+    return loader(sizes=(size,), bad=size, **changes)  # number 0 of them
+
+
+def test_a_bad_record_counts_once_however_often_it_is_drawn() -> None:
+    """One of 21 is below 5 %, and 6 of 116 draws are not: that run stopped."""
+    step = steps_of(one_bad_of(21), 100)[-1]
+    assert step.bad["missing picture"] / step.drawn == pytest.approx(1 / 21, abs=0.01)
+    assert step.drawn > 20 * 21
+    for size, share in ((33, 0.03), (5, 0.2), (101, 0.01)):
+        made = one_bad_of(size, max_bad_fraction=share + 0.001)
+        assert steps_of(made, 100)[-1].bad["missing picture"] > 1
+    for size in (19, 10, 2):
+        with pytest.raises(ValueError, match="examples are bad, more than 5%"):
+            steps_of(one_bad_of(size), 400)
+
+
+def test_different_bad_records_are_remembered_by_a_resumed_run() -> None:
+    steps = steps_of(one_bad_of(21), 30)
+    state = json.loads(json.dumps(steps[-1].state))
+    found = [record for slot in state["slots"].values() for record in slot["bad_records"]]
+    assert found == [[0, 0]]
+    resumed = one_bad_of(21)
+    resumed.load_state_dict(state)
+    assert_same(steps_of(resumed, 1)[0], steps_of(one_bad_of(21), 31)[-1])
+    for slot in state["slots"].values():  # as older runs wrote it
+        del slot["bad_records"]
+    resumed.load_state_dict(state)
+    assert steps_of(resumed, 1)
+
+
+def test_a_disk_that_is_gone_stops_a_run_of_many_epochs() -> None:
+    state = steps_of(loader(sizes=(21,)), 40)[-1].state
+    resumed = loader(sizes=(21,), bad=1)
+    resumed.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"examples are bad, more than 5% \(missing picture"):
+        steps_of(resumed, 100)
+
+
+def test_what_fits_into_no_row_is_bad_before_it_is_decoded(tmp_path: Path) -> None:
+    """Six large pictures took 4 GB before they were found to be too many."""
+    path = tmp_path / "a.jsonl"
+    values = [{"images": ["none.png"] * 6, "question": "?", "answer": "!"}] * 9
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    processor = small_processor()
+    found = PackedLoader(
+        open_mixture([SourceConfig(str(path))]),
+        EncodeTree(processor),
+        RowPlan(batch_size=1, max_tokens=100, max_crops=5, pad_token_id=0),
+    )
+    [sentence] = found.warnings()
+    assert "6 pictures are at least 6 crops, and a row holds 5" in sentence
+    with pytest.raises(ValueError, match=r"\(too long 100\).*6 pictures are at least 6 crops"):
+        steps_of(found, 1)
 
 
 def test_rows_too_short_for_everything_stop_the_run() -> None:

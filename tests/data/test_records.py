@@ -8,8 +8,11 @@ import os
 import pickle
 import sys
 import tarfile
+import time
+import tracemalloc
 import types
 from pathlib import Path
+from unittest import mock
 
 import pyarrow
 import pyarrow.parquet
@@ -17,7 +20,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanomolmo2.data import records
 from nanomolmo2.data.example import BadExample
+from nanomolmo2.data.fields import READ, unread_fields
 from nanomolmo2.data.records import HubRows, JsonLines, Parquet, Tar, open_rows
 
 VALUES = [{"n": n, "text": "ä" * n} for n in range(7)]
@@ -80,6 +85,32 @@ def test_it_can_be_pickled_and_forked(kind, tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@given(
+    lines=st.lists(st.sampled_from(["", " ", "\r", '{"n": 1}', ' {"n": 2}', "x" * 9]), max_size=9),
+    end=st.booleans(),
+    block=st.integers(1, 12),
+)
+def test_lines_are_found_wherever_blocks_end(lines, end, block, tmp_path_factory):
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    path.write_text("\n".join(lines) + "\n" * end, newline="")
+    with mock.patch.object(records, "BLOCK", block):
+        rows = JsonLines(path)
+    found = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    assert list(rows._numbers) == [number for number, _ in found]
+    data = path.read_bytes()
+    assert [data[s:].split(b"\n")[0] for s in rows._starts] == [line for _, line in found]
+
+
+def test_a_file_of_line_feeds_is_read_in_no_time(tmp_path):
+    """300 MB of them took more than a minute."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n" * 60_000_000 + b'{"n": 0}')
+    began = time.process_time()
+    rows = JsonLines(path)
+    assert time.process_time() - began < 10
+    assert len(rows) == 1 and rows[0].where.endswith("line 60000001")
+
+
 @given(blank=st.lists(st.sampled_from(["", "  ", "\t", "\r"]), max_size=5), end=st.booleans())
 def test_blank_lines_and_a_missing_last_newline(blank, end, tmp_path_factory):
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
@@ -116,6 +147,23 @@ def test_json_that_is_no_list(text, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"a\.json"):
         open_rows(str(path))
+
+
+@pytest.mark.parametrize("item", ["{}", "[]", '"aa"', '{"x":1}'])
+def test_a_list_that_says_little_and_takes_much_is_not_read(item, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_LIST", 2**20)
+    path = tmp_path / "a.json"
+    path.write_text(f"[{','.join([item] * 40_000)}]")
+    with pytest.raises(ValueError, match="too much memory: write one object a line"):
+        open_rows(str(path))
+
+
+def test_a_list_may_be_long_and_begin_with_a_mark(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_LIST", 2**16)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "ä" * 300}] * 500), encoding="utf-8-sig")
+    assert len(open_rows(str(path))) == 500
+    assert open_rows(str(path))[7].values == {"text": "ä" * 300}
 
 
 def test_parquet_reads_the_row_group_only_once(tmp_path, monkeypatch):
@@ -285,3 +333,175 @@ def test_hub_rows_come_once_and_as_bytes(hub):
 def test_a_hub_split_without_a_size(hub):
     with pytest.raises(ValueError, match="lists train, test"):
         HubRows("some/set", split="validation")
+
+
+# ---- what is too large, or no file ----
+
+
+def test_a_line_longer_than_the_memory_is_bad_before_it_is_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as stream:
+        stream.write(b'{"n": 0}\n')
+        stream.truncate(400_000_000)  # a hole: nothing lies on the disk
+        stream.seek(0, os.SEEK_END)
+        stream.write(b'\n{"n": 2}\n')
+    tracemalloc.start()
+    rows = JsonLines(path)
+    assert (len(rows), rows[0].values, rows[2].values) == (3, {"n": 0}, {"n": 2})
+    with pytest.raises(BadExample, match="line 2 is longer than"):
+        rows[1]
+    assert tracemalloc.get_traced_memory()[1] < 3 * records.MAX_TEXT
+    tracemalloc.stop()
+    assert rows[2].where.endswith("line 3")
+
+
+def test_long_lines_are_lines(tmp_path):
+    values = [{"text": "x" * n} for n in (0, 65_520, 65_536, 200_000, 1)]
+    rows = JsonLines(write_lines(tmp_path / "a.jsonl", values))
+    assert [rows[i].values for i in range(len(rows))] == values
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "tar"])
+def test_only_regular_files_hold_records(kind, tmp_path):
+    pipe = tmp_path / f"pipe.{kind}"
+    os.mkfifo(pipe)
+    device = tmp_path / f"device.{kind}"
+    device.symlink_to("/dev/zero")
+    for path in (pipe, device):
+        with pytest.raises(ValueError, match="is a device or a pipe, expected a regular file"):
+            open_rows(str(path))
+
+
+def test_columns_of_no_use_are_not_loaded(tmp_path):
+    """Few bytes of a file can be gigabytes: one text that all rows share."""
+    text = pyarrow.array(["x" * 2_000_000])
+    shared = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 300, pyarrow.int32()), text)
+    said = pyarrow.array([f"question {n}" for n in range(300)])
+    table = pyarrow.table({"question": said, "answer": said, "padding": shared})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path, compression="zstd")
+    assert path.stat().st_size < 100_000
+    rows = open_rows(str(path), fields={"question", "answer"})
+    assert rows[7].values == {"question": "question 7", "answer": "question 7"}
+    assert rows._group(0).nbytes < 100_000
+    assert rows[7].unread.keys() == {"padding"}
+    every = open_rows(str(path))
+    assert len(every[299].values["padding"]) == 2_000_000
+    assert every._group(0).nbytes < 10_000_000  # the text is there once
+
+
+def test_texts_that_rows_share_within_lists_are_held_once(tmp_path):
+    turn = {"user": "u" * 1_000_000, "assistant": "a"}
+    values = [{"texts": [turn], "image": {"bytes": b"b" * 1_000_000, "path": "p"}}] * 50
+    rows = Parquet(write_parquet(tmp_path / "a.parquet", values, group=50))
+    assert rows[49].values == values[0]
+    assert rows._group(0).nbytes < 10_000_000
+
+
+@pytest.mark.parametrize("limit", ["MAX_GROUP", "MAX_TEXTS"])
+def test_a_row_group_that_is_too_large_is_bad_before_it_is_read(limit, tmp_path, monkeypatch):
+    values = [{"question": f"{n}" * 5000} for n in range(4)]
+    path = write_parquet(tmp_path / "a.parquet", values, group=2)
+    monkeypatch.setattr(records, limit, 9_000)
+    rows = Parquet(path)
+    with pytest.raises(BadExample, match=r"row 3: its row group has .* smaller row groups"):
+        rows[3]
+    monkeypatch.setattr(records, limit, 50_000)
+    assert rows[3].values == values[3]
+
+
+def test_columns_are_known_by_their_types(tmp_path):
+    values = [{"question": "?", "photo": {"bytes": b"x", "path": "a"}, "n": 1, "note": "x"}]
+    rows = open_rows(str(write_parquet(tmp_path / "a.parquet", values)), fields=READ)
+    found = unread_fields({**rows[0].values, **rows[0].unread}, "own")
+    assert found == (["photo"], ["n", "note"])
+    none = open_rows(str(write_parquet(tmp_path / "b.parquet", [{"n": 1}])), fields=READ)
+    assert none[0].values == {}
+
+
+def sparse_tar(path: Path, size: int) -> None:
+    """A tar of three records; in GNU's old format the second has holes and claims ``size``."""
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("1.txt", "2.txt", "3.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 5
+            tar.addfile(info, io.BytesIO(b"hello"))
+    data = bytearray(path.read_bytes())
+    head = data[1024:1536]
+    head[156:157] = b"S"
+    head[257:265] = b"ustar  \0"
+    head[386:398], head[398:410] = b"00000000000\0", b"00000000005\0"  # the one piece it has
+    head[483:495] = b"\x80" + size.to_bytes(11, "big")  # its size with holes
+    head[148:156] = b" " * 8
+    head[148:156] = f"{sum(head):06o}\0 ".encode()
+    data[1024:1536] = head
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("size", [2**62, 6, 10**12])
+def test_a_tar_member_with_holes_is_one_bad_record(size, tmp_path):
+    sparse_tar(tmp_path / "a.tar", size)
+    rows = Tar(tmp_path / "a.tar")
+    assert [rows[i].values for i in (0, 2)] == [{"caption": "hello"}] * 2
+    with pytest.raises(BadExample, match=r"key 2: its \.txt is stored with holes"):
+        rows[1]
+
+
+def test_links_and_large_members_of_a_tar_are_bad_records(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (("1.jpg", tarfile.SYMTYPE), ("2.jpg", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        for name in ("1.txt", "2.txt", "3.txt", "4.txt", "4.mp4"):
+            info = tarfile.TarInfo(name)
+            info.size = 50 if name == "3.txt" else 5
+            tar.addfile(info, io.BytesIO(b"hello" * 10))
+    monkeypatch.setattr(records, "MAX_TEXT", 49)
+    rows = Tar(path)
+    for i, message in ((0, "link"), (1, "link"), (2, "has 50 bytes, expected at most 49")):
+        with pytest.raises(BadExample, match=message) as error:
+            rows[i]
+        assert "passwd" not in error.value.detail
+    assert rows[3].values == {"caption": "hello"}
+    assert rows[3].unread == {".mp4": "a.mp4"}
+    assert rows[3].confined
+
+
+# ---- lines in a .json file ----
+
+
+@pytest.mark.parametrize("end", ["\n", "", "\n\n"])
+def test_json_lines_by_the_name_of_json(end, tmp_path):
+    path = tmp_path / "a.json"
+    values = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+    path.write_text("\n".join(map(json.dumps, values)) + end)
+    rows = open_rows(str(path))
+    assert [rows[i].values for i in range(len(rows))] == values
+    path.write_text(json.dumps(values[0]) + end)
+    assert open_rows(str(path))[0].values == values[0]
+    path.write_text("\n \n" + "\n".join(map(json.dumps, VALUES)) + end)
+    assert len(open_rows(str(path))) == 7
+    path.write_text(json.dumps(values[0]) + '\n{"question":\n')
+    rows = open_rows(str(path))
+    with pytest.raises(BadExample, match="line 2 is not valid JSON"):
+        rows[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n "question": "a",\n "answer": "b"\n}', "found dict: put the records into a list"),
+        ('{"data": [{"question": "a"}]}', "found dict: put the records into a list"),
+        ('[{"question": "a"}', "neither one JSON list nor one object a line"),
+        ("question,answer\n", "neither one JSON list nor one object a line"),
+        ("", "neither one JSON list nor one object a line"),
+    ],
+)
+def test_json_that_is_neither(text, message, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        open_rows(str(path))
+    assert "question" not in str(error.value)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from nanomolmo2.data.audit import audit
+from nanomolmo2.data.audit import Finding, Report, audit
 from nanomolmo2.data.example import BadExample, Example
 from nanomolmo2.data.inspect import Fault, View, look
 from nanomolmo2.data.show import data_uri, make_page, print_report, print_views, visible
@@ -172,3 +172,23 @@ def test_the_report(source: Listed) -> None:
 
 def test_what_is_visible() -> None:
     assert visible("a\nb\t\x00 é犬🐕\u200b") == "a↵b\\t\\x00 é犬🐕\\u200b"
+
+
+def test_markup_and_codes_of_data_are_shown_as_they_are() -> None:
+    """A cause was once read as the colours of rich."""
+    detail = "[link=http://a]b[/link] \x9b31m"
+    finding = Finding("[red]x[/red] \x1b[2J", True, detail, count=1, records=[3])
+    report = Report(source="[bold]s \x1b", size=1, records=1, max_tokens=9, findings=[finding])
+    out = io.StringIO()
+    console = Console(file=out, width=300)
+    print_report(report, console)
+    print_views([Fault(5, "[red]y[/red]\x1b", "[/]z")], console)
+    text = out.getvalue()
+    assert not set(text) & set("\x1b\x9b")
+    for shown in (
+        r"[red]x[/red] \x1b[2J",
+        r"[link=http://a]b[/link] \x9b31m",
+        r"[bold]s \x1b",
+        r"[red]y[/red]\x1b: [/]z",
+    ):
+        assert shown in text

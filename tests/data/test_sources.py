@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ import pytest
 from PIL import Image
 
 from nanomolmo2.batch import PREFIX_SUBSEGMENT
+from nanomolmo2.data import sources
 from nanomolmo2.data.example import BadExample
+from nanomolmo2.data.fields import RowLimits
 from nanomolmo2.data.sources import SourceConfig, address_key, open_mixture, open_source
 from nanomolmo2.emoji.model import tiny_processor
 from nanomolmo2.emoji.questions import BranchMix
@@ -279,3 +282,221 @@ def test_examples_can_be_encoded(lines):
         branches = encoded.subsegment_ids[encoded.subsegment_ids != PREFIX_SUBSEGMENT]
         assert branches.max() + 1 == len(example.branches)
         assert (encoded.labels >= 0).any()
+
+
+# ---- one strange record does not end a run ----
+
+STRANGE = [
+    {"conversations": [{"from": [], "value": "?"}]},
+    {"image": "http://\ud800", "question": "?", "answer": "!"},
+    {"image": "x" * 300 + ".png", "question": "?", "answer": "!"},
+    {
+        "video": {"frames": ["a.png"], "times": [10**400]},
+        "question": "?",
+        "points": [{"x": 1, "y": 1, "time": 10**400}],
+    },
+    {"image": "a.png", "question": "?", "points": [{"x": 1, "y": 1, "image": 10**400}]},
+    {"image": "a.png", "question": "?", "points": [{"x": 1, "y": 1, "image": [1]}]},
+    {"image": {"bytes": {}, "path": [1]}, "question": "?", "answer": "!"},
+    {"images": {"a": 1}, "branches": {"a": []}},
+    {"image": "a.png", "messages": [{"role": [], "content": {}}]},
+    {"image": "a.png", "question": "?", "points": [], "mode": ["point"]},
+    {"image": "a.png", "question": "?", "points": [], "label": ["a"], "points_scale": {}},
+    {"texts": [{"user": "?", "assistant": {}}], "images": "a.png"},
+    {"image_url": 5, "caption": {}, "transcripts": "a"},
+    {"image": "a.png", "questions": 1, "answer_points": {"x": 1}},
+]
+
+
+@pytest.mark.parametrize("values", STRANGE)
+def test_a_strange_record_is_a_bad_example(values, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    source = open_source(
+        write_jsonl(tmp_path / "a.jsonl", values, {"question": "?", "answer": "!"})
+    )
+    with pytest.raises(BadExample, match=r"a\.jsonl, line 1") as error:
+        source[0]
+    assert "\n" not in error.value.detail
+    assert texts(source[1]) == [["?", "!"]]
+
+
+@pytest.mark.parametrize(
+    "fault", [OverflowError("too large"), RecursionError("deep"), MemoryError(), KeyError("x")]
+)
+def test_whatever_a_layout_raises_is_the_record_it_read(fault, lines, monkeypatch):
+    def broken(record):
+        raise fault
+
+    monkeypatch.setitem(sources.LAYOUTS, "own", broken)
+    with pytest.raises(BadExample, match=rf"line 1 cannot be read \({type(fault).__name__}"):
+        open_source(lines)[0]
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), AssertionError(), ImportError("datasets")])
+def test_what_is_not_the_fault_of_a_record_is_raised(fault, lines, monkeypatch):
+    def broken(record):
+        raise fault
+
+    monkeypatch.setitem(sources.LAYOUTS, "own", broken)
+    with pytest.raises(type(fault)):
+        open_source(lines)[0]
+
+
+def test_a_time_that_no_calendar_has_is_one_bad_record(tmp_path):
+    stamps = pyarrow.array([2**62, 0], pyarrow.timestamp("us"))
+    columns = {"question": ["?", "?"], "answer": ["!", "!"], "caption": stamps, "when": stamps}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    source = open_source(tmp_path / "a.parquet")
+    with pytest.raises(
+        BadExample, match=r"bad record: a, example 0 cannot be read \(OverflowError"
+    ):
+        source[0]
+    assert texts(source[1]) == [["?", "!"]]  # a column of no use is not even looked at
+
+
+# ---- what records may name ----
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A picture beside the folder of the data."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "secret.png").write_bytes(png())
+    (tmp_path / "data" / "linked.png").symlink_to("../secret.png")
+    (tmp_path / "data" / "a.png").write_bytes(png())
+    return tmp_path / "secret.png"
+
+
+def names(outside: Path) -> list[str]:
+    return ["../secret.png", str(outside), "linked.png", "x/../../secret.png", outside.as_uri()]
+
+
+def test_own_lines_may_name_any_file_and_it_is_counted(outside):
+    (outside.parent / "data" / "x").mkdir()
+    asked = [{"image": name, "question": "?", "answer": "!"} for name in names(outside)]
+    inside = {"image": "x/../a.png", "question": "?", "answer": "!"}
+    source = open_source(write_jsonl(outside.parent / "data" / "a.jsonl", *asked, inside))
+    for i, name in enumerate(names(outside)):
+        assert source[i].images[0].size == (40, 20)
+        assert source[i].outside == (name,)
+    assert source[len(asked)].outside == ()
+
+
+def test_an_archive_uses_what_it_holds(outside):
+    """A stranger's record must not turn the files of this machine into training pictures."""
+    folder = outside.parent / "data"
+    path = folder / "a.tar"
+    every = [*names(outside), "a.png", "~/a.png"]
+    with tarfile.open(path, "w") as tar:
+        for number, name in enumerate(every):
+            record = {"image": name, "question": "?", "answer": "!"}
+            content = json.dumps(record).encode()
+            info = tarfile.TarInfo(f"{number}.json")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    source = open_source(path)
+    for i in range(len(every)):
+        with pytest.raises(BadExample, match="records of an archive or the hub use only") as error:
+            source[i]
+        assert error.value.cause == "bad record"
+    given = open_source(SourceConfig(str(path), image_folder=str(folder)))
+    for i in range(len(names(outside))):
+        with pytest.raises(BadExample, match="lies outside of"):
+            given[i]
+    assert given[len(every) - 2].images[0].size == (40, 20)
+
+
+def test_records_of_the_hub_name_no_file(outside, monkeypatch):
+    monkeypatch.chdir(outside.parent / "data")
+    rows = [{"image": name, "question": "?", "answer": "!"} for name in ("a.png", str(outside))]
+    rows.append({"image": {"bytes": png(), "path": "a.png"}, "question": "?", "answer": "!"})
+    info = types.SimpleNamespace(splits={"train": types.SimpleNamespace(num_examples=3)})
+    fake = types.ModuleType("datasets")
+    fake.load_dataset_builder = lambda name, subset: types.SimpleNamespace(info=info)
+    fake.load_dataset = lambda *_, **__: types.SimpleNamespace(decode=lambda _: iter(rows))
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    source = open_source("hub:some/set")
+    for i in (0, 1):
+        with pytest.raises(BadExample, match="bad record: hub:some/set, row"):
+            source[i]
+    assert source[2].images[0].size == (40, 20)
+
+
+def test_no_content_of_a_file_is_told(tmp_path):
+    (tmp_path / "secret.txt").write_text("root:x:0:0:root:/root")
+    (tmp_path / "secret.bin").write_bytes(b"\x00hunter2\xff\xfe" * 9)
+    for name in ("secret.txt", "secret.bin"):
+        asked = {"image": name, "question": "?", "answer": "!"}
+        source = open_source(write_jsonl(tmp_path / "a.jsonl", asked))
+        with pytest.raises(BadExample) as error:
+            source[0]
+        assert "root:x" not in str(error.value) and "hunter2" not in str(error.value)
+
+
+# ---- what is noted ----
+
+
+def test_fields_that_nobody_reads_are_noted(tmp_path):
+    values = {"image_path": "a.png", "question": "?", "answer": "!", "licence": "CC0"}
+    example = open_source(write_jsonl(tmp_path / "a.jsonl", values))[0]
+    [(cause, detail)] = example.notes
+    assert cause == "picture field that is not read"
+    assert "line 1: its field 'image_path' looks like a picture" in detail
+    assert example.unread == ("licence",)
+
+
+@pytest.mark.parametrize(
+    ("values", "cause"),
+    [
+        ({"photo": "a.png", "question": "?", "points": [{"x": 1, "y": 1}]}, "bad points"),
+        ({"img": "a.png", "question": "<image>?", "answer": "!"}, "missing picture"),
+        ({"image_path": "a.png", "question": "?"}, "no answer"),
+    ],
+)
+def test_a_bad_record_names_a_picture_that_is_not_read(tmp_path, values, cause):
+    """Without its picture a record has points in no picture: the field's name is the reason."""
+    source = open_source(write_jsonl(tmp_path / "a.jsonl", values))
+    with pytest.raises(BadExample) as raised:
+        source[0]
+    assert raised.value.cause == cause
+    assert f"its field {next(iter(values))!r} looks like a picture" in raised.value.detail
+
+
+def test_a_record_too_long_for_any_row_is_not_decoded(tmp_path):
+    broken = {"images": ["none.png"] * 9, "question": "?", "answer": "!"}
+    source = open_source(write_jsonl(tmp_path / "a.jsonl", broken))
+    with pytest.raises(BadExample, match="9 pictures are at least 9 crops, and a row holds 8"):
+        source.read(0, RowLimits(max_tokens=100, max_crops=8))
+    with pytest.raises(BadExample, match="missing picture"):
+        source.read(0, RowLimits(max_tokens=100, max_crops=9))
+
+
+def test_the_scale_of_points_is_an_option(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    values = {"image": "a.png", "question": "?", "points": [{"x": 0.5, "y": 0.5}], "label": "dot"}
+    path = write_jsonl(tmp_path / "a.jsonl", values)
+    [[_, answer]] = texts(open_source(SourceConfig(str(path), points_scale="unit"))[0])
+    assert answer == '<points coords="1 1 500 500">dot</points>'
+    with pytest.raises(ValueError, match="points_scale is 'inch', expected one of pixels, unit"):
+        SourceConfig("a.jsonl", points_scale="inch")
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_image", "video_url", "image"])
+@pytest.mark.parametrize("field", ["messages", "question"])
+def test_a_part_of_a_message_names_no_file_past_the_checks_of_a_record(tmp_path, kind, field):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    address = (tmp_path / "secret.png").as_uri()
+    key = {"input_image": "image_url"}.get(kind, kind)
+    parts = [{"type": kind, key: address}, {"type": "text", "text": "What is it?"}]
+    if field == "question":
+        values = {"question": parts, "answer": "Red."}
+    else:
+        turns = [("user", parts), ("assistant", "Red.")]
+        values = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("1.json")
+        text = json.dumps(values).encode()
+        member.size = len(text)
+        tar.addfile(member, io.BytesIO(text))
+    with pytest.raises(BadExample, match="a message holds"):
+        open_source(str(tmp_path / "a.tar"))[0]

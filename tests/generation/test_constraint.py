@@ -93,6 +93,7 @@ def grammar_of(images: int | None, video: bool) -> PointsGrammar:
         ("<points>", 1, False, ">"),
         ("<points", 0, False, "s"),
         ('<points coords="1 1 210 455">a <points', 1, False, "s"),
+        ('<points coords="1 1 210 455">a <point ', 1, False, " "),  # a tag of Molmo 1
         ('<points coords="1 1 210 455">a </tracks', 1, False, "s"),
         ('<points coords="1 1 210 455">a </points<', 1, False, "<"),
         ('<points coords="1 ', 0, True, " "),  # a time has a decimal
@@ -242,6 +243,7 @@ BEGINNINGS = [
     '<points coords="1 1 100 555">',
     '<points coords="1 1 100 555">a <',
     '<points coords="1 1 100 555">a </po',
+    '<points coords="1 1 100 555">a <point',
     '<points coords="1 1 100 555">a </points',
     '<tracks coords="1 7 100 555 ',
     '<tracks coords="1 7 100 555">a </',

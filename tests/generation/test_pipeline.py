@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -114,6 +115,52 @@ def test_what_is_wrong_with_a_question_is_said_before_the_first_piece(pipeline: 
             pipeline.stream(PICTURE, "Dogs?", **wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_tokens'"):
         pipeline.ask(PICTURE, "Dogs?", max_tokens=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "",
+        " \n",
+        "\u200b\u3000",
+        [{"role": "user", "content": " "}],
+        [{"role": "user", "content": [{"type": "text", "text": ""}, {"type": "image"}]}],
+        [
+            {"role": "user", "content": "Dogs?"},
+            {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "\t"},
+        ],
+    ],
+)
+def test_an_empty_question_is_refused(pipeline: Pipeline, question: Any) -> None:
+    with pytest.raises(ValueError, match="the question is empty"):
+        pipeline.stream(PICTURE, question)
+
+
+def test_a_book_is_refused_before_it_is_encoded(pipeline: Pipeline, monkeypatch) -> None:
+    """10 MB took 16 s and 1.8 GB."""
+    context = pipeline.model.config.llm_config.max_position_embeddings
+    monkeypatch.setattr(pipeline.processor, "encode", None)  # not called
+    book = "word " * 2_000_000
+    for question in (
+        book,
+        "x" * (32 * context + 1),
+        [{"role": "user", "content": [{"type": "text", "text": book}]}],
+        [
+            {"role": "user", "content": "Dogs?"},
+            {"role": "assistant", "content": book},
+            {"role": "user", "content": "Where?"},
+        ],
+    ):
+        start = time.perf_counter()
+        with pytest.raises(ValueError, match=r"context of 512 tokens cannot hold: shorten it"):
+            pipeline.stream(PICTURE, question)
+        assert time.perf_counter() - start < 1
+
+
+def test_a_question_that_may_fit_is_encoded(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match="max_new_tokens may be 0 to"):
+        pipeline.stream(PICTURE, "a dog " * 80, max_new_tokens=500)
 
 
 def test_a_stream_that_is_left_leaves_nothing_behind(pipeline: Pipeline) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -235,6 +238,74 @@ def test_a_longer_sequence_takes_the_place_of_its_beginning() -> None:
     cache.keep(prefix(1, 2))
     assert cache.nbytes == held == prefix(1, 2, 3, 4, 5).row.nbytes
     assert cache.find(keys(1, 2, 3, 4, 5, 6), 0)[1] == 5
+
+
+def test_threads_share_a_cache_that_counts_exactly() -> None:
+    """A count that drifts up ends with a cache that holds nothing, one that drifts down with one
+    that has no limit. Two threads that encode one image both put it in."""
+    sizes = [prefix(*range(n)).row.nbytes for n in (3, 9)]
+    cache = PrefixCache(max_bytes=20 * sizes[1])
+    problems: list[BaseException] = []
+    together = threading.Barrier(8)
+
+    def hammer(seed: int) -> None:
+        draw = np.random.default_rng(seed)
+        try:
+            together.wait()
+            cache.visual_tokens(["same"], lambda new: [torch.ones(100) for _ in new])
+            for _ in range(300):
+                ids = draw.integers(0, 3, int(draw.integers(3, 9))).tolist()
+                cache.keep(prefix(*ids, capacity=int(draw.integers(0, 40))))
+                cache.find(keys(*ids, 1), 0)
+                names = [str(n) for n in draw.integers(0, 12, 3)]
+                cache.visual_tokens(names, lambda new: [torch.ones(4, 7) for _ in new])
+                if draw.random() < 0.02:
+                    cache.clear()
+        except BaseException as error:
+            problems.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=hammer, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert problems == []
+    cache.keep(prefix(1, 2, 0))  # the last thread may have cleared it
+    held = [v.row if isinstance(v, Prefix) else v for v, _ in cache._entries.values()]
+    assert cache.nbytes == sum(value.nbytes for value in held) <= cache.max_bytes
+    assert held
+
+
+def test_an_image_that_two_threads_encoded_counts_once() -> None:
+    cache, both = PrefixCache(), threading.Barrier(2)
+
+    def encode(new: list[int]) -> list[Tensor]:
+        both.wait(timeout=60)  # neither has put it in yet
+        return [torch.ones(5, 5) for _ in new]
+
+    threads = [
+        threading.Thread(target=cache.visual_tokens, args=(["one"], encode)) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert cache.nbytes == torch.ones(5, 5).nbytes
+    assert cache.visual_tokens(["one"], lambda new: [])[0].shape == (5, 5)
+
+
+def test_a_cache_can_be_copied() -> None:
+    cache = PrefixCache()
+    cache.keep(prefix(1, 2, 3))
+    copied = copy.deepcopy(cache)
+    copied.keep(prefix(4, 5))
+    assert copied.find(keys(1, 2, 9), 0)[1] == 2
+    assert cache.nbytes == prefix(1, 2, 3).row.nbytes < copied.nbytes
 
 
 def test_free_slots_are_not_held() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+import threading
 import time
 
 import pytest
@@ -324,3 +326,32 @@ def test_a_proposer_is_asked_first() -> None:
     assert proposer.last == 7
     assert drafter.width.acceptance(0) > 0.6
     assert drafter.draft(0) == []
+
+
+def test_threads_share_the_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pipelines of a model learn together, while old numbers of positions are forgotten."""
+    monkeypatch.setattr(StepCosts, "_FORGET_AFTER", 20)
+    costs = StepCosts()
+    problems: list[Exception] = []
+
+    def work(first: int) -> None:
+        try:
+            for i in range(1500):
+                positions = 1 + (first + i * i) % 40
+                costs.record(positions, 0.001 * positions)
+                assert costs.seconds(1 + i % 50) > 0
+        except Exception as error:
+            problems.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert problems == []
+    assert set(costs._trusted) <= costs._median.keys() == costs._recent.keys()

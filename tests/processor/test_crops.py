@@ -401,3 +401,25 @@ def test_configs_that_are_refused(fields, error):
 
 def test_config_as_json():
     assert MultiCrop.from_dict(SMALL.to_dict()) == SMALL
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (641, 479), (1300, 7), (2000, 1500)])
+@pytest.mark.parametrize("sizes", [((56, 56),), ((378, 378), (900, 644)), ((1, 1), (7, 3))])
+def test_only_rows_that_are_looked_at_are_copied(monkeypatch, size, sizes):
+    """The result of all rows, bit for bit, whether the image is copied in bands or not."""
+    width, height = size
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    plane = torch.from_numpy(pixels).permute(2, 0, 1).float()
+    expected = []
+    for wanted in sizes:
+        values = [
+            F.interpolate(channel[None, None], wanted, mode="bilinear", align_corners=False)[0, 0]
+            for channel in plane
+        ]
+        whole = torch.stack(values, -1).round_().clamp_(0, 255).to(torch.uint8)
+        expected.append(whole.numpy())
+    for band in (1 << 22, 1000):
+        monkeypatch.setattr("nanomolmo2.processor.crops._BAND", band)
+        for source in (pixels, Image.fromarray(pixels)):
+            for found, whole in zip(resize(source, *sizes), expected, strict=True):
+                assert (found == whole).all()

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from nanomolmo2.processor import Point
-from nanomolmo2.processor.draw import draw_frames, draw_points, save_gif
+from nanomolmo2.processor.draw import draw_frames, draw_points, label_marks, save_gif
 
 
 def difference(size, points, colour="white", **options):
@@ -177,3 +177,41 @@ def test_a_gif_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         save_gif(draw_frames(frames(1), (0.0,), []), (0.0,), tmp_path / "out.gif")
     assert [path.name for path in tmp_path.iterdir()] == ["out.gif"]
     assert (tmp_path / "out.gif").read_bytes() == b"old"
+
+
+# ---- labels that the font lacks ----
+
+
+@pytest.mark.parametrize("label", ["猫", "قطة", "😀", "cat 猫", "кошка", "→", "cat\udce9"])
+def test_a_label_that_the_font_lacks_becomes_a_mark(label):
+    """Each of its characters was an empty box."""
+    points = [Point(60, 60, id=1, label=label), Point(60, 240, id=2, label="dog")]
+    assert label_marks(points) == {label: "label A"}
+    named = [Point(60, 60, id=1, label="label A"), points[1]]
+    assert (np.asarray(difference((400, 300), points)[1]) == difference((400, 300), named)[1]).all()
+
+
+def test_marks_are_the_same_in_all_pictures_of_an_answer():
+    points = [Point(60, 60, 1, label="猫"), Point(60, 60, 2, label="犬"), Point(9, 9, 2, label="a")]
+    assert label_marks(points) == {"猫": "label A", "犬": "label B"}
+    expected = [Point(60, 60, 2, label="label B"), Point(9, 9, 2, label="a")]
+    drawn = difference((400, 300), points, number=2)[1]
+    assert (np.asarray(drawn) == difference((400, 300), expected, number=2)[1]).all()
+    many = label_marks(Point(1, 1, label=chr(0x4E00 + number)) for number in range(28))
+    assert list(many.values())[25:] == ["label Z", "label A2", "label B2"]
+    timed = [Point(60, 60, label="猫", time=0.0), Point(60, 60, label="犬", time=1.0)]
+    plain = [Point(60, 60, label=f"label {x}", time=t) for x, t in (("A", 0.0), ("B", 1.0))]
+    for a, b in zip(
+        draw_frames(frames(2), (0.0, 1.0), timed),
+        draw_frames(frames(2), (0.0, 1.0), plain),
+        strict=True,
+    ):
+        assert (np.asarray(a) == np.asarray(b)).all()
+
+
+@pytest.mark.parametrize(("label", "drawn"), [("café", "cafe"), ("año", "ano"), ("a\nb", "a b")])
+def test_accents_are_left_out(label, drawn):
+    assert label_marks([Point(1, 1, label=label)]) == {}
+    points = [[Point(60, 60, id=1, label=text)] for text in (label, drawn)]
+    first, second = (difference((400, 300), each)[1] for each in points)
+    assert (np.asarray(first) == np.asarray(second)).all()

@@ -1,8 +1,11 @@
 """Processor: ids, labels and pixels of conversations and message trees; text back."""
 
+import base64
+import io
 import pickle
 import re
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +20,11 @@ from nanomolmo2.processor import (
     Tokenizer,
     Video,
     VideoConfig,
+    load_image,
+    visual,
 )
+from nanomolmo2.processor.image import preprocess
+from nanomolmo2.processor.video import load_video
 from tests.processor.helpers import (
     SPECIAL,
     assistant,
@@ -613,3 +620,123 @@ def test_configs_that_are_refused(fields, error):
 def test_video_configs_that_are_refused(fields, error):
     with pytest.raises(ValueError, match=error):
         VideoConfig(**fields)
+
+
+def test_one_picture_that_comes_several_times_is_prepared_once(monkeypatch) -> None:
+    """A record that named one large picture sixty times took sixty times as long."""
+    calls = []
+    image = Image.new("RGB", (40, 30), "red")
+    other = Image.new("RGB", (40, 30), "blue")
+    monkeypatch.setattr(
+        visual,
+        "preprocess",
+        lambda image, **options: calls.append(image) or preprocess(image, **options),
+    )
+    loader = visual.VisualLoader(ProcessorConfig(image_size=16))
+    pixels = loader.load([image, other, image, image]).fields["pixel_values"]
+    assert calls == [image, other]
+    assert np.array_equal(pixels[0], pixels[3]) and not np.array_equal(pixels[0], pixels[1])
+    stacked = np.stack([np.asarray(image), np.asarray(other)])
+    assert np.array_equal(loader.load(stacked).fields["pixel_values"], pixels[:2])
+
+
+# ---- parts as servers take them ----
+
+
+def png_bytes(colour="red"):
+    Image.new("RGB", (8, 6), colour).save(stream := io.BytesIO(), "PNG")
+    return stream.getvalue()
+
+
+def data_url(data, kind="image/png"):
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda path: {"type": "image_url", "image_url": {"url": data_url(path.read_bytes())}},
+        lambda path: {"type": "image_url", "image_url": data_url(path.read_bytes(), "")},
+        lambda path: {"type": "input_image", "image_url": data_url(path.read_bytes())},
+        lambda path: {"type": "image_url", "image_url": {"url": path.as_uri(), "detail": "low"}},
+        lambda path: {"type": "image", "image": path.as_uri()},
+        lambda path: {"type": "image", "image": data_url(path.read_bytes())},
+        lambda path: {"type": "image", "url": data_url(path.read_bytes())},
+        lambda path: {"type": "image", "url": path.as_uri()},
+        lambda path: {"type": "image", "image": io.BytesIO(path.read_bytes())},
+        lambda path: {"type": "image", "image": path.open("rb")},
+    ],
+)
+def test_pictures_of_parts(molmo2, crops, tmp_path, part):
+    path = tmp_path / "a b.png"
+    path.write_bytes(png_bytes())
+    for processor in (molmo2, crops):
+        expected = processor.encode([user("What?")], [path])
+        text = {"type": "input_text", "text": "What?"}
+        given = processor.encode([{"role": "user", "content": [part(path), text]}])
+        assert (given.input_ids == expected.input_ids).all()
+        assert (given.pixel_values == expected.pixel_values).all()
+        assert given.image_sizes == ((8, 6),)
+
+
+def test_a_video_of_a_part(crops):
+    images = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    images[0].save(stream := io.BytesIO(), "GIF", save_all=True, append_images=images[1:])
+    part = {"type": "video_url", "video_url": {"url": data_url(stream.getvalue(), "image/gif")}}
+    text = {"type": "text", "text": "What?"}
+    given = crops.encode([{"role": "user", "content": [part, text]}])
+    expected = crops.encode([user("What?")], video=stream.getvalue())
+    assert (given.input_ids == expected.input_ids).all()
+    assert given.frame_times == expected.frame_times and given.video_size == (8, 6)
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("https://example.com/a.png", r"the address 'https://.*nothing is downloaded here"),
+        ("a.png", "the address 'a.png'"),
+        ("data:image/png;base64,!!", "a data URL that cannot be read"),
+        ("data:image/png,abc", "a data URL that cannot be read"),
+        ("", "without an address"),
+        (None, "without an address"),
+        (7, "without an address"),
+    ],
+)
+def test_addresses_of_parts_that_are_refused(molmo2, url, error):
+    part = {"type": "image_url", "image_url": {"url": url}}
+    with pytest.raises(ValueError, match=f"message 0 holds .*{error}") as caught:
+        molmo2.encode([{"role": "user", "content": [part]}])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_one_open_file_is_no_list(molmo2):
+    with pytest.raises(ValueError, match="images must be a list, found one BytesIO"):
+        molmo2.encode([user("What?")], io.BytesIO(png_bytes()))
+
+
+def test_one_large_picture_is_held_at_a_time(crops, monkeypatch):
+    """A record with sixty pictures held sixty of them."""
+    held, most = [], []
+
+    def load(source):
+        image = load_image(source).copy()
+        held.append(weakref.ref(image))
+        most.append(sum(ref() is not None for ref in held))
+        return image
+
+    monkeypatch.setattr("nanomolmo2.processor.visual.load_image", load)
+    crops.encode([user("What?")], [png_bytes() for _ in range(5)])
+    assert len(most) == 5 and max(most) == 1
+
+
+def test_frames_of_a_file_are_cut_as_they_come(crops, monkeypatch):
+    """And give the pixels that frames in their own size give."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (90, 70, 3), np.uint8)) for _ in range(4)]
+    images[0].save(
+        stream := io.BytesIO(), "WEBP", save_all=True, append_images=images[1:], duration=500
+    )
+    expected = crops.encode([user("What?")], video=load_video(stream.getvalue(), max_frames=8))
+    monkeypatch.setattr("nanomolmo2.processor.video.MAX_VIDEO_BYTES", 1)  # not asked
+    given = crops.encode([user("What?")], video=stream.getvalue())
+    assert (given.pixel_values == expected.pixel_values).all() and given.video_size == (70, 90)

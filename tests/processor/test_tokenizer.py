@@ -1,5 +1,8 @@
 """Tokenizer: lossless text, special tokens only where the chat format puts them."""
 
+import json
+import os
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -181,3 +184,87 @@ def test_text_that_is_no_unicode_is_refused() -> None:
     """JSON can hold half a surrogate pair; the library calls that a TypeError."""
     with pytest.raises(ValueError, match="expected a text of Unicode characters"):
         SMALL.encode_text("\ud800 dog")
+
+
+# ---- files of strangers ----
+
+
+def changed_file(path, **changes):
+    values = json.loads(small_backend().to_str())
+    path.write_text(json.dumps({**values, **changes}), encoding="utf-8")
+    return path
+
+
+def token(content, id=900):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": id, "content": content, "special": True, **flags}
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "<"}, "content": "<" * 1000}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # Each of the first four makes the library panic.
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "Precompiled"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "must be non-zero"),
+        (
+            {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
+            "larger than",
+        ),
+        ({"model": {"type": "Unigram", "unk_id": None, "vocab": []}}, "unk_id"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 4}}, "1,000,000 times as"),
+        ({"added_tokens": [token(f"<|{n}|>", n) for n in range(20_000)]}, "20,000 added tokens of"),
+        ({"added_tokens": [token("x" * 10**6)]}, "1 added tokens of 1,000,000 letters"),
+        ({"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}] * 10**5}}, "10,000 steps"),
+        ({"model": 5}, "not a tokenizer.json"),
+    ],
+)
+def test_a_file_that_breaks_the_library_is_named(changes, message, tmp_path):
+    """A panic of Rust is no Exception in Python: it went through every net."""
+    path = changed_file(tmp_path / "tokenizer.json", **changes)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json.*{message}") as caught:
+        Tokenizer.from_file(path)
+    assert len(str(caught.value).replace(str(path), "")) < 500
+
+
+def test_a_section_behind_the_vocabulary_or_by_another_spelling_is_seen(tmp_path):
+    values = json.loads(small_backend().to_str())
+    path = tmp_path / "tokenizer.json"
+    bad = {"type": "Sequence", "normalizers": [REPLACE] * 4}
+    del values["normalizer"]
+    path.write_text(json.dumps({**values, "normalizer": bad}))
+    with pytest.raises(ValueError, match="times as long"):
+        Tokenizer.from_file(path)
+    path.write_text(json.dumps({**values, "normalizer": bad}).replace('"norm', '"\\u006eorm'))
+    with pytest.raises(ValueError, match="times as long"):
+        Tokenizer.from_file(path)
+
+
+def test_a_panic_while_text_is_decoded(tmp_path):
+    strip = {"type": "Strip", "content": "a", "start": 10**9, "stop": 10**9}
+    tokenizer = Tokenizer.from_file(changed_file(tmp_path / "tokenizer.json", decoder=strip))
+    with pytest.raises(ValueError, match=r"the tokenizer fails .*index out of bounds"):
+        tokenizer.decode(tokenizer.encode_text("aaa é"))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "of the kernel", "too large"])
+def test_only_regular_tokenizer_files_are_read(kind, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "too large":
+        with open(path, "wb") as stream:
+            stream.truncate(40_000_001)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "/proc/self/status")
+    for read in (Tokenizer.from_file, molmo2_tokenizer):
+        with pytest.raises(ValueError, match=r"tokenizer\.json (is|has) .*expected"):
+            read(path)
+
+
+def test_the_error_of_a_special_token_is_one_line(tokenizer):
+    with pytest.raises(ValueError, match="has no special token '<missing>'; it has <") as caught:
+        tokenizer.special_id("<missing>")
+    assert "\n" not in str(caught.value)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import struct
+import subprocess
 import sys
+import zlib
 from fractions import Fraction
 from types import ModuleType, SimpleNamespace
 
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from nanomolmo2.processor import load_image
 from nanomolmo2.processor.video import Video, load_video, sample_indices, sample_times
 
 WIDTH, HEIGHT = 64, 48
@@ -624,10 +627,13 @@ def header_at_the_end():
 
 BAD_FILES = {
     "empty.mp4": (b"", r"found an empty file \(0 bytes\)"),
-    "text.mp4": (b"Once upon a time there was a film.\n", "found text .'Once upon a time the'"),
-    "list.m3u8": (b"#EXTM3U\n#EXTINF:1,\nhttp://localhost:1/a.ts\n", "found text .'#EXTM3U"),
-    "list.txt": (b"ffconcat version 1.0\nfile 'a.mp4'\n", "found text .'ffconcat"),
-    "noise.mp4": (b"\x00\x01\x02\x03\xff\xfe" * 100, "found unknown data .00 01 02 03"),
+    "text.mp4": (b"Once upon a time there was a film.\n", "found text, expected a video"),
+    "list.m3u8": (
+        b"#EXTM3U\n#EXTINF:1,\nhttp://localhost:1/a.ts\n",
+        "found text, expected a video",
+    ),
+    "list.txt": (b"ffconcat version 1.0\nfile 'a.mp4'\n", "found text, expected a video"),
+    "noise.mp4": (b"\x00\x01\x02\x03\xff\xfe" * 100, "found unknown data, expected"),
     "start.mp4": (b"\x00\x00\x00\x20ftypisom" + b"\x00" * 50, "cannot be decoded"),
     "start.mkv": (b"\x1aE\xdf\xa3" + b"\x00" * 50, "cannot be decoded|no video track"),
     "start.avi": (b"RIFF\x00\x00\x00\x00AVI LIST", "cannot be decoded"),
@@ -696,3 +702,278 @@ def test_paths_that_are_no_files(tmp_path):
 def test_limits_are_checked_before_anything_is_read(options):
     with pytest.raises(ValueError, match=f"found {next(iter(options))}"):
         load_video("no file", **options)
+
+
+# ---- mirrored and turned ----
+
+MATRICES = [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)]
+MATRICES += [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
+
+
+def with_matrix(data, matrix):
+    """The same MP4 shown otherwise: a stored (x, y) is shown at (ax + cy, bx + dy)."""
+    data = bytearray(data)
+    a, b, c, d = (value << 16 for value in matrix)
+    struct.pack_into(">9i", data, data.find(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    return bytes(data)
+
+
+def as_ffmpeg_turns(frame, matrix):
+    """What the program ffmpeg inserts before its filters (``-autorotate``), by their names.
+
+    It takes the angle of the matrix, then looks at single signs for what is mirrored.
+    """
+    a, b, c, d = matrix
+    angle = round(-np.degrees(np.arctan2(b, a))) % 360  # counter-clockwise, as stored
+    theta = -angle % 360
+    filters = {0: ["vflip"] * (d < 0), 180: ["hflip"] * (a < 0) + ["vflip"] * (d < 0)}
+    filters[90] = ["cclock_flip" if c > 0 else "clock"]
+    filters[270] = ["clock_flip" if c < 0 else "cclock"]
+    does = {
+        "hflip": lambda x: x[:, ::-1],
+        "vflip": lambda x: x[::-1],
+        "clock": lambda x: np.rot90(x, -1),
+        "cclock": np.rot90,
+        "cclock_flip": lambda x: x.swapaxes(0, 1),
+        "clock_flip": lambda x: x.swapaxes(0, 1)[::-1, ::-1],
+    }
+    for name in filters[theta]:
+        frame = does[name](frame)
+    return frame
+
+
+@pytest.fixture(scope="module")
+def quarters_file(tmp_path_factory):
+    """Four quarters of different grey, so that no two of the eight ways look alike."""
+    quarters = grey()
+    quarters[:24, :32], quarters[:24, 32:], quarters[24:, 32:] = 240, 160, 80
+    path = tmp_path_factory.mktemp("quarters") / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for _ in range(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(quarters, format="rgb24")))
+        container.mux(stream.encode())
+    return path.read_bytes(), quarters
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_all_eight_ways_that_a_video_is_shown(decoder, quarters_file, matrix):
+    """Selfies are mirrored, then turned; only the angle of the matrix was looked at."""
+    data, stored = quarters_file
+    expected = as_ffmpeg_turns(stored, matrix)
+    a, b, c, d = matrix
+    for y, x in ((5, 5), (5, 60), (40, 5), (40, 60)):  # and as the matrix says
+        shown_x, shown_y = a * x + c * y, b * x + d * y
+        height, width = expected.shape[:2]
+        shown_x += width - 1 if min(a, c) < 0 else 0
+        shown_y += height - 1 if min(b, d) < 0 else 0
+        assert expected[shown_y, shown_x, 0] == stored[y, x, 0]
+    for frame in load_video(with_matrix(data, matrix)).frames:
+        assert frame.shape == expected.shape
+        assert np.abs(frame.astype(int) - expected).mean() < 8
+
+
+# ---- kinds by content ----
+
+
+def test_kinds_are_told_by_content(pyav, tmp_path):
+    """Whatever the name is, and where a transport stream was cut off its beginning."""
+    kinds = {"mpeg": "mpeg2video", "mpeg1video": "mpeg1video", "asf": "wmv2", "flv": "libx264"}
+    kinds |= {"mpegts": "libx264", "avi": "mpeg4", "matroska": "libx264", "ogg": "libtheora"}
+    for format, codec in kinds.items():
+        if codec not in av.codecs_available:
+            continue
+        stream = io.BytesIO()
+        rate = 25 if codec.startswith("mpeg") and codec != "mpeg4" else 10
+        write_video(stream, LEVELS, codec=codec, format=format, rate=rate)
+        for data in (stream.getvalue(), *([stream.getvalue()[70:]] if format == "mpegts" else [])):
+            path = tmp_path / "a.jpg"
+            path.write_bytes(data)
+            assert load_video(path).size == (WIDTH, HEIGHT), format
+            with pytest.raises(ValueError, match=r"found a video or sound \(.*give a video as a"):
+                load_image(path)
+
+
+def test_packets_of_a_camera(pyav):
+    stream = io.BytesIO()
+    write_video(stream, LEVELS, format="mpegts", options={"mpegts_m2ts_mode": "1"})
+    data = stream.getvalue()
+    assert data[4] == data[196] == ord("G")
+    assert shown(load_video(data))[:6] == [0, 5, 10, 15, 20, 25]
+
+
+def test_an_mp4_that_begins_with_a_segment(pyav):
+    stream = io.BytesIO()
+    write_video(
+        stream,
+        LEVELS,
+        format="mp4",
+        options={"movflags": "frag_keyframe+empty_moov+default_base_moof"},
+    )
+    styp = struct.pack(">I", 24) + b"stypmsdh\0\0\0\0msdhmsix"
+    assert shown(load_video(styp + stream.getvalue())) == [0, 5, 10, 15, 20, 25, 29]
+    only_segment = styp + struct.pack(">I", 16) + b"moof" + bytes(8)
+    with pytest.raises(ValueError, match=r"found a video \(MP4 or MOV\) .*convert it to MP4"):
+        load_video(only_segment)
+
+
+# ---- names and sources ----
+
+
+@pytest.mark.parametrize("name", ["v%d.png", "v%03d.png", "-", "concat:a|b", "file,a", "pipe:0"])
+def test_a_name_says_nothing_to_ffmpeg(decoder, tmp_path, monkeypatch, name):
+    """``v%d.png`` is a pattern of other files for it; here the opened file is read."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        Image.fromarray(grey(number)).save(tmp_path / f"v{number}.png")
+    write_video("a.mp4", LEVELS)
+    (tmp_path / "a.mp4").rename(tmp_path / name)
+    assert shown(load_video(name)) == [0, 5, 10, 15, 20, 25, 29]
+
+
+def test_a_playlist_inside_of_a_video_is_not_followed(pyav, tmp_path):
+    (tmp_path / "a.ts").write_bytes(b"")
+    playlist = b'<MPD profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><BaseURL>a.ts</BaseURL>'
+    for start in (b"\0\0\0\x10ftypisom\0\0\0\0", b"\x1aE\xdf\xa3", b"\0\0\1\xba", b"FLV\1"):
+        with pytest.raises(ValueError, match=r"found a video \(|no video track"):
+            load_video(start + playlist)
+
+
+def test_addresses_and_open_files(decoder, tmp_path):
+    path = tmp_path / "a b%.mp4"
+    write_video(str(path), LEVELS)
+    expected = [0, 5, 10, 15, 20, 25, 29]
+    assert shown(load_video(path.as_uri())) == expected
+    with path.open("rb") as stream:
+        stream.seek(7)
+        assert shown(load_video(stream)) == shown(load_video(stream)) == expected
+        assert stream.tell() == 7 and not stream.closed
+    held = io.BytesIO(animation([0, 50, 100], 400))
+    held.seek(0, 2)
+    assert levels_of(load_video(held)) == [0, 50, 100, 100]
+    assert held.tell() == len(held.getvalue())
+    with pytest.raises(ValueError, match="found an empty name, expected the path of a video"):
+        load_video("")
+
+
+@pytest.mark.parametrize("times", [[0.0, []], [None], ["x"], 10**400])
+def test_times_that_are_no_numbers(times):
+    with pytest.raises(ValueError, match="beside 2 frames, expected their times in seconds"):
+        load_video(([grey(), grey()], times))
+    with pytest.raises(ValueError, match="found 5 in place of frames"):
+        load_video((5, times))
+
+
+# ---- more than is looked at ----
+
+
+def gif(width, height, count):
+    """A GIF of few bytes with frames of any size."""
+    head = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6)
+    frame = b"!\xf9\4\0\x0a\0\0\0,\0\0\0\0" + struct.pack("<HHB", width, height, 0)
+    return head + (frame + b"\2\2\x4c\1\0") * count + b";"
+
+
+def apng(width, height, count):
+    def chunk(kind, data):
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))]
+    parts.append(chunk(b"acTL", struct.pack(">II", count, 0)))
+    pixels = zlib.compress(bytes(2))
+    for number in range(count):
+        place = struct.pack(">IIIIIHHBB", 2 * number, 1, 1, 0, 0, 1, 2, 0, 0)
+        parts.append(chunk(b"fcTL", place))
+        body = struct.pack(">I", 2 * number + 1) + pixels if number else pixels
+        parts.append(chunk(b"fdAT" if number else b"IDAT", body))
+    return b"\x89PNG\r\n\x1a\n" + b"".join([*parts, chunk(b"IEND", b"")])
+
+
+def webp(width, height, count):
+    size = b"".join(struct.pack("<I", value - 1)[:3] for value in (width, height))
+    body = b"VP8X" + struct.pack("<II", 10, 2) + size + b"ANIM" + struct.pack("<IIH", 6, 0, 0)
+    frame = b"ANMF" + struct.pack("<I", 16) + bytes(6) + bytes(6) + b"\x64\0\0\0"
+    data = b"WEBP" + body + frame * count
+    return b"RIFF" + struct.pack("<I", len(data)) + data
+
+
+@pytest.mark.parametrize("make", [gif, apng, webp])
+@pytest.mark.parametrize(
+    ("size", "error"),
+    [
+        ((13_000, 13_000, 16), "frame of 13000 x 13000 pixels to look at, expected at most"),
+        ((5000, 5000, 30), "found 30 frames of 5000 x 5000 pixels, expected at most 20000 frames"),
+        ((1, 1, 100_000), "found too many frames of 1 x 1 pixels, expected at most 20000 frames"),
+    ],
+)
+def test_animations_are_measured_before_they_are_decoded(monkeypatch, make, size, error):
+    """These took up to 59 seconds and 9.9 GB."""
+    data = make(*size)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(ValueError, match=error) as caught:
+        load_video(data)
+    assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("limit", ["MAX_FRAME_PIXELS", "MAX_KEPT_PIXELS"])
+def test_videos_are_measured_before_they_are_decoded(decoder, monkeypatch, tmp_path, limit):
+    path = write_video(str(tmp_path / "a.mp4"), LEVELS)
+    monkeypatch.setattr(f"nanomolmo2.processor.sampling.{limit}", 3 * WIDTH * HEIGHT - 1)
+    if limit == "MAX_KEPT_PIXELS":
+        assert len(load_video(path, max_frames=2).frames) == 2
+        error = "found 7 frames of 64 x 48 .*take at most 2 frames"
+    else:
+        monkeypatch.setattr(f"nanomolmo2.processor.sampling.{limit}", WIDTH * HEIGHT - 1)
+        error = "found 7 frames of 64 x 48 pixels to look at, expected at most 3071 pixels each"
+    with pytest.raises(ValueError, match=error) as caught:
+        load_video(path)
+    assert type(caught.value) is ValueError
+
+
+def test_too_many_stored_frames(pyav, monkeypatch, tmp_path):
+    path = write_video(str(tmp_path / "a.mp4"), LEVELS)
+    monkeypatch.setattr("nanomolmo2.processor.video.MAX_STORED_FRAMES", 29)
+    with pytest.raises(ValueError, match="more than 29 stored frames"):
+        load_video(path)
+
+
+@pytest.mark.parametrize("source", ["file", "animation", "frames"])
+def test_frames_that_would_not_fit_are_made_smaller_as_they_come(
+    decoder, monkeypatch, tmp_path, source
+):
+    if source == "file":
+        source = write_video(str(tmp_path / "a.mp4"), LEVELS)
+    elif source == "animation":
+        source = animation(LEVELS, 100)
+    else:
+        source = [grey(level) for level in LEVELS], 10
+    whole = load_video(source)
+    assert whole.size == (WIDTH, HEIGHT)
+    monkeypatch.setattr("nanomolmo2.processor.video.MAX_VIDEO_BYTES", 7 * 3 * WIDTH * HEIGHT // 4)
+    small = load_video(source)
+    assert small.size == (WIDTH // 2, HEIGHT // 2) and small.times == whole.times
+    assert np.abs(np.subtract(shown(small), shown(whole))).max() == 0
+
+
+PEAK = """
+import resource, sys
+from nanomolmo2.processor.video import load_video
+import av
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+video = load_video(sys.argv[1])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, *video.size, len(video.frames))
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_large_frames(tmp_path):
+    """60 frames of 4096 x 4096 took 3 GB."""
+    pytest.importorskip("resource")
+    path = str(tmp_path / "a.mp4")
+    write_video(path, range(60), codec="mpeg4", rate=2, size=(4096, 4096))
+    done = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, width, height, count = map(int, done.stdout.split())
+    assert peak * 1024 < 1.5e9 and count == 61 and width == height < 4096

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from nanomolmo2.checks import with_digest
 from nanomolmo2.training import checkpoint as module
 from nanomolmo2.training.checkpoint import (
     ABOUT,
@@ -104,6 +105,92 @@ def test_a_damaged_one_falls_back_to_the_one_before_and_says_so(run: Run, file, 
     assert run.resume() == 2
 
 
+def test_every_flipped_bit_of_the_position_is_found(run: Run) -> None:
+    """A step, a place in the data or a checksum that is another one is silently another run."""
+    path = run.checkpoints.folder / "000000002" / ABOUT
+    whole, (expected, _) = path.read_bytes(), module._read_about(path.parent)
+    accepted = []
+    for place in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        path.write_bytes(content)
+        try:
+            position, _ = module._read_about(path.parent)
+        except Exception:  # as in Checkpoints.newest
+            continue
+        accepted.append(content.decode())
+        assert position == expected
+    # What may differ is white space between values, which says nothing.
+    assert all(text.split() == whole.decode().split() for text in accepted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 1},
+        {"done": 3},
+        {"data": {"drawn": [3]}},
+        {"score": 0.5},
+        {"sha256": {}},
+        {"digest": "0" * 64},
+        {"digset": 1},
+        {"log": {"sums": {"loss": 1.0}, "counts": {"loss": 1}}},
+    ],
+)
+def test_a_position_that_was_edited_is_not_used(run: Run, change: dict) -> None:
+    path = run.checkpoints.folder / "000000002" / ABOUT
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert run.resume() == 1
+    assert "000000002 is damaged" in run.said[0]
+
+
+def without_digest(run: Run, **changes: object) -> None:
+    """As versions before the digest wrote it."""
+    path = run.checkpoints.folder / "000000002" / ABOUT
+    about = {**json.loads(path.read_text()), **changes}
+    del about["digest"], about["sources"]
+    path.write_text(json.dumps(about, indent=1))
+
+
+def test_a_checkpoint_of_before_the_digest_is_read(run: Run) -> None:
+    without_digest(run)
+    assert run.resume() == 2
+    assert run.said == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "2"},
+        {"step": True},
+        {"step": -2},
+        {"step": 3},
+        {"done": 2.0},
+        {"stage": None},
+        {"score": "low"},
+        {"log": [1]},
+        {"log": {"sums": {"loss": "1"}}},
+        {"sha256": {}},
+        {"sha256": ["checkpoint.pt"]},
+        {"sha256": {"checkpoint.pt": "0"}},
+        {"sha256": {"../../checkpoint.pt": "0"}},
+    ],
+)
+def test_types_are_checked_without_a_digest_too(run: Run, changes: dict) -> None:
+    without_digest(run, **changes)
+    assert run.resume() == 1
+
+
+def test_a_damaged_one_is_never_the_best(run: Run) -> None:
+    """The best one stays for ever: one whose score is no longer its own would push others out."""
+    run.save(3, score=1.0)
+    path = run.checkpoints.folder / "000000003" / ABOUT
+    path.write_text(path.read_text().replace('"score": 1.0', '"score": "x"'))
+    assert run.checkpoints.best() is None
+    run.save(4, score=2.0)
+    assert run.checkpoints.best() == "000000004"
+
+
 def test_if_all_are_damaged_nothing_is_overwritten(run: Run) -> None:
     for step in (1, 2):
         cut(run.checkpoints.folder / f"00000000{step}" / FILE)
@@ -121,7 +208,8 @@ def test_a_checkpoint_runs_no_code(run: Run, tmp_path: Path) -> None:
     torch.save(Payload(), folder / FILE)
     about = json.loads((folder / ABOUT).read_text())
     about["sha256"][FILE] = module.sha256_of(folder / FILE)
-    (folder / ABOUT).write_text(json.dumps(about))
+    del about["digest"]
+    (folder / ABOUT).write_text(json.dumps(with_digest(about)))
     with pytest.raises(Exception, match="weights_only"):
         run.resume()
     assert not (tmp_path / "ran").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,13 @@ import pytest
 import torch
 
 from nanomolmo2.training import distributed
-from nanomolmo2.training.distributed import STATE_FILE, World, load_sharded, save_sharded
+from nanomolmo2.training.distributed import (
+    STATE_FILE,
+    World,
+    load_sharded,
+    read_state,
+    save_sharded,
+)
 from tests.training.ranks import CASES, STEPS, Run, resume, save, train
 
 ROOT = Path(__file__).parents[2]
@@ -190,6 +197,54 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path, file, damage):
         path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match="no readable training checkpoint"):
         load_sharded(tmp_path / "a", run.model, run.optimizers)
+
+
+def test_every_flipped_bit_of_the_state_is_found(tmp_path):
+    """The step and the place in the data decide what comes next; the index, which file is read."""
+    run = Run(CASES["all"], World())
+    state = {"step": 1, "data": {"slots": [1, 2]}}
+    save_sharded(tmp_path / "a", run.model, run.optimizers, state)
+    path = tmp_path / "a" / STATE_FILE
+    whole, expected = path.read_bytes(), read_state(tmp_path / "a")
+    assert expected["state"] == state
+    for place in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        path.write_bytes(content)
+        try:
+            assert read_state(tmp_path / "a") == expected
+        except ValueError:
+            continue
+        assert content.decode().split() == whole.decode().split()  # white space between values
+    path.write_bytes(whole)
+    index = tmp_path / "a" / ".metadata"
+    content = index.read_bytes()
+    for place in range(0, 8 * len(content), 8 * len(content) // 50):
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        index.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"changed since it was written: \.metadata"):
+            load_sharded(tmp_path / "a", run.model, run.optimizers)
+
+
+@pytest.mark.parametrize("changes", [{"state": {"step": 2}}, {"ranks": 2}, {"sha256": {}}])
+def test_a_state_that_was_edited_is_refused(tmp_path, changes):
+    run = Run(CASES["all"], World())
+    save_sharded(tmp_path / "a", run.model, run.optimizers, {"step": 1})
+    path = tmp_path / "a" / STATE_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match="not as they were written"):
+        load_sharded(tmp_path / "a", run.model, run.optimizers)
+
+
+def test_a_state_of_before_the_digest_is_read(tmp_path):
+    run = Run(CASES["all"], World())
+    save_sharded(tmp_path / "a", run.model, run.optimizers, {"step": 1})
+    path = tmp_path / "a" / STATE_FILE
+    contents = json.loads(path.read_text())
+    del contents["digest"]
+    path.write_text(json.dumps(contents))
+    assert load_sharded(tmp_path / "a", run.model, run.optimizers) == {"step": 1}
 
 
 def test_another_models_checkpoint_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import warnings
 from pathlib import Path
 
@@ -162,7 +163,12 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, lambda path: path.write_bytes(b"")])
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, pipe, lambda path: path.write_bytes(b"")])
 def test_damaged_files_are_computed_again_and_said_once(tmp_path, damage):
     encoder, images = frozen(), pictures(3)
     expected = FeatureCache(tmp_path, encoder).features(images)
@@ -182,7 +188,7 @@ def test_a_full_disk_ends_no_run(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nanomolmo2.training.feature_cache.save_file", full)
+    monkeypatch.setattr("nanomolmo2.training.feature_cache.save_tensors", full)
     encoder, images = frozen(), pictures(3)
     cache = FeatureCache(tmp_path, encoder)
     with pytest.warns(UserWarning, match="is the disk full") as said:

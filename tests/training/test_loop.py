@@ -222,3 +222,17 @@ def test_a_line_that_was_begun_before_a_stop_is_the_same(tmp_path):
     train(tmp_path / "parts", log_every=4, stop_after=3)
     train(tmp_path / "parts", log_every=4, resume=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_worker_is_the_sentence_it_was(workers: int, tmp_path: Path) -> None:
+    class Broken(ToyStage):
+        def batch(self, step):
+            if step == 1:
+                raise ValueError("step 1 has no data: give it some")
+            return super().batch(step)
+
+    learner = Toy()
+    config = LoopConfig(workers=workers, quiet=True)
+    with pytest.raises(ValueError, match=r"^step 1 has no data: give it some$"):
+        run(learner, [Broken(learner, "one", 3)], tmp_path, config)

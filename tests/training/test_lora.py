@@ -162,6 +162,21 @@ def test_saved_apart_and_loaded_onto_the_same_base(tmp_path):
     assert (logits(half) - logits(llm)).abs().max() < 0.2
 
 
+def test_a_folder_of_other_things_is_not_replaced(tmp_path):
+    llm = adapted()
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.jpg").write_text("a cat")
+    with pytest.raises(ValueError, match=r"holds other things, such as cat\.jpg"):
+        save_lora(llm, photos)
+    assert (photos / "cat.jpg").read_text() == "a cat"
+    save_lora(llm, tmp_path / "lora")
+    save_lora(llm, tmp_path / "lora")
+    (tmp_path / "lora" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="holds other things"):
+        save_lora(llm, tmp_path / "lora")
+
+
 @pytest.mark.parametrize("merge_first", [False, True])
 def test_another_base_is_refused_and_left_as_it_was(tmp_path, merge_first):
     save_lora(adapted(), tmp_path / "lora")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,51 @@ def test_the_picture_has_curves(tmp_path: Path) -> None:
     assert picture.format is None and picture.width > 1000
     colours = {colour for _, colour in picture.getcolors(2**20)}
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two
+
+
+@pytest.mark.parametrize("half", ['{"stage": "one", "st', '{"stage": "one", "step": 9}', "\u00e9"])
+def test_a_line_that_is_being_written_is_left_out(tmp_path: Path, half: str) -> None:
+    pytest.importorskip("matplotlib")
+    run = write_run(tmp_path / "run")
+    before = read_curves(run)
+    with open(run / "log.jsonl", "ab") as stream:
+        stream.write(half.encode()[:-1] if not half.isascii() else half.encode())
+    assert read_curves(run) == before
+    plot_runs([run], tmp_path / "curves.png")
+    (run / "log.jsonl").write_text(half)  # the very first line
+    with pytest.raises(ValueError, match="wait for its first line"):
+        plot_runs([run], tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *('{"step": "x"}', '{"step": null}', '{"step": 1, "evaluation": 5}', "[" * 10**5, "\udcff"),
+        *(f'{{"step": {10**400}}}', f'{{"step": 6, "loss": -{10**400}}}'),
+    ],
+)
+def test_a_line_that_is_none_is_named(tmp_path: Path, line: str) -> None:
+    run = write_run(tmp_path / "run")
+    with open(run / "log.jsonl", "ab") as stream:
+        stream.write(line.encode(errors="surrogateescape") + b"\n")
+    with pytest.raises(ValueError, match="line 6 is not an object with a step: remove the line"):
+        read_curves(run)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no such files")
+@pytest.mark.parametrize("target", ["/proc/self/environ", "/dev/zero", "pipe"])
+def test_a_log_that_is_no_file_is_not_read(tmp_path: Path, target: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "log.jsonl").symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match="expected a regular file"):
+        read_curves(tmp_path)
+
+
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    runs = [write_run(tmp_path / name) for name in ("a$\\frac$", "b\x1b[2J")]
+    plot_runs(runs, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width > 1000
 
 
 def test_an_empty_log_has_no_curves(tmp_path: Path) -> None:
