@@ -25,7 +25,7 @@ T = TypeVar("T")
 S = TypeVar("S", bound=Shaped)
 
 _LISTED = 8  # names that an error spells out before it only counts
-_LETTERS = 400  # of all of them
+_LETTERS = 300  # of all of them
 
 
 def from_reference(

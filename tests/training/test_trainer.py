@@ -492,7 +492,7 @@ def test_a_missing_picture_is_one_sentence(workers: int, tmp_path: Path) -> None
     with pytest.raises(ValueError) as error:
         train_recipe(made, tmp_path / "run", workers=workers, quiet=True)
     assert str(error.value).startswith("100 of 100 examples are bad, more than 5% (missing picture")
-    assert f"line 1: there is no {tmp_path / 'none.png'}. Mend" in str(error.value)
+    assert f"line 1: there is no {tmp_path / 'none.png'}; mend" in str(error.value)
     assert "\n" not in str(error.value)
 
 
