@@ -300,9 +300,9 @@ def set_max_frames(pipeline: Pipeline, max_frames: int | None, name: str) -> Non
             f"allenai/Molmo2-4B, or ask about single pictures of it"
         )
     if max_frames is not None:
-        video = dataclasses.replace(processor.config.video, max_frames=max_frames)
-        config = dataclasses.replace(processor.config, video=video)
-        pipeline.processor = type(processor)(config, processor.tokenizer)
+        set_processor(
+            pipeline, video=dataclasses.replace(processor.config.video, max_frames=max_frames)
+        )
 
 
 def set_max_crops(pipeline: Pipeline, max_crops: int, name: str) -> None:
@@ -316,5 +316,11 @@ def set_max_crops(pipeline: Pipeline, max_crops: int, name: str) -> None:
             f"the model {name} reads a picture as a whole, not in crops: leave --max-crops out"
         )
     multicrop = dataclasses.replace(processor.config.multicrop, max_crops=max_crops)
-    config = dataclasses.replace(processor.config, multicrop=multicrop)
+    set_processor(pipeline, multicrop=multicrop)
+
+
+def set_processor(pipeline: Pipeline, **changes: Any) -> None:
+    """Exchange a pipeline's processor for one with other settings and the same tokenizer."""
+    processor = pipeline.processor
+    config = dataclasses.replace(processor.config, **changes)
     pipeline.processor = type(processor)(config, processor.tokenizer)

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from nanomolmo2.checks import written
-from nanomolmo2.cli.options import MODEL_HELP, AtLeast, Debug, UsageError, library_name
+from nanomolmo2.cli.options import (
+    MODEL_HELP,
+    AtLeast,
+    Debug,
+    PointsScale,
+    UsageError,
+    library_name,
+)
 from nanomolmo2.cli.output import check_writable, note, print_json, progress_bars
 
 if TYPE_CHECKING:
@@ -99,7 +106,7 @@ class Inspect:
         AtLeast(1),
     ] = None
     points_scale: Annotated[
-        Literal["pixels", "unit", "percent", "thousandths"],
+        PointsScale,
         arg(help="of the points of records that do not say it; unit: 0 to 1 of each side"),
     ] = "pixels"
     max_bad_share: Annotated[

@@ -21,6 +21,7 @@ ModelName = Annotated[str, arg(metavar="MODEL", help=MODEL_HELP)]
 CacheDir = Annotated[
     Path, arg(metavar="DIR", help="folder of the converted SigLIP 2 and Qwen3 weights")
 ]
+PointsScale = Literal["pixels", "unit", "percent", "thousandths"]  # as data.record has it
 DType = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     arg(

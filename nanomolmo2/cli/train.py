@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from nanomolmo2.cli.options import MODEL_HELP, AtLeast, CacheDir, Debug, UsageError
+from nanomolmo2.cli.options import MODEL_HELP, AtLeast, CacheDir, Debug, PointsScale, UsageError
 from nanomolmo2.cli.output import note, say
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Train:
         arg(metavar="DIR", help="folder of the pictures of --data; none = paths go out from FILE"),
     ] = None
     points_scale: Annotated[
-        Literal["pixels", "unit", "percent", "thousandths"],
+        PointsScale,
         arg(help="of the points of records of --data that do not say it; unit: 0 to 1 of a side"),
     ] = "pixels"
     model: Annotated[

@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image
@@ -23,6 +21,7 @@ from PIL import Image
 from nanomolmo2.data.example import BadExample, brief
 from nanomolmo2.files import open_regular, read_regular
 from nanomolmo2.processor.image import MAX_PIXELS, load_image
+from nanomolmo2.processor.inputs import local_path
 from nanomolmo2.processor.points import Size
 from nanomolmo2.processor.video import Video, load_video
 
@@ -145,8 +144,7 @@ class Record:
                 f"what they hold: unpack the archive, or give image_folder"
             )
         try:
-            local = url2pathname(urlsplit(name).path) if name.startswith("file:") else name
-            path = self.folder / local
+            path = self.folder / (local_path(name, "file") if name.startswith("file:") else name)
             inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder))
         except (ValueError, OSError) as error:  # a zero byte in it, for instance
             self.bad(f"{short(name)} is no name of a file ({error})", "broken picture")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 from dataclasses import replace
 from typing import Any
@@ -23,6 +22,7 @@ from nanomolmo2.generation.prefix_cache import (
     visual_keys,
 )
 from nanomolmo2.models import LanguageModel, NanoMolmo2
+from tests.generation.threads import run_together
 from tests.nets import LLM, pictures, randomize, small_model, text_ids
 
 IMAGE = LLM.vocab_size
@@ -245,36 +245,22 @@ def test_threads_share_a_cache_that_counts_exactly() -> None:
     that has no limit. Two threads that encode one image both put it in."""
     sizes = [prefix(*range(n)).row.nbytes for n in (3, 9)]
     cache = PrefixCache(max_bytes=20 * sizes[1])
-    problems: list[BaseException] = []
     together = threading.Barrier(8)
 
     def hammer(seed: int) -> None:
         draw = np.random.default_rng(seed)
-        try:
-            together.wait()
-            cache.visual_tokens(["same"], lambda new: [torch.ones(100) for _ in new])
-            for _ in range(300):
-                ids = draw.integers(0, 3, int(draw.integers(3, 9))).tolist()
-                cache.keep(prefix(*ids, capacity=int(draw.integers(0, 40))))
-                cache.find(keys(*ids, 1), 0)
-                names = [str(n) for n in draw.integers(0, 12, 3)]
-                cache.visual_tokens(names, lambda new: [torch.ones(4, 7) for _ in new])
-                if draw.random() < 0.02:
-                    cache.clear()
-        except BaseException as error:
-            problems.append(error)
+        together.wait()
+        cache.visual_tokens(["same"], lambda new: [torch.ones(100) for _ in new])
+        for _ in range(300):
+            ids = draw.integers(0, 3, int(draw.integers(3, 9))).tolist()
+            cache.keep(prefix(*ids, capacity=int(draw.integers(0, 40))))
+            cache.find(keys(*ids, 1), 0)
+            names = [str(n) for n in draw.integers(0, 12, 3)]
+            cache.visual_tokens(names, lambda new: [torch.ones(4, 7) for _ in new])
+            if draw.random() < 0.02:
+                cache.clear()
 
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=hammer, args=(seed,)) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
-    assert problems == []
+    assert run_together(hammer, 8) == []
     cache.keep(prefix(1, 2, 0))  # the last thread may have cleared it
     held = [v.row if isinstance(v, Prefix) else v for v, _ in cache._entries.values()]
     assert cache.nbytes == sum(value.nbytes for value in held) <= cache.max_bytes

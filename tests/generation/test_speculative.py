@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
-import threading
 import time
 
 import pytest
@@ -20,6 +18,7 @@ from nanomolmo2.generation.speculative import (
     StepCosts,
     propose,
 )
+from tests.generation.threads import run_together
 
 IDS = st.lists(st.integers(0, 3), max_size=60)  # few ids, so that much repeats
 NGRAMS = st.tuples(st.integers(1, 3), st.integers(0, 3)).map(lambda t: (t[0], t[0] + t[1]))
@@ -332,26 +331,12 @@ def test_threads_share_the_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """All pipelines of a model learn together, while old numbers of positions are forgotten."""
     monkeypatch.setattr(StepCosts, "_FORGET_AFTER", 20)
     costs = StepCosts()
-    problems: list[Exception] = []
 
     def work(first: int) -> None:
-        try:
-            for i in range(1500):
-                positions = 1 + (first + i * i) % 40
-                costs.record(positions, 0.001 * positions)
-                assert costs.seconds(1 + i % 50) > 0
-        except Exception as error:
-            problems.append(error)
+        for i in range(1500):
+            positions = 1 + (first + i * i) % 40
+            costs.record(positions, 0.001 * positions)
+            assert costs.seconds(1 + i % 50) > 0
 
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
-    assert problems == []
+    assert run_together(work, 8) == []
     assert set(costs._trusted) <= costs._median.keys() == costs._recent.keys()
