@@ -124,11 +124,13 @@ def with_digest(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "digest": _digest_of(values)}
 
 
-def read_with_digest(path: str | Path) -> dict[str, Any]:
+def read_with_digest(path: str | Path, since: str | None = None) -> dict[str, Any]:
     """Such an object from a file, without its digest; files of before the digest have none.
 
     A key that is none any more is for the caller to notice: a changed ``digest`` is another key.
 
+    Args:
+        since: a key that only files with a digest have.
     Raises: OSError; ValueError if a value or a key is not as it was written.
     """
     try:
@@ -138,6 +140,8 @@ def read_with_digest(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
     digest = content.pop("digest", None)
+    if digest is None and since in content:
+        raise ValueError("its digest is missing")
     if digest is not None and digest != _digest_of(content):
         raise ValueError("its values are not as they were written")
     return content

@@ -25,7 +25,7 @@ T = TypeVar("T")
 S = TypeVar("S", bound=Shaped)
 
 _LISTED = 8  # names that an error spells out before it only counts
-_LETTERS = 300  # of all of them
+_LETTERS = 110  # of all of them
 
 
 def from_reference(
@@ -216,7 +216,7 @@ def check_keys(
 
 
 def _some(names: Iterable[str], separator: str = ", ") -> str:
-    names = [name if len(name) <= 160 else f"{name[:157]}..." for name in names]
+    names = [name if len(name) <= 110 else f"{name[:107]}..." for name in names]
     ends = accumulate(len(name) + len(separator) for name in names)
     count = min(_LISTED, max(1, sum(end <= _LETTERS for end in ends)))
     rest = [f"and {len(names) - count} more"] if len(names) > count else []

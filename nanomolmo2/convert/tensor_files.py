@@ -32,6 +32,7 @@ from nanomolmo2.convert.file_checks import (
 )
 from nanomolmo2.convert.leftovers import lock, remove_leftovers
 from nanomolmo2.files import atomic_path, open_regular
+from nanomolmo2.terminal import visible
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -230,7 +231,7 @@ def _open_shards(directory: Path, quantized: bool) -> dict[str, StoredTensor]:
     if missing:
         raise ValueError(
             f"{directory}: {len(missing)} of {len(files)} weight files are missing: "
-            f"{', '.join(missing[:8])[:500]}; download or copy them again"
+            f"{', '.join(map(_shown, missing[:4]))}; download or copy them again"
         )
     save = about.get(SAVE_ID) if isinstance(about, dict) else None  # older and others' have none
     tensors: dict[str, StoredTensor] = {}
@@ -255,6 +256,11 @@ def _open_shards(directory: Path, quantized: bool) -> dict[str, StoredTensor]:
             f"{absent[0][:200]}: the shards are of different checkpoints"
         )
     return tensors
+
+
+def _shown(name: str) -> str:
+    """The name of a file from an index, short and in one line."""
+    return visible(name.replace("\n", "\\n"))[:80]
 
 
 def _is_there(path: Path) -> bool:

@@ -290,8 +290,9 @@ class Tar:
                         continue
                     found = members.setdefault(f"{folder}/{key}", [])
                     found.append(_member(member, extension.lower(), end))
-        except (tarfile.TarError, OverflowError, EOFError) as error:
-            reason = brief(error).replace("unexpected end of data", "it breaks off")
+        except (tarfile.TarError, OverflowError, EOFError, MemoryError) as error:
+            reason = brief(error) or "too large a header"
+            reason = reason.replace("unexpected end of data", "it breaks off")
             raise ValueError(
                 f"{path} cannot be read as a tar ({reason}): copy it again, and unpack it first if "
                 f"it is compressed (gunzip), since members are read where they lie"

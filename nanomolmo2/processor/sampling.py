@@ -30,6 +30,7 @@ class Sampled(NamedTuple):
 # What is looked at; more is refused before it is decoded.
 MAX_FRAME_PIXELS = 36_000_000  # of one frame: 8192 x 4320
 MAX_KEPT_PIXELS = 4_000_000_000  # of all kept frames: 384 of 3840 x 2160
+MAX_SECONDS = 10_000_000  # four months
 MAX_STORED_FRAMES = 400_000  # of a file: 3.7 hours at 30 a second
 MAX_ANIMATION_FRAMES = 20_000
 MAX_ANIMATION_PIXELS = 500_000_000  # of all frames, since each is drawn on the one before
@@ -108,6 +109,12 @@ class Sampling(NamedTuple):
     max_fps: float
 
     def times(self, duration: float) -> list[float]:
+        """Raises: TooMuch for a duration that only a damaged file has."""
+        if duration > MAX_SECONDS:
+            raise TooMuch(
+                f"found a video of {duration:.3g} seconds, expected at most {MAX_SECONDS:,}: the "
+                f"file is damaged; write it anew (ffmpeg -i FILE out.mp4)"
+            )
         return sample_times(duration, self.max_frames, self.max_fps)
 
 

@@ -38,6 +38,7 @@ MOLMO2_TOKENS = (
 QWEN3_VOCAB_SIZE = 151936  # rows of Qwen3's embedding; its tokens are fewer
 
 _CACHED_TEXTS = 65536  # questions and answers of synthetic data repeat; each is encoded once
+MAX_TEXT = 2**20  # characters of one text; none that long fits into a model's context
 _CACHED_TEXT_LENGTH = 256  # characters; longer texts hardly repeat
 
 
@@ -118,6 +119,8 @@ class Tokenizer:
 
         Tokens that the vocabulary adds without calling them special (Qwen's ``<think>``) are words
         like others and stay one id.
+
+        Raises: ValueError for more than `MAX_TEXT` characters, and for half a surrogate pair.
         """
         return (
             self._cached_text(text) if len(text) <= _CACHED_TEXT_LENGTH else self._encode_text(text)
@@ -140,6 +143,11 @@ class Tokenizer:
         return text[:end], text[end:]
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
+        if len(text) > MAX_TEXT:
+            raise ValueError(
+                f"found a text of {len(text):,} characters, expected at most {MAX_TEXT:,}: no "
+                f"model reads so much at once; cut it into pieces"
+            )
         try:
             with _explained():
                 return tuple(self.backend.encode(text, add_special_tokens=False).ids)

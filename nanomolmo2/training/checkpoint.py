@@ -237,7 +237,7 @@ def _read_about(folder: Path) -> tuple[Position, dict[str, str]]:
 
     Raises: OSError, ValueError, TypeError if it is not as it was written.
     """
-    about = read_with_digest(folder / ABOUT)
+    about = read_with_digest(folder / ABOUT, since="sources")
     sums = _object_in(about.pop("sha256", None), "sha256")
     if not sums.keys() & {FILE, STATE_FILE} or any(Path(name).name != name for name in sums):
         raise ValueError(f"{ABOUT} does not name its files")

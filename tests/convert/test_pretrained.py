@@ -366,7 +366,7 @@ BREAKAGES = {
     not_an_object: r"config\.json: expected a JSON object",
     unknown_field: r"config\.json: NanoMolmo2Config does not know the field\(s\) surprise",
     wrong_type: r"config\.json: NanoMolmo2Config\.image_token_id: expected int, found '100'",
-    wrong_sizes: r"9 of another shape.*and 5 more",
+    wrong_sizes: r"9 of another shape.*and 8 more",
 }
 
 
@@ -390,6 +390,8 @@ def test_broken_checkpoint(tmp_path: Path, breakage: Any) -> None:
         ("..\\outside.safetensors", "points outside its folder"),
         ("..", "points outside its folder"),
         ("missing.safetensors", r"1 of \d weight files are missing: missing\.safetensors"),
+        ("two\nlines.safetensors", r"weight files are missing: two\\nlines\.safetensors;"),
+        ("x" * 200, r"weight files are missing: x{80};"),
         (3, "expected weight_map to map"),
     ],
 )

@@ -268,3 +268,10 @@ def test_the_error_of_a_special_token_is_one_line(tokenizer):
     with pytest.raises(ValueError, match="has no special token '<missing>'; it has <") as caught:
         tokenizer.special_id("<missing>")
     assert "\n" not in str(caught.value)
+
+
+def test_no_text_is_encoded_that_no_model_could_read() -> None:
+    """Ten million characters took 20 s and 3 GB."""
+    assert len(TINY.encode_text("dog " * 1000)) > 999
+    with pytest.raises(ValueError, match="10,000,000 characters, expected at most 1,048,576"):
+        TINY.encode_text("dog, cats" + " " * 9_999_991)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nanomolmo2.processor import load_image
+from nanomolmo2.processor.sampling import Sampling, TooMuch
 from nanomolmo2.processor.video import Video, load_video, sample_indices, sample_times
 
 WIDTH, HEIGHT = 64, 48
@@ -977,3 +978,10 @@ def test_memory_of_large_frames(tmp_path):
     assert done.returncode == 0, done.stderr
     peak, width, height, count = map(int, done.stdout.split())
     assert peak * 1024 < 1.5e9 and count == 61 and width == height < 4096
+
+
+def test_a_duration_that_only_a_damaged_file_has() -> None:
+    sampling = Sampling(lambda *_: lambda frame: frame, 8, 2.0)
+    assert sampling.times(9e6)[-1] == 9e6
+    with pytest.raises(TooMuch, match=r"9.22e\+15 seconds, expected at most 10,000,000"):
+        sampling.times(9223372032559808.0)

@@ -144,6 +144,15 @@ def test_a_position_that_was_edited_is_not_used(run: Run, change: dict) -> None:
     assert "000000002 is damaged" in run.said[0]
 
 
+def test_a_digest_cannot_be_left_out(run: Run) -> None:
+    path = run.checkpoints.folder / "000000002" / ABOUT
+    about = json.loads(path.read_text())
+    del about["digest"]
+    path.write_text(json.dumps(about))
+    assert run.resume() == 1
+    assert "its digest is missing" in run.said[0]
+
+
 def without_digest(run: Run, **changes: object) -> None:
     """As versions before the digest wrote it."""
     path = run.checkpoints.folder / "000000002" / ABOUT
