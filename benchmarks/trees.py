@@ -39,7 +39,7 @@ def learn(model: NanoMolmo2, batches: Sequence[Batch]) -> Callable[[], None]:
 
 
 def measure(sizes: Sizes) -> list[Row]:
-    model, processor = load("tiny", dtype=torch.float32)
+    model, processor = load("tiny", dtype=torch.float32, device="cpu")
     model.train().requires_grad_(True)
     pictures = 4 if sizes.short else PICTURES
     scenes = EmojiScenes(EmojiConfig(length=pictures))

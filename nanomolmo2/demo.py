@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -29,18 +29,24 @@ ZOOM = 3  # the image is small: the overlay is drawn larger
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels
 
 
-def run_demo(draw: Path, pipeline: Pipeline | None = None, console: Console | None = None) -> None:
+def run_demo(
+    draw: Path,
+    pipeline: Pipeline | None = None,
+    console: Console | None = None,
+    *,
+    load: Callable[[], Pipeline] = Pipeline.from_pretrained,
+) -> None:
     """Ask everything in scene.json, print the answers as they come, write the points to ``draw``.
 
     Args:
-        pipeline: the bundled model by default.
+        pipeline: the bundled model by default, as ``load`` gives it.
         console: standard output by default.
     """
     console = console or Console(highlight=False)
     questions = json.loads((DEMO / "scene.json").read_text(encoding="utf-8"))["questions"]
     image = load_image(DEMO / "scene.png")
     start = time.perf_counter()
-    pipeline = pipeline or Pipeline.from_pretrained("tiny")
+    pipeline = pipeline or load()
     parameters = sum(p.numel() for p in pipeline.model.parameters())
     console.print(
         f"Model: tiny, {parameters / 1e6:.1f} M parameters, loaded in "

@@ -132,6 +132,9 @@ python scripts/gpu_check.py
 Each section runs in a process of its own within a time limit. The command writes this page and one
 JSON, and its exit code is not 0 if a section fails.
 
+Every command that loads a model takes a GPU by itself where there is one, and `--device` names
+another place: [cli.md](cli.md#where-it-computes).
+
 `--device cpu --quick` runs the same code at toy sizes on a CPU, and so does a test. The tests also
 run the model on a simulated device, which refuses to mix devices as CUDA does and counts host
 synchronisations (`tests/device/simulated.py`).

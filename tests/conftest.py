@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -31,6 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
+    # The tests are of the CPU and of a simulated device: what chooses a device finds no GPU.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     # A shell's background jobs ignore Ctrl-C, and so would those of the tests that try it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

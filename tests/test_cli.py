@@ -117,7 +117,7 @@ def test_ask_prints_the_answer_and_nothing_else(
     out, err = capsys.readouterr()
     expected = Pipeline.from_pretrained(saved).ask(picture, "Dogs?", max_new_tokens=5)
     assert out == expected.text + "\n"
-    assert err == ""
+    assert err == "on the CPU, float32\n"
 
 
 def test_ask_json(says, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -615,7 +615,8 @@ def test_export_and_ask_the_exported(
     assert err.startswith(
         "warning: Molmo2's processor files can not say that a picture is one view"
     )
-    assert err.count("\n") == 1
+    assert err.endswith("\non the CPU, bfloat16\n")  # as it is stored
+    assert err.count("\n") == 2
     answers = []
     for model in ("tiny", "out"):
         drawn = f"{model}.png"
@@ -1248,6 +1249,59 @@ def test_a_reader_that_goes_away(saved: Path) -> None:
     os.close(writer)
     assert done.returncode == 141
     assert done.stderr == b""
+
+
+LOADS = {
+    "ask": ("picture.png", "?", "--model", "MODEL"),
+    "eval": ("emoji", "--model", "MODEL"),
+    "quantize": ("MODEL", "out"),
+    "export": ("MODEL", "out"),
+    "info": ("MODEL",),
+    "demo": (),
+    "train": ("smoke", "--out", "out"),
+}
+
+
+@pytest.mark.parametrize("command", LOADS)
+def test_a_device_that_is_not_there(
+    refused: Refusal, saved: Path, picture: Path, command: str
+) -> None:
+    """One sentence, with those that are; CUDA is hidden from the tests."""
+    arguments = [saved if a == "MODEL" else a for a in LOADS[command]]
+    found = {"cuda": "there is no device 'cuda' here", "gpu": "'gpu' is no device"}
+    for name, problem in {**found, "cuda:7": "there is no device 'cuda:7' here"}.items():
+        said = refused(command, *arguments, "--device", name, code=2)
+        assert f"--device: {problem}" in said
+        assert said.endswith("choose cpu, or leave it out\n")
+    assert "computes nothing" in refused(command, *arguments, "--device", "meta", code=2)
+
+
+def test_every_command_that_loads_a_model_has_a_device() -> None:
+    """Not `inspect`, which reads a model's settings, nor `bench`, which starts other programs."""
+    for command in typing.get_args(cli.Command):
+        name, fields = command.__name__.lower(), typing.get_type_hints(command)
+        if "model" in fields and name not in ("inspect", "plan"):
+            assert name in LOADS
+        if name in LOADS:
+            assert {"device", "dtype"} <= fields.keys(), name
+
+
+def test_tiny_trains_on_the_cpu(refused: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanomolmo2.cli.train.device_of", torch.device)
+    said = refused("train", "tiny", "--out", "out", "--device", "cuda", code=2)
+    assert "the recipe tiny trains on the CPU only" in said
+
+
+def test_a_device_without_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, refused: Refusal
+) -> None:
+    def fail(name: str, cache_dir: Path) -> Pipeline:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate 20 GiB.")
+
+    monkeypatch.setattr(ask, "load_pipeline", fail)
+    Image.new("RGB", (9, 9)).save(refused.folder / "a.png")
+    said = refused("ask", "a.png", "?")
+    assert "--device cpu (CUDA out of memory. Tried to allocate 20 GiB.)" in said
 
 
 @pytest.mark.parametrize("command", typing.get_args(cli.Command), ids=lambda c: c.__name__)

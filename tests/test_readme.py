@@ -4,6 +4,7 @@
     bash      `nanomolmo2 ...` is run, training for two steps at most; `make ...` is planned
               (`make -n`), not carried out
     no-run    needs the network or hours: Python is compiled, the flags of commands are checked
+    in-order  likewise here; a test of the page runs all of them in one folder
 
 Pages that load SigLIP 2 and Qwen3 find small random checkpoints under their names instead: two
 layers, width 32, on the same 27 x 27 grid and with the same vocabulary.
@@ -46,6 +47,7 @@ SMALL_LLM = LLMConfig(
 # Tools of others, which only blocks that are not run may call.
 TOOLS = {
     "git",
+    "lmms-eval",
     "pip",
     "pre-commit",
     "pytest",
@@ -72,7 +74,7 @@ def blocks(page: Path) -> list[Block]:
             page.name,
             text[: found.start()].count("\n") + 1,
             found["language"],
-            "no-run" not in found["info"],
+            "no-run" not in found["info"] and "in-order" not in found["info"],
             found["code"],
         )
         for found in re.finditer(

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanomolmo2.accelerate.linear import BF16MatmulLinear, OneDNNLinear, linear
 from nanomolmo2.accelerate.memory import trim
+from nanomolmo2.accelerate.new_rows import NewRowsEmbedding
 from nanomolmo2.accelerate.swap import swap
 from nanomolmo2.models import language_model
 from nanomolmo2.models.loss import NextTokenLoss, weighted_loss
@@ -110,10 +111,17 @@ class ChunkedLoss(NextTokenLoss):
             "z_loss": z_loss,
             "chunk_size": chunk_size or CHUNK_SIZE,
         }
-        if type(head) in (nn.Embedding, TiedEmbedding, nn.Linear, OneDNNLinear, BF16MatmulLinear):
+        if type(head) in _ONE_MATRIX:
             matrix = head.table() if isinstance(head, TiedEmbedding) else head.weight
             return linear_cross_entropy(hidden, matrix, tokens, weights, **options)
         return chunked_rows_loss(head, hidden, tokens, weights, **options)
+
+
+# Heads that are a matrix; what learns of a `NewRowsEmbedding` are rows that no head reads.
+_ONE_MATRIX = (
+    *(nn.Embedding, TiedEmbedding, NewRowsEmbedding),
+    *(nn.Linear, OneDNNLinear, BF16MatmulLinear),
+)
 
 
 def linear_cross_entropy(

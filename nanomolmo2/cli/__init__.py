@@ -122,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output: Any = CheckedOutput(sys.stdout)
         with noted_warnings(), contextlib.redirect_stdout(output):
             code = _run(arguments)
+            output.release()
             output.flush()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -163,6 +164,11 @@ def describe(error: Exception) -> str:
         return f"{name if isinstance(name, (str, int)) else os.fsdecode(name)}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)) and text:
         return text
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded for help
+        return (
+            f"the memory of the device is not enough: choose fewer rows or shorter ones, --dtype "
+            f"bfloat16, or --device cpu ({text})"
+        )
     if isinstance(error, ImportError) and "pip install" in text:  # the extra is named
         return text
     return f"{type(error).__name__}: {text} (unexpected; --debug shows where)"

@@ -15,9 +15,11 @@ from tyro.conf import Positional, arg
 from nanomolmo2.checks import save_image
 from nanomolmo2.cli.loading import load_pipeline, precision
 from nanomolmo2.cli.options import (
+    AdapterFolders,
     AtLeast,
     CacheDir,
     Debug,
+    DeviceName,
     DType,
     GenerationOptions,
     Precision,
@@ -110,8 +112,10 @@ class Ask(GenerationOptions):
             "are checked several in a step, where that is faster; the answer is the same"
         ),
     ] = False
+    device: DeviceName = None
     dtype: DType = None
     quantize: Precision = None
+    adapter: AdapterFolders = ()
     cache_dir: CacheDir = Path("checkpoints")
     debug: Debug = False
 
@@ -130,7 +134,7 @@ class Ask(GenerationOptions):
         # Images first: the model takes longer.
         images = [] if shows_video else [load_image(path) for path in paths]
         start = time.perf_counter()
-        options = precision(self.dtype, self.quantize)
+        options = precision(self.dtype, self.quantize, self.device, self.adapter)
         pipeline = load_pipeline(self.model, self.cache_dir, **options)
         load_seconds = time.perf_counter() - start
         if shows_video:

@@ -18,8 +18,8 @@ from nanomolmo2.cli.options import AtLeast, Debug, UsageError
 class Bench:
     """Measure speed and memory beside other programs; needs a checkout and the extra dev.
 
-    Models of full size with random weights take turns with their peers. What was measured before is
-    in docs/performance.md.
+    All of it is on the CPU; python scripts/gpu_check.py is for a GPU. Models of full size with
+    random weights take turns with their peers. What was measured before is in docs/performance.md.
     """
 
     rows: Annotated[

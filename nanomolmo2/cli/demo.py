@@ -8,7 +8,8 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from nanomolmo2.cli.options import Debug
+from nanomolmo2.cli.loading import load_pipeline, precision
+from nanomolmo2.cli.options import Debug, DeviceName, DType
 from nanomolmo2.cli.output import check_writable
 
 
@@ -19,11 +20,13 @@ class Demo:
     draw: Annotated[
         Path, arg(metavar="FILE", help="where to write the picture with the points on it")
     ] = Path("demo.png")
+    device: DeviceName = None
+    dtype: DType = None
     debug: Debug = False
 
     def run(self) -> None:
         from nanomolmo2.demo import DEMO, run_demo
 
         check_writable(self.draw, inputs=[DEMO / "scene.png"])
-
-        run_demo(self.draw)
+        options = precision(self.dtype, device=self.device)
+        run_demo(self.draw, load=lambda: load_pipeline("tiny", Path("checkpoints"), **options))

@@ -9,8 +9,15 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from nanomolmo2.cli.loading import files_of
-from nanomolmo2.cli.options import MODEL_HELP, CacheDir, Debug, UsageError, library_name
+from nanomolmo2.cli.loading import files_of, load_model, precision
+from nanomolmo2.cli.options import (
+    MODEL_HELP,
+    CacheDir,
+    Debug,
+    DeviceName,
+    StoredDType,
+    UsageError,
+)
 from nanomolmo2.cli.output import check_model_folder, note, say
 
 
@@ -30,6 +37,8 @@ class Export:
         str,
         arg(metavar="SIZE", help="largest weight file, such as 5GB or 500MB; more are split"),
     ] = "5GB"
+    device: DeviceName = None
+    dtype: StoredDType = None
     cache_dir: CacheDir = Path("checkpoints")
     debug: Debug = False
 
@@ -42,9 +51,9 @@ class Export:
         import warnings
 
         from nanomolmo2.convert import export_molmo2
-        from nanomolmo2.convert.pretrained import load
 
-        model, processor = load(library_name(self.model), cache_dir=self.cache_dir)
+        options = precision(self.dtype, device=self.device)
+        model, processor = load_model(self.model, self.cache_dir, **options)
         with warnings.catch_warnings(record=True) as remarks:
             warnings.simplefilter("always", UserWarning)
             export_molmo2(model, self.out, processor, max_shard_size=self.max_shard_size)

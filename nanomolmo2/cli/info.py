@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from nanomolmo2.cli.loading import load_module, precision
-from nanomolmo2.cli.options import MODEL_HELP, CacheDir, Debug, DType, Precision
+from nanomolmo2.cli.loading import load_module, precision, where
+from nanomolmo2.cli.options import MODEL_HELP, CacheDir, Debug, DeviceName, Precision, StoredDType
 from nanomolmo2.cli.output import say
 
 
@@ -27,7 +27,8 @@ class Info:
             "molmo2-8b, which loads nothing",
         ),
     ]
-    dtype: DType = None
+    device: DeviceName = None
+    dtype: StoredDType = None
     quantize: Precision = None
     cache_dir: CacheDir = Path("checkpoints")
     debug: Debug = False
@@ -36,7 +37,9 @@ class Info:
         from nanomolmo2.accelerate.quantization import count_weights
         from nanomolmo2.models import NanoMolmo2
 
-        model: Any = load_module(self.model, self.cache_dir, **precision(self.dtype, self.quantize))
+        model: Any = load_module(
+            self.model, self.cache_dir, **precision(self.dtype, self.quantize, self.device)
+        )
         tensors = list(model.state_dict().values())
         count = count_weights(model)
         if isinstance(model, NanoMolmo2):
@@ -56,5 +59,6 @@ class Info:
             say(f"  {dtype:<18} {count * size / 1e6:>10,.1f} MB")
         if not no_weights:
             say(f"  {'as loaded':<18} {sum(t.nbytes for t in tensors) / 1e6:>10,.1f} MB")
+            say(where(model))
         say("configuration:")
         say(json.dumps(model.config.to_dict(), indent=2))

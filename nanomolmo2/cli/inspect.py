@@ -174,7 +174,7 @@ class Inspect:
         from nanomolmo2.data.audit import audit
         from nanomolmo2.recipes import finetune
 
-        rows = finetune((self.source,), self.model)
+        rows = finetune((self.source,), self.model, steps=1)  # only its rows count
         positions = config.llm_config.max_position_embeddings
         if (self.sequence_length or 0) > positions:
             raise ValueError(

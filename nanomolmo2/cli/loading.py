@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nanomolmo2.cli.options import UsageError, library_name
+from nanomolmo2.cli.output import announce
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from nanomolmo2.generation.pipeline import Pipeline
+    from nanomolmo2.models import NanoMolmo2
+    from nanomolmo2.processor import Processor
 
 
 MODEL_FILES = (
@@ -20,10 +25,47 @@ MODEL_FILES = (
 )
 
 
-def precision(dtype: str | None, quantize: str | None) -> dict[str, Any]:
+def precision(
+    dtype: str | None,
+    quantize: str | None = None,
+    device: str | None = None,
+    adapter: Sequence[str] = (),
+) -> dict[str, Any]:
     """The options of a load that a command line gave."""
-    options = {"dtype": dtype, "quantize": quantize}
+    options = {"dtype": dtype, "quantize": quantize, "device": device, "adapter": adapter or None}
     return {name: value for name, value in options.items() if value is not None}
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device that a command line named; None = the best there is.
+
+    Raises: UsageError if it is not there.
+    """
+    from nanomolmo2.accelerate.device import choose_device
+
+    try:
+        device = choose_device(name)
+    except ValueError as error:
+        raise UsageError(f"--device: {error}, or leave it out") from None
+    if device.type == "meta":
+        raise UsageError("--device: meta holds sizes alone, and computes nothing: choose another")
+    return device
+
+
+def where(model: nn.Module) -> str:
+    """One line: where a model is, and in which precision."""
+    from nanomolmo2.accelerate.device import device_text
+    from nanomolmo2.convert.folder import QUANTIZATION
+    from nanomolmo2.convert.quantization import quantization_entry
+
+    weight = next(model.parameters())
+    text = f"on {device_text(weight.device)}, {str(weight.dtype).removeprefix('torch.')}"
+    entries = quantization_entry(model).get(QUANTIZATION, {}).values()
+    if modes := sorted({entry["mode"] for entry in entries}):
+        text += f", weights {' and '.join(modes)}"
+        if weight.device.type != "cpu":  # the kernels for them are the CPU's
+            text += ", which save memory there, not time"
+    return text
 
 
 def files_of(model: str) -> list[Path]:
@@ -36,10 +78,27 @@ def files_of(model: str) -> list[Path]:
 
 
 def load_pipeline(name: str, cache_dir: Path, **options: Any) -> Pipeline:
-    """Model and processor by the name that the command line uses."""
+    """Model and processor by the name that the command line uses; one line says where they are.
+
+    Args:
+        options: of `precision`.
+    """
     from nanomolmo2.generation.pipeline import Pipeline
 
-    return Pipeline.from_pretrained(library_name(name), cache_dir=cache_dir, **options)
+    options["device"] = device_of(options.get("device"))
+    pipeline = Pipeline.from_pretrained(library_name(name), cache_dir=cache_dir, **options)
+    announce(where(pipeline.model))
+    return pipeline
+
+
+def load_model(name: str, cache_dir: Path, **options: Any) -> tuple[NanoMolmo2, Processor]:
+    """The same for what writes the model: its weights are as they are stored."""
+    from nanomolmo2.convert.pretrained import load
+
+    options["device"] = device_of(options.get("device"))
+    model, processor = load(library_name(name), cache_dir=cache_dir, **options)
+    announce(where(model))
+    return model, processor
 
 
 def load_module(name: str, cache_dir: Path, **options: Any) -> nn.Module:
@@ -56,7 +115,9 @@ def load_module(name: str, cache_dir: Path, **options: Any) -> nn.Module:
         loader = {"vision_encoder": VisionEncoder, "llm": LanguageModel}[CacheFile(name).component]
     elif name in PRESETS and name != "tiny" and not os.path.isdir(name):
         if options:
-            raise UsageError(f"{name} is sizes alone: --dtype and --quantize need weights")
+            raise UsageError(
+                f"{name} is sizes alone: --dtype, --quantize and --device need weights"
+            )
         return build_on_meta(NanoMolmo2, PRESETS[name])
     elif os.path.isdir(name):
         model_type = str(read_config(name).get("model_type"))
@@ -64,4 +125,7 @@ def load_module(name: str, cache_dir: Path, **options: Any) -> nn.Module:
             loader = VisionEncoder
         elif model_type.startswith("qwen") or model_type == "nanomolmo2_llm":
             loader = LanguageModel
-    return loader.from_pretrained(library_name(name), cache_dir=cache_dir, **options)
+    options["device"] = device_of(options.get("device"))
+    return cast(
+        "nn.Module", loader.from_pretrained(library_name(name), cache_dir=cache_dir, **options)
+    )

@@ -21,12 +21,41 @@ ModelName = Annotated[str, arg(metavar="MODEL", help=MODEL_HELP)]
 CacheDir = Annotated[
     Path, arg(metavar="DIR", help="folder of the converted SigLIP 2 and Qwen3 weights")
 ]
+PictureFolder = Annotated[
+    Path | None,
+    arg(
+        name="images",
+        aliases=("--pictures",),
+        metavar="DIR",
+        help="folder of the pictures of the data; none = paths go out from their files",
+    ),
+]
 PointsScale = Literal["pixels", "unit", "percent", "thousandths"]  # as data.record has it
+DeviceName = Annotated[
+    str | None,
+    arg(
+        metavar="DEVICE",
+        help="where to compute: cpu, cuda, cuda:1 (the second GPU), mps; none = CUDA where there "
+        "is a GPU, else MPS (which was never tried), else the CPU; one line says which",
+    ),
+]
 DType = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     arg(
         help="of the arithmetic and of weights that are not quantised; none = float32 on a CPU, "
-        "where 16-bit arithmetic is slow"
+        "where 16-bit arithmetic is slow, bfloat16 on CUDA"
+    ),
+]
+StoredDType = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    arg(help="of the weights that are not quantised; none = as they are stored"),
+]
+AdapterFolders = Annotated[
+    tuple[str, ...],
+    arg(
+        metavar="DIR...",
+        help="what runs with --lora learned beside MODEL (RUN/adapter), merged into it; several "
+        "add up",
     ),
 ]
 Precision = Annotated[
@@ -199,7 +228,7 @@ def library_name(model: str) -> str | None:
 def parse_size(text: str, option: str) -> float:
     """``80GB`` or ``24GiB`` in bytes."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([MG]i?)B?", text, re.IGNORECASE)
-    if found is None:
+    if found is None or not float(found[1]):
         raise UsageError(f"{option} is {text!r}, expected a size such as 80GB or 24GiB")
     unit = {"m": 1e6, "g": 1e9, "mi": 2.0**20, "gi": 2.0**30}[found[2].lower()]
     return float(found[1]) * unit

@@ -36,9 +36,24 @@ class CheckedOutput:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._held: list[str] = []
+        self._said: set[str] = set()
         self.broken = False  # whoever read it is gone
 
+    def hold(self, line: str) -> None:
+        """Keep a line for stderr until something is printed; of what is refused it is not said."""
+        if line not in self._said:  # a command may load two models
+            self._said.add(line)
+            self._held.append(line)
+
+    def release(self) -> None:
+        """Say what was kept."""
+        held, self._held = self._held, []
+        for line in held:
+            note(line)
+
     def write(self, text: str) -> int:
+        self.release()
         with self._named():
             return int(self._stream.write(text))
 
@@ -97,6 +112,14 @@ def note(text: str) -> None:
     """Print one line on stderr."""
     with contextlib.suppress(OSError):  # there is nobody left to tell
         print(visible(text).replace("\n", "\\n"), file=sys.stderr)
+
+
+def announce(text: str) -> None:
+    """One line on stderr, before what a command prints or measures; none where it is refused."""
+    if isinstance(sys.stdout, CheckedOutput):
+        sys.stdout.hold(text)
+    else:  # a command as an object, outside of the command line
+        note(text)
 
 
 def print_json(value: object) -> None:
@@ -171,6 +194,8 @@ def progress_bars() -> Iterator[Callable[[str], OnProgress]]:
     from rich.console import Console
     from rich.progress import Progress
 
+    if isinstance(sys.stdout, CheckedOutput):
+        sys.stdout.release()
     console = Console(stderr=True)
     # Where nobody looks it would leave an empty line.
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

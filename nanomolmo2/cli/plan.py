@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
 from nanomolmo2.cli.options import AtLeast, Debug, UsageError, parse_size
 from nanomolmo2.cli.output import say
+from nanomolmo2.cli.recipe_options import RecipeOptions
 
-# Options that stand for a field of the recipe of the same name.
-RECIPE_FIELDS = ("batch_size", "micro_batch_size", "sequence_length", "max_crops")
+if TYPE_CHECKING:
+    from nanomolmo2.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Predict what a training run needs: memory of each GPU, tokens a step, steps.
+class Plan(RecipeOptions):
+    """Predict what a training run needs: memory of each GPU, steps, epochs, tokens a step.
 
-    Nothing is loaded or started. Where the memory is not enough, it says which switch would make
-    the run fit. docs/scaling.md tells how the prediction is made and how far off it was.
+    It takes the options of nanomolmo2 train, and answers for that run: nanomolmo2 plan --data
+    my.jsonl --model allenai/Molmo2-4B --lora --gpu-memory 24GB. No weights are loaded and nothing
+    is started. Where the memory is not enough, it says which switch would make the run fit, those
+    that harm least first. docs/scaling.md tells how the prediction is made and how far off it was.
     """
 
-    recipe: Annotated[
-        Positional[str],
-        arg(
-            metavar="RECIPE", help="as of `nanomolmo2 train`, but for tiny: a name or a .json file"
-        ),
-    ]
     gpus: Annotated[
         int,
         arg(metavar="N", help="processes of the run, one a GPU; batch_size is a multiple"),
@@ -50,28 +47,82 @@ class Plan:
             "nanomolmo2, nanomolmo2-pooling, molmo2-4b, molmo2-8b, tiny",
         ),
     ] = None
-    batch_size: Annotated[
-        int | None, arg(metavar="N", help="rows a step on all GPUs, in place of the recipe's")
-    ] = None
-    micro_batch_size: Annotated[
-        int | None, arg(metavar="N", help="rows that pass the model at once on each GPU, likewise")
-    ] = None
-    sequence_length: Annotated[
-        int | None, arg(metavar="TOKENS", help="of a row, in place of the recipe's")
-    ] = None
-    max_crops: Annotated[
-        int | None, arg(metavar="N", help="crops or pictures of a row, likewise")
-    ] = None
     debug: Debug = False
 
     def run(self) -> None:
         limit = None if self.gpu_memory is None else parse_size(self.gpu_memory, "--gpu-memory")
         if self.recipe == "tiny":
             raise UsageError("tiny's stages are its own and fit into 2 GB: choose another recipe")
-        from nanomolmo2.recipes import recipe
+        if self.is_finetune and not self.data and not self.model:
+            raise UsageError(
+                "expected a recipe, --data FILE or --model MODEL, as in: nanomolmo2 plan --data "
+                "my.jsonl --model tiny"
+            )
+        self.check_recipe_options()
         from nanomolmo2.training.plan import report, setup_for
 
-        changes = {name: getattr(self, name) for name in RECIPE_FIELDS}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        made = dataclasses.replace(recipe(self.recipe), **changes)
-        say(report(setup_for(made, self.gpus, self.device, self.architecture), limit))
+        made, data = self._recipe_and_data()
+        say(report(setup_for(made, self.gpus, self.device, self.architecture), limit, data))
+
+    def _recipe_and_data(self) -> tuple[Recipe, list[str]]:
+        """The recipe of the run, and lines on its data."""
+        if self._is_elsewhere or (
+            self.recipe == "base" and self.data and not self._can_count_tokens()
+        ):
+            return self._of_a_model_elsewhere()
+        from nanomolmo2.recipes.length import amount_of
+        from nanomolmo2.training.summary import how_much, warnings
+
+        recipe = self.make_recipe()
+        try:
+            amount = amount_of(recipe)
+        except (OSError, ValueError, ImportError):
+            if self.data:
+                raise
+            return recipe, []  # the data of a recipe of a name need not be here
+        return recipe, [how_much(recipe, amount), *warnings(recipe, amount)]
+
+    def _can_count_tokens(self) -> bool:
+        """Whether the language model of `base` has its tokenizer here, or in reach."""
+        from nanomolmo2.convert.parts import LLM
+        from nanomolmo2.convert.pretrained import TOKENIZER_NAME, find_directory
+
+        try:
+            find_directory(self.llm or LLM.repository, None, (TOKENIZER_NAME,))
+        except OSError:
+            return self.llm not in (None, LLM.repository)  # of others not even sizes are known
+        return True
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether the model is known by its sizes alone: nothing is downloaded to plan."""
+        from nanomolmo2.training.setup import known_config
+
+        if self.is_finetune and not self.data:
+            return True
+        name = self.model or ""
+        return name not in ("", "tiny") and known_config(name) is not None
+
+    def _of_a_model_elsewhere(self) -> tuple[Recipe, list[str]]:
+        """Without the tokenizer of the model, records are counted and not their tokens."""
+        from nanomolmo2.data.sources import open_mixture
+        from nanomolmo2.recipes.length import FEWEST
+
+        steps = self.steps or (FEWEST if self.is_finetune else None)
+        options = dataclasses.replace(self, steps=steps, epochs=None)
+        if not self.data:
+            if self.is_finetune:
+                options = dataclasses.replace(options, data=("my.jsonl",))
+            return options.make_recipe(), [
+                "data: none was named, so the steps are not those of a run: give --data"
+            ]
+        recipe = options.make_recipe()
+        records = sum(len(source) for source in open_mixture(recipe.data, recipe.seed).sources)
+        at_most = -(-records // recipe.batch_size)
+        if self.epochs is not None:
+            options = dataclasses.replace(options, steps=max(1, round(self.epochs * at_most)))
+            recipe = options.make_recipe()
+        return recipe, [
+            f"data: {records:,} records; an epoch is {at_most:,} steps, or fewer where a row holds "
+            f"several: how many is known with the model's tokenizer, which is not on this disk"
+        ]

@@ -14,7 +14,7 @@ from nanomolmo2.cli.output import check_writable, say
 
 @dataclass(frozen=True)
 class Plot:
-    """Draw the curves of training runs: loss, loss by task, gradient norms, speed."""
+    """Draw the curves of training runs: loss, validation, rates, gradient norms, speed."""
 
     runs: Annotated[
         Positional[tuple[Path, ...]],

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from nanomolmo2.cli.loading import files_of
+from nanomolmo2.cli.loading import files_of, load_model, precision
 from nanomolmo2.cli.options import (
     MODEL_HELP,
     AtLeast,
     CacheDir,
     Debug,
+    DeviceName,
+    StoredDType,
     UsageError,
-    library_name,
 )
 from nanomolmo2.cli.output import check_model_folder, say
 from nanomolmo2.terminal import visible
@@ -69,6 +70,8 @@ class Quantize:
     rows: Annotated[
         int, arg(metavar="N", help="layers to list, the largest errors first; 0 = none"), AtLeast(0)
     ] = 10
+    device: DeviceName = None
+    dtype: StoredDType = None
     cache_dir: CacheDir = Path("checkpoints")
     debug: Debug = False
 
@@ -89,11 +92,13 @@ class Quantize:
         from nanomolmo2.convert.pretrained import load, save_pretrained
         from nanomolmo2.processor import collate
 
-        model, processor = load(library_name(self.model), cache_dir=self.cache_dir)
+        options = precision(self.dtype, device=self.device)
+        model, processor = load_model(self.model, self.cache_dir, **options)
+        device = next(model.parameters()).device
         if is_quantized(model):
             raise ValueError(f"{self.model} is quantised already: name a floating point model")
         sample = processor.encode([{"role": "user", "content": self.question}], [image])
-        batch = collate([sample], processor.pad_token_id).tensors()
+        batch = collate([sample], processor.pad_token_id).to(device).tensors()
         calibration = batch if self.calibrate else None
         report = quantization_report(model, batch, self.mode, calibration=calibration)
         report.sort(key=lambda row: -row.error)
@@ -105,7 +110,7 @@ class Quantize:
         save_pretrained(model, self.out, processor)
         size = sum(f.stat().st_size for f in self.out.glob("*.safetensors"))
         start = time.perf_counter()
-        load(str(self.out))
+        load(str(self.out), device=device)
         seconds = time.perf_counter() - start
         if self.rows:
             print_layer_errors(report[: self.rows], len(report), set(keep))

@@ -282,8 +282,9 @@ def check_expressible(config: NanoMolmo2Config) -> None:
         raise ValueError(
             f"Molmo2's format can only express the attention-pooling connector, this model has the "
             f"{connector.connector_type!r} one: keep it in our own format "
-            f"(NanoMolmo2.save_pretrained), or train a model with connector_type 'pooling', such "
-            f"as the preset 'nanomolmo2-pooling'"
+            f"(NanoMolmo2.save_pretrained), which nanomolmo2 ask, eval and quantize read as it is, "
+            f"or train a model with connector_type 'pooling', such as the preset "
+            f"'nanomolmo2-pooling' (nanomolmo2 train base --connector pooling)"
         )
     if connector.vit_layers is None:
         raise ValueError(

@@ -14,7 +14,7 @@ read as they are stored.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -22,7 +22,9 @@ import torch
 from torch import nn
 
 from nanomolmo2.accelerate import defaults
+from nanomolmo2.accelerate.device import Device, choose_device
 from nanomolmo2.accelerate.quantization import Modes, fixed_dtypes
+from nanomolmo2.convert.adapters import merge_adapters
 from nanomolmo2.convert.folder import kind_of, write_json, write_weights, written_aside
 from nanomolmo2.convert.hub import WEIGHT_FILES, cache_matches, fetch
 from nanomolmo2.convert.model_card import model_card, write_card
@@ -68,8 +70,8 @@ TINY = Path(__file__).parents[1] / "assets" / "tiny"
 # Everything a repository in our own format may hold.
 _OWN_FILES = (*WEIGHT_FILES, "*.json", "README.md")
 
-Device = torch.device | str | None
 Dtype = torch.dtype | str | None
+Adapters = str | Path | Sequence[str | Path] | None
 
 
 def load_vision_encoder(
@@ -88,7 +90,7 @@ def load_vision_encoder(
             ``"tiny"`` or a hub repository.
         cache_dir: folder of the converted files; None = ask the hub and leave the cache alone.
         dtype: of the weights, such as "bfloat16"; as stored by default.
-        device: of the weights; the CPU by default.
+        device: of the weights, see `choose_device`; the CPU by default.
         revision: branch, tag or commit on the hub.
         quantize: a mode of :func:`nanomolmo2.accelerate.quantize`; None = as stored.
     Raises: ValueError for anything that is not such a checkpoint; OSError without network.
@@ -119,20 +121,33 @@ def load_nanomolmo2(
     device: Device = None,
     revision: str | None = None,
     quantize: Modes = None,
+    adapter: Adapters = None,
+    adapter_weights: Sequence[float] | None = None,
 ) -> NanoMolmo2:
     """Load a whole model: a folder that ``save_pretrained`` wrote, a Molmo2 checkpoint (released or
     transformers' own names), ``"tiny"``, or one of both kinds on the hub.
 
     Without a name: SigLIP 2 and Qwen3-0.6B-Base, joined by a fresh connector.
-    Arguments as :func:`load_vision_encoder`.
+    Arguments as :func:`load_vision_encoder`, and:
+
+    Args:
+        adapter: folders of adapters of this model (``adapter`` of a run with LoRA), one or several,
+            whose changes add up; they are merged before anything is cast or quantised.
+        adapter_weights: how much of each; 1 by default.
     """
-    dtype = as_dtype(dtype)
+    dtype, device = as_dtype(dtype), _on_cpu_or(device)
+    stored = None if adapter is not None else dtype  # merged into the weights as they are stored
     if name_or_path is None:
-        model = _assemble(cache_dir, dtype, device, revision)
+        model = _assemble(cache_dir, stored, device, revision)
     else:
-        directory = _find_directory(name_or_path, revision)
+        directory = find_directory(name_or_path, revision)
         model, tensors = _open_whole(directory)
-        _fill(model, tensors, dtype, device)
+        _fill(model, tensors, stored, device)
+    if adapter is not None:
+        merge_adapters(model, adapter, adapter_weights)
+        model = model if dtype is None else model.to(dtype)
+    elif adapter_weights is not None:
+        raise ValueError("adapter_weights are of adapters, and none is named: give adapter too")
     return defaults(quantize_loaded(model, quantize)).eval()
 
 
@@ -144,18 +159,25 @@ def load(
     device: Device = None,
     revision: str | None = None,
     quantize: Modes = None,
+    adapter: Adapters = None,
+    adapter_weights: Sequence[float] | None = None,
 ) -> tuple[NanoMolmo2, Processor]:
-    """Load a model and the processor that belongs to it. Arguments as :func:`load_nanomolmo2`.
+    """Load a model and the processor that belongs to it. Arguments as :func:`load_nanomolmo2`, but:
 
+    Args:
+        device: of the weights; by default the best there is: CUDA, then MPS, then the CPU. Tensors
+            for the model go there too, as in ``batch.to(device)``.
     Raises: ValueError also where the two do not fit each other.
     """
     model = load_nanomolmo2(
         name_or_path,
         cache_dir=cache_dir,
         dtype=dtype,
-        device=device,
+        device=choose_device(device),
         revision=revision,
         quantize=quantize,
+        adapter=adapter,
+        adapter_weights=adapter_weights,
     )
     processor = load_processor(name_or_path, revision=revision)
     check_agreement(model.config, processor)
@@ -172,7 +194,7 @@ def load_processor(
     from nanomolmo2.processor import Processor, ProcessorConfig, Tokenizer
 
     if name_or_path is not None:
-        directory = _find_directory(name_or_path, revision)
+        directory = find_directory(name_or_path, revision)
         if read_config(directory).get("model_type") == MOLMO2:
             from nanomolmo2.convert.molmo2_processor import read_molmo2_processor
 
@@ -191,7 +213,16 @@ def load_config(
     """
     if name_or_path is None:
         return NanoMolmo2Config()
-    return _open_whole(_find_directory(name_or_path, revision))[0].config
+    return _open_whole(find_directory(name_or_path, revision))[0].config
+
+
+def load_connector(name_or_path: str | Path) -> MultimodalConnector:
+    """The connector of a whole model, alone. Raises: as :func:`load_nanomolmo2`."""
+    model, tensors = _open_whole(find_directory(name_or_path, None))
+    start = "connector."
+    own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+    _fill(model.connector, own, None, None)
+    return model.connector
 
 
 def save_pretrained(
@@ -236,7 +267,7 @@ def save_pretrained(
     with written_aside(directory, kind_of(config)) as aside:
         write_json(aside / CONFIG_NAME, config)
         if isinstance(model, NanoMolmo2):
-            write_card(aside, directory, model_card(model))
+            write_card(aside, directory, model_card(model, processor))
             if processor is not None:
                 processor.save(aside)
         write_weights(tables_in_16_bit(model, state_dict), aside, max_shard_size)
@@ -251,7 +282,7 @@ def _load_part(
     revision: str | None,
     quantize: Modes,
 ) -> nn.Module:
-    dtype = as_dtype(dtype)
+    dtype, device = as_dtype(dtype), _on_cpu_or(device)
     module, tensors = _open_part(part, name_or_path, cache_dir, revision)
     _fill(module, tensors, dtype, device)
     return defaults(quantize_loaded(module, quantize)).eval()
@@ -278,7 +309,7 @@ def _open_part(
         return open_reference(fetch(part.repository, revision).directory, part)
     if Path(name).is_file():
         return _open_cache(part, CacheFile(name))
-    directory = _find_directory(name, revision)
+    directory = find_directory(name, revision)
     model_type = read_config(directory).get("model_type")
     if model_type == own_type(part):
         return _open_own_part(directory, part)
@@ -395,8 +426,15 @@ def _assemble(
     return model
 
 
-def _find_directory(name_or_path: str | Path, revision: str | None) -> Path:
-    """The folder of a checkpoint; it is downloaded if the name is one of the hub's."""
+def find_directory(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    allow_patterns: Sequence[str] = _OWN_FILES,
+) -> Path:
+    """The folder of a checkpoint; these files of it are downloaded if the name is one of the hub's.
+
+    Raises: ValueError for a name of nothing; OSError without network.
+    """
     name = str(name_or_path)
     if name == "tiny":
         # First, so that the name means the same in every working folder; "./tiny" is a folder.
@@ -412,7 +450,7 @@ def _find_directory(name_or_path: str | Path, revision: str | None) -> Path:
             f"Face hub"
         )
     try:
-        return fetch(name, revision, allow_patterns=_OWN_FILES).directory
+        return fetch(name, revision, allow_patterns=allow_patterns).directory
     except (ValueError, OSError) as error:
         raise type(error)(f"there is no folder {name}, and on the hub: {error}") from None
 
@@ -492,6 +530,11 @@ def _fill(
             wanted = tensors[name.removesuffix(TABLE) + "norm.weight"].dtype
         state[name] = tensor.read(dtype=wanted, device=device)
     module.load_state_dict(state, strict=True, assign=True)
+
+
+def _on_cpu_or(device: Device) -> Device:
+    """A device that was asked for, if it is there."""
+    return None if device is None else choose_device(device)
 
 
 def as_dtype(dtype: Dtype) -> torch.dtype | None:

@@ -25,7 +25,8 @@ T = TypeVar("T")
 S = TypeVar("S", bound=Shaped)
 
 _LISTED = 8  # names that an error spells out before it only counts
-_LETTERS = 110  # of all of them
+_LETTERS = 300  # of all of them
+_ALL_LETTERS = 370  # with which none is left out
 
 
 def from_reference(
@@ -200,25 +201,25 @@ def check_keys(
 
     ``misshapen`` maps a name to the shapes found and expected.
     """
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} missing: {_some(missing)}")
-    if unused:
-        parts.append(f"{len(unused)} not known: {_some(unused)}")
-    if misshapen:
-        shapes = [f"{n} is {list(f)}, expected {list(e)}" for n, (f, e) in misshapen.items()]
-        parts.append(f"{len(misshapen)} of another shape: {_some(shapes, separator='; ')}")
+    shapes = [f"{n} is {list(f)}, expected {list(e)}" for n, (f, e) in misshapen.items()]
+    lists = {"missing": missing, "not known": unused, "of another shape": shapes}
+    found = {what: names for what, names in lists.items() if names}
+    total = sum(len(name) + len("; ") for names in found.values() for name in names)
+    letters = _ALL_LETTERS if total <= _ALL_LETTERS else _LETTERS // max(1, len(found))
+    parts = [f"{len(names)} {what}: {_some(names, letters)}" for what, names in found.items()]
     if parts:
         raise ValueError(
-            f"the tensors of {source} do not fit the model ({'. '.join(parts)}): "
-            f"is config.json the one these weights were saved with?"
+            f"the tensors of {source} do not fit the model ({'. '.join(parts)}): do they belong to "
+            f"this config.json?"
         )
 
 
-def _some(names: Iterable[str], separator: str = ", ") -> str:
+def _some(names: Sequence[str], letters: int) -> str:
+    """The first names, at most ``letters`` together, and how many more there are."""
     names = [name if len(name) <= 110 else f"{name[:107]}..." for name in names]
+    separator = "; " if any("," in name for name in names) else ", "
     ends = accumulate(len(name) + len(separator) for name in names)
-    count = min(_LISTED, max(1, sum(end <= _LETTERS for end in ends)))
+    count = min(_LISTED, max(1, sum(end <= letters for end in ends)))
     rest = [f"and {len(names) - count} more"] if len(names) > count else []
     return separator.join(names[:count] + rest)
 

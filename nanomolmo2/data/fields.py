@@ -5,7 +5,7 @@ much of a row its pictures and texts need at the least.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,8 +16,10 @@ UNREAD_PICTURE = "picture field that is not read"
 # ---- fields that are read, and those that are not ----
 
 _IMAGES = frozenset({"image", "images"})
+# What evaluation wants to know of the right answer; see docs/evaluation.md.
+TRUTH = ("answers", "choices", "boxes", "masks", "radius", "count", "categories", "pair", "scorer")
 _BRANCH = frozenset(
-    {"messages", "question", "answer", "caption", "task", "truth"}
+    {"messages", "question", "answer", "caption", "task", "truth", *TRUTH}
     | {"points", "label", "mode", "points_scale"}
 )
 FIELDS: dict[str, frozenset[str]] = {
@@ -115,6 +117,7 @@ def _mappings(values: Any) -> Iterator[Mapping[str, Any]]:
 
 _TEXTS = ("branches", "messages", "content", "text", "question", "answer", "caption")
 _TEXTS_OF_OTHERS = ("conversations", "value", "texts", "user", "assistant", "questions")
+_LABELS = ("points", "label", "names", "transcripts")
 
 
 @dataclass(frozen=True)
@@ -145,17 +148,28 @@ def declared(values: Mapping[str, Any], layout: str) -> Needs:
     )
 
 
+def texts_of(values: Mapping[str, Any], layout: str) -> Iterator[str]:
+    """What a record asks and says, and what its points are called, without opening anything."""
+    known = FIELDS[layout]
+    read = {name: value for name, value in values.items() if name in known}
+    return _strings(read, (*_TEXTS, *_TEXTS_OF_OTHERS, *_LABELS))
+
+
 def _characters(value: Any) -> int:
-    total, todo = 0, [value]
+    return sum(map(len, _strings(value, (*_TEXTS, *_TEXTS_OF_OTHERS))))
+
+
+def _strings(value: Any, fields: Sequence[str]) -> Iterator[str]:
+    """The texts of a value: itself, its items, and those fields of its objects."""
+    todo = [value]
     while todo:
         value = todo.pop()
         if isinstance(value, str):
-            total += len(value)
+            yield value
         elif isinstance(value, list):
-            todo += value
+            todo += reversed(value)
         elif isinstance(value, Mapping):
-            todo += [value[name] for name in (*_TEXTS, *_TEXTS_OF_OTHERS) if name in value]
-    return total
+            todo += [value[name] for name in reversed(fields) if name in value]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from PIL import Image
 
 from nanomolmo2.data.example import Branch, Example, Message
+from nanomolmo2.data.fields import TRUTH
 from nanomolmo2.data.placeholders import place_tags
 from nanomolmo2.data.record import PointsScale, Prompts, Record, address_key, short
 from nanomolmo2.processor.chat import read_messages
@@ -21,7 +22,7 @@ __all__ = ["LAYOUTS", "PointsScale", "Prompts", "Record", "address_key", "layout
 
 TAG_COUNT = "picture tags and pictures differ"
 # What a side of the picture is in each scale of points.
-_SIDES = {"unit": 1, "percent": 100, "thousandths": SCALE}
+SIDES = {"unit": 1, "percent": 100, "thousandths": SCALE}
 
 CAPTION_QUESTIONS = (
     "Describe this picture in detail.",
@@ -50,13 +51,13 @@ def check_branch(
         turns = read_messages(messages)
     except ValueError as error:
         record.bad(str(error))
-    if turns[-1].role != "assistant":
+    if turns[-1].role != "assistant" and (record.needs_answer or not truth):
         record.bad("it ends with a question", "no answer")
     if not all(turn.text.strip() for turn in turns if turn.role == "assistant"):
         record.bad("an answer is empty", "no answer")
     if turns[0].role != "user":  # a subtitle, which would have to stand with the video
         record.bad(f"it begins with a message by {turns[0].role!r}")
-    step = 2 if record.separate_turns else len(messages)
+    step = 2 if record.separate_turns and turns[-1].role == "assistant" else len(messages)
     return [
         Branch(list(messages[start : start + step]), task, truth or {})
         for start in range(0, len(messages), step)
@@ -113,13 +114,14 @@ def points_text(
 ) -> str:
     """``{"points": [{"x", "y", "label"?, "image"?, "time"?}], "label"?, "mode"?}`` -> answer.
 
-    Points are in pixels, unless ``points_scale`` says otherwise. Those of several labels become
-    several tags, joined by commas.
+    A point may also be ``[x, y]``. Points are in pixels, unless ``points_scale`` says otherwise.
+    Those of several labels become several tags, joined by commas.
     """
-    points = value.get("points")
-    if not isinstance(points, list) or not all(_is_point(point) for point in points):
+    given = value.get("points")
+    points = [_as_object(point) for point in given] if isinstance(given, list) else []
+    if not isinstance(given, list) or not all(_is_point(point) for point in points):
         record.bad(
-            f"found the points {short(points)}, expected a list of {{'x': pixels, 'y': pixels}}",
+            f"found the points {short(given)}, expected a list of {{'x': pixels, 'y': pixels}}",
             "bad points",
         )
     default = value.get("label") or "point"
@@ -163,7 +165,7 @@ def _number_of(record: Record, point: Mapping[str, Any], video: Any) -> int:
 def _in_pixels(
     record: Record, point: Mapping[str, Any], scale: str, size: Size | None
 ) -> tuple[float, float]:
-    side = _SIDES.get(scale)
+    side = SIDES.get(scale)
     if side is None or size is None:  # without a picture it is refused where it is written
         return point["x"], point["y"]
     if not (0 <= point["x"] <= side and 0 <= point["y"] <= side):
@@ -187,6 +189,11 @@ def _format(
         return format_points(points, label, sizes, mode=mode, video_size=video_size)
     except (ValueError, TypeError) as error:
         record.bad(str(error), "bad points")
+
+
+def _as_object(point: Any) -> Any:
+    is_pair = isinstance(point, Sequence) and not isinstance(point, str) and len(point) == 2
+    return dict(zip("xy", point, strict=True)) if is_pair else point
 
 
 def _is_point(point: Any) -> bool:
@@ -232,6 +239,8 @@ def _own_branch(record: Record, values: Any, images: list[Image.Image], video: A
     if not isinstance(task, str) or not isinstance(truth, dict | None):
         record.bad(f"task {short(task)} must be text, truth {short(truth)} an object")
 
+    truth = {**_truth_beside(values, record.points_scale), **(truth or {})}
+
     def content(value: Any) -> Any:
         if isinstance(value, Mapping) and "points" in value:
             inherited = {"points_scale": values.get("points_scale")}
@@ -251,6 +260,10 @@ def _own_branch(record: Record, values: Any, images: list[Image.Image], video: A
         messages = without_tags(record, messages, len(images), video)
         return check_branch(record, messages, task, truth)
     question, answer = values.get("question"), values.get("answer")
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        if record.needs_answer:
+            record.bad(f"found the answer {short(answer)}, expected text: put it in quotes")
+        answer = str(answer)
     if answer is None and "points" in values:
         answer = {key: values[key] for key in _POINTS if key in values}
     if answer is None and values.get("caption") is not None:
@@ -262,13 +275,23 @@ def _own_branch(record: Record, values: Any, images: list[Image.Image], video: A
             "'question' and 'answer'",
             "bad record" if answer is not None else "no answer",
         )
-    if answer is None:
+    if answer is None and (record.needs_answer or not truth):
         record.bad("its question has no answer", "no answer")
-    messages = without_tags(record, exchange(question, content(answer)), len(images), video)
-    return check_branch(record, messages, task, truth)
+    asked: list[Message] = [{"role": "user", "content": question}]
+    messages = asked if answer is None else exchange(question, content(answer))
+    return check_branch(record, without_tags(record, messages, len(images), video), task, truth)
 
 
 _POINTS = ("points", "label", "mode", "points_scale")
+
+
+def _truth_beside(values: Mapping[str, Any], scale: str) -> dict[str, Any]:
+    """What stands beside the question in place of ``truth``; nobody but evaluation looks at it."""
+    truth = {name: values[name] for name in TRUTH if values.get(name) is not None}
+    stated = values.get("points_scale") or scale
+    if "boxes" in truth and stated != "pixels":
+        truth["boxes_scale"] = stated
+    return truth
 
 
 def _refuse_images(record: Record, items: list[Any]) -> None:

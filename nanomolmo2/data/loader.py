@@ -59,7 +59,7 @@ class Step:
         counts: of this step: ``rows``, ``examples``, ``crops``, ``tokens`` (real ones), ``padding``
             (filled up in the micro-batches), ``capacity`` (tokens that the rows could hold).
         bad: examples left out since the beginning of the run, by cause.
-        drawn: examples drawn since the beginning of the run.
+        drawn: examples drawn since the beginning of the run; of replay none.
         waited: seconds until the step was there.
         first_bad: of every cause, a sentence on the first example that this process left out.
     """
@@ -249,7 +249,7 @@ class _Slot:
 
     def __init__(self, stream: SlotStream, packer: Packer[_Waiting]) -> None:
         self.stream, self.packer = stream, packer
-        self.drawn, self.bad = 0, Counter[str]()
+        self.bad = Counter[str]()
         self.first_bad: dict[str, str] = {}
         # (source, index) of each, once in a process; a dict, so as to keep their order.
         self.bad_records: dict[tuple[int, int], None] = {}
@@ -259,7 +259,6 @@ class _Slot:
         return {
             "stream": self.stream.state_dict(),
             "pool": waiting,
-            "drawn": self.drawn,
             "bad": dict(self.bad),
             "bad_records": list(map(list, self.bad_records)),
         }
@@ -267,7 +266,7 @@ class _Slot:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
         self.packer.waiting = [_Waiting(*numbers) for numbers in state["pool"]]
-        self.drawn, self.bad = state["drawn"], Counter(state["bad"])
+        self.bad = Counter(state["bad"])
         # Older states lack them.
         self.bad_records = dict.fromkeys(map(tuple, state.get("bad_records", [])))
 
@@ -289,6 +288,11 @@ class _StepMaker(IterableDataset[Step | Failure]):
         self.slots = {j: _Slot(mixture.slot(j, rows.batch_size), rows.packer()) for j in slots}
         self.bytes_left = self.kept_bytes = kept_bytes
         self.changed = False  # examples that wait may be others than those that were drawn
+        # Of the sources whose bad examples are judged: what is mixed in beside them (replay) would
+        # make the share of bad ones look smaller than it is.
+        self.own = [
+            k for k, source in enumerate(mixture.sources) if not getattr(source, "is_replay", False)
+        ]
         self.limits = RowLimits.of(
             getattr(encode, "processor", None), rows.max_tokens, rows.max_crops
         )
@@ -354,7 +358,7 @@ class _StepMaker(IterableDataset[Step | Failure]):
         step.state = self.state_dict()
         step.bad = dict(sum((slot.bad for slot in slots), Counter()))
         step.first_bad = dict(ChainMap(*(slot.first_bad for slot in slots)))
-        step.drawn = sum(slot.drawn for slot in slots)
+        step.drawn = self._drawn()
         return step
 
     def _pack(self, slot: _Slot) -> list[_Read]:
@@ -370,7 +374,6 @@ class _StepMaker(IterableDataset[Step | Failure]):
     def _draw(self, slot: _Slot) -> None:
         """Let the slot's next example wait, if it is good."""
         source, index = slot.stream.next()
-        slot.drawn += 1
         self._wait(slot, source, index)
 
     def _read_all_again(self) -> None:
@@ -441,13 +444,13 @@ class _StepMaker(IterableDataset[Step | Failure]):
         slots = self.slots.values()
         if not any((source, index) in other.bad_records for other in slots):
             slot.bad_records[source, index] = None
-        drawn = sum(other.drawn for other in slots)
+        drawn = self._drawn()
         causes = sum((other.bad for other in slots), Counter[str]())
         if drawn < FEW or causes.total() <= self.max_bad_fraction * drawn:
             return
         # A record that comes again is not another bad one. A source gives no more than it has.
-        draws = zip(*(other.stream.drawn for other in slots), strict=True)
-        seen = sum(map(min, map(sum, draws), self.mixture.sizes))
+        draws = [sum(numbers) for numbers in zip(*(s.stream.drawn for s in slots), strict=True)]
+        seen = sum(min(draws[k], self.mixture.sizes[k]) for k in self.own)
         different = sum(len(other.bad_records) for other in slots)
         if different > self.max_bad_fraction * seen:
             listed = ", ".join(f"{cause} {n}" for cause, n in causes.most_common())
@@ -458,6 +461,10 @@ class _StepMaker(IterableDataset[Step | Failure]):
                 f"larger if examples are too long, or allow a larger share of bad ones "
                 f"(--max-bad-share, or max_bad_fraction of the recipe)"
             )
+
+    def _drawn(self) -> int:
+        """Examples of the judged sources drawn since the beginning of the run."""
+        return sum(slot.stream.drawn[k] for slot in self.slots.values() for k in self.own)
 
     def _name(self, source: int, index: int) -> str:
         return f"{self.mixture.sources[source].name}, example {index}"

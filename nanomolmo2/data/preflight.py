@@ -33,7 +33,7 @@ def preflight(sources: Sequence[Source], limits: RowLimits) -> list[str]:
             continue
         pictures, others, too_long = Counter[str](), Counter[str](), list[str]()
         looked = 0
-        for row in _rows(source):
+        for row in some_rows(source):
             looked += 1
             layout = source.layout(row)
             look_like, unknown = unread_fields({**row.values, **row.unread}, layout)
@@ -54,7 +54,7 @@ def preflight(sources: Sequence[Source], limits: RowLimits) -> list[str]:
     return [visible(sentence) for sentence in sentences]
 
 
-def _rows(source: RecordSource) -> Iterator[Row]:
+def some_rows(source: RecordSource) -> Iterator[Row]:
     """Some records; those that cannot be read are left to the training."""
     size = len(source)
     if getattr(source.rows, "is_cheap", False):

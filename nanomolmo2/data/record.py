@@ -45,6 +45,8 @@ class Record:
         prompts: how captions and points are asked for, where the data set has no questions.
         separate_turns: every turn is a branch of its own.
         points_scale: of points in pixels, unless the record says another.
+        needs_answer: what has no answer cannot be learned from; it may be asked, where its truth is
+            known.
         confined: "no" lets it name any file; "folder" only what lies in ``folder``; "itself" none:
             records of an archive, or of the hub, are no business of the files around.
         notes: (cause, detail) of what may be a mistake.
@@ -59,6 +61,7 @@ class Record:
     separate_turns: bool = False
     points_scale: PointsScale = "pixels"
     confined: Confined = "no"
+    needs_answer: bool = True
     notes: list[tuple[str, str]] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     _opened: dict[Any, Image.Image] = field(default_factory=dict)
@@ -84,6 +87,14 @@ class Record:
             sha256: checksum of the file, where the data set has one: images behind addresses
                 change, and points of another image teach nothing.
         """
+        source = self.find(source, sha256)
+        key = _identity(source)
+        if key not in self._opened or sha256 is not None:
+            self._opened[key] = self._load(source, sha256)
+        return self._opened[key]
+
+    def find(self, source: Any, sha256: str | None = None) -> object:
+        """Where an image lies that a record names: a path, its bytes, or what `image` takes."""
         if isinstance(source, Mapping):
             given, source = source, source.get("bytes") or source.get("path")
             if source is None:
@@ -95,13 +106,10 @@ class Record:
                     "there is none",
                     "broken picture",
                 )
-            source = self._find(source, sha256)
-        elif not isinstance(source, (bytes, Image.Image)):
+            return self._find(source, sha256)
+        if not isinstance(source, (bytes, Image.Image)):
             self.bad(f"found {short(source)} in place of a picture")
-        key = _identity(source)
-        if key not in self._opened or sha256 is not None:
-            self._opened[key] = self._load(source, sha256)
-        return self._opened[key]
+        return source
 
     def _load(self, source: Any, sha256: str | None) -> Image.Image:
         used = sum(image.width * image.height for image in self._opened.values())

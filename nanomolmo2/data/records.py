@@ -26,7 +26,7 @@ from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,28 +128,7 @@ class JsonList:
 
     @cached_property
     def _items(self) -> list[Any]:
-        with open_regular(self.path) as stream:
-            content = stream.read()
-        self._check_memory(content)
-        try:
-            text = content.decode(json.detect_encoding(content))
-            del content  # or there would be one copy more
-            items: list[Any] = json.loads(text.removeprefix("\ufeff"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{self.path} is neither one JSON list nor one object a line ({error}): copy it "
-                f"again"
-            ) from None
-        return items
-
-    def _check_memory(self, content: bytes) -> None:
-        """Refuse what says little and takes much: an empty object of 3 bytes takes 72."""
-        values = sum(content.count(sign) for sign in (b",", b"{", b"["))
-        if len(content) < 16 * values and 2 * len(content) + 64 * values > MAX_LIST:
-            raise ValueError(
-                f"{self.path} has about {values:,} values in {len(content):,} bytes, which would "
-                f"take too much memory: write one object a line, into a .jsonl file"
-            )
+        return cast(list[Any], load_json(self.path))  # looked at by __init__
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -160,6 +139,31 @@ class JsonList:
     def __getitem__(self, i: int) -> Row:
         where = f"{self.path}, record {i}"
         return Row(_checked(self._items[i], where), where, self.path.parent)
+
+
+def load_json(path: Path) -> object:
+    """All that a JSON file holds.
+
+    Raises: OSError; ValueError for what is no JSON, or would take too much memory.
+    """
+    with open_regular(path) as stream:
+        content = stream.read()
+    # What says little may take much: an empty object of 3 bytes takes 72.
+    values = sum(content.count(sign) for sign in (b",", b"{", b"["))
+    if len(content) < 16 * values and 2 * len(content) + 64 * values > MAX_LIST:
+        raise ValueError(
+            f"{path} has about {values:,} values in {len(content):,} bytes, which would take too "
+            f"much memory: write one object a line, into a .jsonl file"
+        )
+    try:
+        text = content.decode(json.detect_encoding(content))
+        del content  # or there would be one copy more
+        loaded: object = json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is neither one JSON list nor one object a line ({error}): copy it again"
+        ) from None
+    return loaded
 
 
 def open_json(path: Path) -> Rows:
@@ -224,6 +228,11 @@ class Parquet:
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: self.__dict__[key] for key in ("path", "_starts", "_columns", "_unread")}
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all columns, also of those that are not loaded."""
+        return [*self._columns, *self._unread]
 
     def __len__(self) -> int:
         return self._starts[-1]

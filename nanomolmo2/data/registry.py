@@ -7,6 +7,8 @@ them strictly when the source is opened.
 
 from __future__ import annotations
 
+from typing import Self
+
 from nanomolmo2.config import Config
 from nanomolmo2.data.example import Source
 from nanomolmo2.registry import Registry
@@ -23,6 +25,13 @@ class SourceOptions(Config):
             name: for reports.
         """
         raise NotImplementedError
+
+    @classmethod
+    def for_replay(cls) -> Self:
+        """With which options a model that was trained on the source is reminded of it, while it
+        learns something else: see `training/replay.py`.
+        """
+        return cls()
 
 
 SOURCES: Registry[type[SourceOptions]] = Registry(emoji="nanomolmo2.emoji.source:EmojiConfig")

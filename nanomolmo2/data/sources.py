@@ -130,12 +130,17 @@ class SourceConfig(Config):
 
 
 class RecordSource:
-    """Records of files or of the hub, read by a layout."""
+    """Records of files or of the hub, read by a layout.
+
+    Attributes:
+        needs_answer: as of `Record`; evaluation does not need answers in words.
+    """
 
     def __init__(self, rows: Rows, config: SourceConfig) -> None:
         self.rows, self.config = rows, config
-        self.name = config.name or Path(config.path.removeprefix("hub:")).stem
+        self.name = config.name or _name_of(config.path.removeprefix("hub:"))
         self.in_order = getattr(rows, "in_order", False)
+        self.needs_answer = True
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -166,15 +171,13 @@ class RecordSource:
         """How the fields of a record are read."""
         return layout_of(row.values) if self.config.format == "auto" else self.config.format
 
-    def _read(self, row: Row, i: int, limits: RowLimits | None) -> Example:
-        config, layout = self.config, self.layout(row)
-        reason = limits.refuse(declared(row.values, layout)) if limits is not None else None
-        if reason is not None:
-            raise BadExample("too long", f"{row.where}: {reason}")
+    def record(self, row: Row, i: int) -> Record:
+        """Row ``i`` with how this source reads its fields, its pictures not opened yet."""
+        config = self.config
         confined: Confined = "no"
         if row.confined:
             confined = "folder" if config.image_folder else "itself"
-        record = Record(
+        return Record(
             row.values,
             row.where,
             Path(config.image_folder).expanduser() if config.image_folder else row.folder,
@@ -183,7 +186,15 @@ class RecordSource:
             config.separate_turns,
             config.points_scale,
             confined,
+            self.needs_answer,
         )
+
+    def _read(self, row: Row, i: int, limits: RowLimits | None) -> Example:
+        layout = self.layout(row)
+        reason = limits.refuse(declared(row.values, layout)) if limits is not None else None
+        if reason is not None:
+            raise BadExample("too long", f"{row.where}: {reason}")
+        record = self.record(row, i)
         pictures, others = unread_fields({**row.values, **row.unread}, layout)
         try:
             example = LAYOUTS[layout](record)
@@ -197,6 +208,11 @@ class RecordSource:
             unread=tuple(others),
             outside=tuple(record.outside),
         )
+
+
+def _name_of(path: str) -> str:
+    """A file's name without its ending; patterns whole, whose last part may be ``*.jsonl``."""
+    return path if "*" in path else Path(path).stem
 
 
 def unread_note(name: str) -> str:

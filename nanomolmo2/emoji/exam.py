@@ -30,6 +30,11 @@ PAIR_TASKS = ("more", "difference")
 CLIP_TASKS = ("track", "appears", "video_point")
 SCENE_TASKS = tuple(task for task in SCORERS if task not in PAIR_TASKS + CLIP_TASKS)
 
+# What a fine-tuning asks before and after.
+SHORT_SCENES = 12
+SHORT_TASKS = ("presence", "count", "point", "caption", "unknown")
+SHORT_ROWS = ("presence", "count", "point_f1", "point_absent", "caption_f1", "unknown")
+
 # Where an answer is cut off, in tokens; true answers of `tiny` are all shorter.
 # Enough for twenty objects; a refusal is known by its beginning.
 MAX_NEW_TOKENS = {"track": 320, "points": 224, "point": 192, "count": 192, "unknown": 16}
@@ -188,6 +193,11 @@ def make_exam(
     return exam
 
 
+def make_short_exam() -> Exam:
+    """The first scenes of the published test set, and what matters most of what is asked."""
+    return make_exam("seen", SHORT_SCENES, tasks=SHORT_TASKS)
+
+
 def _probe(noun: str, scene: Scene) -> Branch:
     """A second pointing question: only its difference from the first one is looked at."""
     question = f"Point to the {noun}."
@@ -255,4 +265,6 @@ EMOJI = Benchmark(
     rows_of_example=score_blindness,
     make_exam=make_exam,
     max_new_tokens=MAX_NEW_TOKENS,
+    make_short_exam=make_short_exam,
+    short_rows=SHORT_ROWS,
 )

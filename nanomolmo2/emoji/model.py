@@ -42,6 +42,7 @@ def tiny_processor() -> Processor:
         resample="bilinear",
         image_tokens=CONFIG.num_visual_tokens,
         video=VideoConfig(max_frames=MAX_FRAMES),
+        trained_on=("emoji",),
     )
     return Processor(config, Tokenizer(build_tokenizer()))
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 from nanomolmo2.data.example import BadExample, Example
 from nanomolmo2.data.registry import SourceOptions
 from nanomolmo2.emoji.questions import BranchMix, make_branches
 from nanomolmo2.emoji.scenes import SceneConfig, render_scene, train_rng
 from nanomolmo2.emoji.sprites import Sprites
+
+REPLAYED = BranchMix(presence=2, count=1, number=1, point=1, caption=1, points=0, size=0, at=0)
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,13 @@ class EmojiConfig(SourceOptions):
 
     def __post_init__(self) -> None:
         self.check_positive()
+
+    @classmethod
+    def for_replay(cls) -> Self:
+        """A few questions about each scene, of every kind: the scenes are there to keep what the
+        model knows, and a share of the examples is to be about the same share of the loss.
+        """
+        return cls(mix=REPLAYED)
 
     def open(self, seed: int = 0, name: str = "emoji") -> EmojiScenes:
         return EmojiScenes(self, seed, name)

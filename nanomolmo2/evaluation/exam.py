@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanomolmo2.data.example import Branch, Example
 from nanomolmo2.evaluation.intervals import bootstrap_interval
+from nanomolmo2.evaluation.questions import shown_in as shown_in
 from nanomolmo2.evaluation.scorers import Scorer, Shown
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.processor.chat import Message
@@ -52,6 +53,9 @@ class Benchmark:
         make_exam: the questions of a test set.
         max_new_tokens: where answers to a task are cut off; to other tasks after
             ``default_max_new_tokens``.
+        make_short_exam: some questions of each main kind, seconds to answer: what a fine-tuning
+            asks before and after. None: there are none.
+        short_rows: what is reported of them; more is better in all.
     """
 
     name: str
@@ -64,6 +68,8 @@ class Benchmark:
     make_exam: Callable[..., Exam]
     max_new_tokens: Mapping[str, int] = field(default_factory=dict)
     default_max_new_tokens: int = 96
+    make_short_exam: Callable[[], Exam] | None = None
+    short_rows: tuple[str, ...] = ()
 
     def limit(self, task: str) -> int:
         """Most tokens of an answer to a task."""
@@ -272,12 +278,6 @@ def score(exam: Exam, failures: int = 0) -> Scores:
             scores.counts[name] = len(values)
             scores.intervals[name] = bootstrap_interval(values, numbers)
     return scores
-
-
-def shown_in(example: Example) -> Shown:
-    """Sizes of an example's images, which are arrays (H, W, 3), or of its video."""
-    sizes = tuple((image.shape[1], image.shape[0]) for image in example.images)
-    return Shown(sizes, None if example.video is None else example.video.size)
 
 
 def _share_out(bad: dict[str, list[Failure]], number: int, tasks: Sequence[str]) -> list[Failure]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import itertools
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,16 +14,21 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw
 
 from nanomolmo2.evaluation.exam import Benchmark, Failure, Row, Scores, shown_in
+from nanomolmo2.evaluation.measures import track_things
+from nanomolmo2.evaluation.regions import Box, Outline
 from nanomolmo2.files import atomic_path
 from nanomolmo2.processor.draw import draw_frames, draw_points
 from nanomolmo2.processor.image import load_image
-from nanomolmo2.processor.points import SCALE
+from nanomolmo2.processor.points import SCALE, Size
+from nanomolmo2.processor.video import load_video
 
 LEGEND = "score [95 % interval, scenes resampled] ≥ goal that is met, < goal that is missed"
 PAGE = "index.html"
 PICTURES = "pictures"
 ENLARGED = 2  # test images are small beside the discs that mark points
+LARGEST_SIDE = 800  # pixels; larger images are shown smaller
 FRAMES_A_LINE = 4
+MOST_FRAMES = 8  # of a video file
 TRUE_COLOUR = "#00ff40"
 
 
@@ -51,13 +57,21 @@ def score_table(scores: Sequence[Scores], rows: Mapping[str, Row]) -> str:
     titles, cells = ["", *(row.title for row in rows.values())], []
     for one in scores:
         cells.append([one.group, *(format_cell(one, name, row) for name, row in rows.items())])
-    widths = [max(map(len, column)) for column in (titles, *cells)]
-    lines = []
-    for title, *row in zip(titles, *cells, strict=True):
-        right = (f"{cell:>{width}}" for cell, width in zip(row, widths[1:], strict=True))
-        lines.append("| " + " | ".join([f"{title:<{widths[0]}}", *right]) + " |")
-    rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (w + 1)}:|" for w in widths[1:])
-    return "\n".join([lines[0], rule, *lines[1:]])
+    head, *lines = [list(line) for line in zip(titles, *cells, strict=True)]
+    return markdown_table(head, lines)
+
+
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose columns line up; ``left``: how many of them begin at the left."""
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    sides = ["<" if i < left else ">" for i in range(len(head))]
+
+    def joined(line: Sequence[str]) -> str:
+        cells = zip(line, sides, widths, strict=True)
+        return "| " + " | ".join(f"{cell:{side}{width}}" for cell, side, width in cells) + " |"
+
+    rules = ("-" * (w + 1) + (":" if s == ">" else "-") for s, w in zip(sides, widths, strict=True))
+    return "\n".join([joined(head), f"|{'|'.join(rules)}|", *map(joined, lines)])
 
 
 def goals_met(scores: Sequence[Scores], rows: Mapping[str, Row]) -> tuple[int, int]:
@@ -117,31 +131,65 @@ def write_report(
     check_report_folder(path)
     with atomic_path(path) as folder:
         (folder / PICTURES).mkdir(parents=True)
-        sections = []
-        for one in scores:
-            sections.append(f"<h2>{html.escape(one.group)}: the worst answers</h2>")
-            if not one.failures:
-                sections.append("<p>None.</p>")
-            numbered = enumerate(one.failures, start=1)
-            for task, group in itertools.groupby(numbered, lambda item: item[1].branch.task):
-                sections.append(f"<h3>{html.escape(task)}</h3><div>")
-                for number, failure in group:
-                    name = f"{PICTURES}/{one.group}-{number:02d}-{task}.png"
-                    draw_failure(failure).save(folder / name)
-                    sections.append(_figure(failure, name))
-                sections.append("</div>")
-        page = _PAGE.format(
-            name=html.escape(benchmark.name),
-            title=html.escape(benchmark.title),
-            about="".join(
-                f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>"
-                for key, value in about.items()
-            ),
+        page = html_page(
+            name=benchmark.name,
+            title=benchmark.title,
+            about=about,
             table=_html_table(scores, benchmark.rows),
-            legend=html.escape(LEGEND),
-            sections="\n".join(sections),
+            legend=LEGEND,
+            sections=[
+                section
+                for one in scores
+                for section in worst_answers(folder / PICTURES, one.group, one.failures)
+            ],
         )
         (folder / PAGE).write_text(page, encoding="utf-8")
+
+
+def worst_answers(folder: Path, group: str, failures: Sequence[Failure]) -> list[str]:
+    """HTML of some answers, by task; their pictures are drawn into the folder `PICTURES`."""
+    sections = [f"<h2>{html.escape(group)}: the worst answers</h2>"]
+    if not failures:
+        sections.append("<p>None.</p>")
+    numbered = enumerate(failures, start=1)
+    for task, found in itertools.groupby(numbered, lambda item: item[1].branch.task):
+        sections.append(f"<h3>{html.escape(task)}</h3><div>")
+        for number, failure in found:
+            name = f"{_file_name(group)}-{number:02d}-{_file_name(task)}.png"
+            drawn = draw_failure(failure)
+            if drawn is not None:
+                drawn.save(folder / name)
+            sections.append(_figure(failure, f"{PICTURES}/{name}" if drawn is not None else ""))
+        sections.append("</div>")
+    return sections
+
+
+def _file_name(text: str) -> str:
+    """What of a text may stand in the name of a file."""
+    return re.sub(r"[^\w-]+", "_", text)[:40]
+
+
+def html_page(
+    *,
+    name: str,
+    title: str,
+    about: Mapping[str, object],
+    table: str,
+    legend: str,
+    sections: Sequence[str],
+) -> str:
+    """The page of a report; ``table`` and ``sections`` are HTML, all else is text."""
+    return _PAGE.format(
+        name=html.escape(name),
+        title=html.escape(title),
+        about="".join(
+            f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>"
+            for key, value in about.items()
+        ),
+        table=table,
+        legend=html.escape(legend),
+        sections="\n".join(sections),
+    )
 
 
 _PAGE = """<!DOCTYPE html>
@@ -185,13 +233,21 @@ def _html_table(scores: Sequence[Scores], rows: Mapping[str, Row]) -> str:
     return "\n".join(lines)
 
 
+def html_rows(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """The inside of a table of texts."""
+    rows = ["<tr>" + "".join(f"<th>{html.escape(cell)}" for cell in head)]
+    rows += ["<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in line) for line in lines]
+    return "\n".join(rows)
+
+
 def _figure(failure: Failure, image: str) -> str:
     def escaped(text: object) -> str:
         return html.escape(str(text))
 
     truth = failure.branch.truth
+    shown = f'<img src="{escaped(image)}" alt="{escaped(failure.name)}">' if image else ""
     return (
-        f'<figure><img src="{escaped(image)}" alt="{escaped(failure.name)}"><figcaption>'
+        f"<figure>{shown}<figcaption>"
         f"<b>{escaped(failure.branch.messages[0]['content'])}</b><br>"
         f"said: {escaped(failure.answer)}<br>true: {escaped(truth.get('answer', '-'))}<br>"
         f"{escaped(failure.name)}, score {failure.score:.2f}</figcaption></figure>"
@@ -202,29 +258,43 @@ def _figure(failure: Failure, image: str) -> str:
 
 
 class _Mark(NamedTuple):
-    """A true box, in an image (from 1) or at a time in seconds."""
+    """Lines around where something is, in an image (from 1) or at a time in seconds."""
 
-    box: Sequence[float]
+    outline: Outline
     image: int = 1
     time: float | None = None
 
+    def scaled(self, by: float) -> Outline:
+        return [[(by * x, by * y) for x, y in ring] for ring in self.outline]
 
-def draw_failure(failure: Failure) -> Image.Image:
-    """An example's images or frames with the true boxes and the points of the answer."""
+
+def draw_failure(failure: Failure) -> Image.Image | None:
+    """An example's images or frames with where the things are and the points of the answer; None
+    where it shows nothing."""
     example, shown = failure.example, shown_in(failure.example)
     points, marks = shown.points(failure.answer), _true_marks(failure)
     if example.video is None:
-        canvases = [_enlarged(image) for image in example.images]
+        if not example.images:
+            return None
+        scales = [_scale_of(size) for size in shown.image_sizes]
+        canvases = [_scaled(image, by) for image, by in zip(example.images, scales, strict=True)]
         for mark in marks:
-            _draw_box(canvases[mark.image - 1], [ENLARGED * v for v in mark.box])
-        points = [dataclasses.replace(p, x=ENLARGED * p.x, y=ENLARGED * p.y) for p in points]
+            if 1 <= mark.image <= len(canvases):
+                _draw_outline(canvases[mark.image - 1], mark.scaled(scales[mark.image - 1]))
+        points = [
+            dataclasses.replace(p, x=scales[p.image - 1] * p.x, y=scales[p.image - 1] * p.y)
+            for p in points
+        ]
         drawn = [draw_points(c, points, number=i) for i, c in enumerate(canvases, start=1)]
         return _tiled(drawn, len(drawn))
-    times: Sequence[float] = example.video.times
-    frames = [load_image(frame).copy() for frame in example.video.frames]
+    video = example.video
+    if isinstance(video, (str, Path)):
+        video = load_video(video, max_frames=MOST_FRAMES)
+    times: Sequence[float] = video.times
+    frames = [load_image(frame).copy() for frame in video.frames]
     for mark in marks:
         distances = [abs(time - (mark.time or 0.0)) for time in times]
-        _draw_box(frames[distances.index(min(distances))], mark.box)
+        _draw_outline(frames[distances.index(min(distances))], mark.outline)
     drawn = draw_frames(frames, times, points)
     for time, frame in zip(times, drawn, strict=True):
         ImageDraw.Draw(frame).text(
@@ -236,33 +306,41 @@ def draw_failure(failure: Failure) -> Image.Image:
 def _true_marks(failure: Failure) -> list[_Mark]:
     """Where the things are that a question asked for, and the place that it named."""
     truth: Mapping[str, Any] = failure.branch.truth
-    if "frames" in truth:
-        return [
-            _Mark(box, time=frame["time"])
-            for frame in truth["frames"]
-            for box in frame["boxes"]
-            if box is not None
-        ]
-    boxes = [box for box in truth.get("boxes", ()) if box is not None]
-    boxes += [box for group in truth.get("groups", ()) for box in group["boxes"]]
+    shown = shown_in(failure.example)
+    try:
+        things = track_things(truth, shown)
+    except (ValueError, KeyError):  # the truth of a question about something else
+        things = []
+    marks = [_Mark(thing.region.outline, thing.image, thing.time) for thing in things]
     if {"x", "y"} <= truth.keys():  # a place that the question names
-        (width, height), side = shown_in(failure.example).image_sizes[0], 3
+        (width, height), side = shown.image_sizes[0], 3
         x, y = truth["x"] * width / SCALE, truth["y"] * height / SCALE
-        boxes.append((x - side, y - side, x + side, y + side))
-    return [_Mark(box, time=truth.get("time")) for box in boxes]
+        marks.append(_Mark(Box(x - side, y - side, x + side, y + side).outline))
+    return marks
 
 
-def _enlarged(image: Any) -> Image.Image:
+def _scale_of(size: Size) -> float:
+    """Small images are enlarged, large ones shrunk."""
+    return min(ENLARGED, LARGEST_SIDE / max(size))
+
+
+def _scaled(image: Any, by: float) -> Image.Image:
     loaded = load_image(image)
-    return loaded.resize((ENLARGED * loaded.width, ENLARGED * loaded.height))
+    return loaded.resize((max(1, round(by * loaded.width)), max(1, round(by * loaded.height))))
 
 
-def _draw_box(canvas: Image.Image, box: Sequence[float]) -> None:
-    """A frame that shows on dark and on light ground."""
-    x0, y0, x1, y1 = (round(v) for v in box)
+def _draw_outline(canvas: Image.Image, outline: Outline) -> None:
+    """Lines that show on dark and on light ground."""
     draw = ImageDraw.Draw(canvas)
-    draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="black", width=4)
-    draw.rectangle((x0, y0, x1, y1), outline=TRUE_COLOUR, width=2)
+    for ring in outline:
+        corners = [(round(x), round(y)) for x, y in ring]
+        (x0, y0), (x1, y1) = corners[0], corners[len(corners) // 2]
+        if corners == [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]:
+            draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="black", width=4)
+            draw.rectangle((x0, y0, x1, y1), outline=TRUE_COLOUR, width=2)
+        else:
+            draw.line([*corners, corners[0]], fill="black", width=4, joint="curve")
+            draw.line([*corners, corners[0]], fill=TRUE_COLOUR, width=2)
 
 
 def _tiled(images: Sequence[Image.Image], columns: int) -> Image.Image:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any, NamedTuple, Self, Unpack
 
 import torch
 
+from nanomolmo2.accelerate.device import Device, choose_device, usual_dtype
 from nanomolmo2.accelerate.quantization import Modes
 from nanomolmo2.generation.constraint import PointsConstraint, PointsProposer
 from nanomolmo2.generation.engine import Engine, Event, Request, Result
@@ -63,6 +64,18 @@ class Answer:
     logprobs: tuple[Sampled, ...] = ()
 
 
+class Question(NamedTuple):
+    """What `Pipeline.ask_many` takes: see `Pipeline.ask`.
+
+    ``max_new_tokens``: where the answer to this one is cut off; None = as the options say.
+    """
+
+    question: str | Sequence[Message]
+    images: ImageSource | Sequence[ImageSource] | None = None
+    video: VideoSource | None = None
+    max_new_tokens: int | None = None
+
+
 class Pipeline:
     """A model together with its processor.
 
@@ -88,22 +101,28 @@ class Pipeline:
         *,
         cache_dir: str | Path | None = "checkpoints",
         dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
         revision: str | None = None,
         quantize: Modes = None,
+        adapter: str | Path | Sequence[str | Path] | None = None,
+        adapter_weights: Sequence[float] | None = None,
     ) -> Self:
         """Load a model and its processor, see :func:`nanomolmo2.convert.pretrained.load`.
 
         Args:
             dtype: of the weights; by default float32 on the CPU, where 16-bit arithmetic is slow,
-                and as stored elsewhere.
+                bfloat16 on CUDA, and as stored elsewhere.
+            device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; by default the best there is: CUDA, then
+                MPS, then the CPU.
             quantize: a mode of :func:`nanomolmo2.accelerate.quantize`, or one for each part;
                 None = as stored.
+            adapter, adapter_weights: what runs with LoRA learned, merged into the model.
         """
         from nanomolmo2.convert.pretrained import load
 
-        if dtype is None and torch.device(device or "cpu").type == "cpu":
-            dtype = torch.float32
+        device = choose_device(device)
+        if dtype is None:
+            dtype = usual_dtype(device)
         return cls(
             *load(
                 name_or_path,
@@ -112,6 +131,8 @@ class Pipeline:
                 device=device,
                 revision=revision,
                 quantize=quantize,
+                adapter=adapter,
+                adapter_weights=adapter_weights,
             )
         )
 
@@ -210,6 +231,86 @@ class Pipeline:
         events = engine.stream([self._request(encoded, options, cache, text)])
         return self._pieces(events, text, encoded, start, prepared)
 
+    def ask_many(
+        self,
+        questions: Iterable[Question],
+        *,
+        batch_size: int = 16,
+        options: GenerateOptions | None = None,
+    ) -> Iterator[Answer | ValueError]:
+        """The answers to many questions, in their order; several are answered together.
+
+        A question starts as soon as another has ended, so questions are read as they are needed.
+        Answers are those of :meth:`ask`, within rounding; one is cut off where the model's context
+        ends.
+
+        Args:
+            batch_size: questions that are answered together.
+        Returns: for a question that :meth:`ask` would refuse, the error in place of the answer.
+        """
+        options = options or GenerateOptions(lookup=False)
+        cache = self.prefix_cache if self.prefix_cache.max_bytes else None
+        engine = Engine(
+            self.model.llm,
+            max_rows=batch_size,
+            batch_invariant=options.batch_invariant,
+            prefix_cache=cache,
+            lookup=options.lookup,
+        )
+        numbered = enumerate(questions)
+        running: dict[int, tuple[int, TextStream, Encoded, float]] = {}
+        done: dict[int, Answer | ValueError] = {}
+        asked = given = 0
+        more = True
+        while more or running or done:
+            # Answers wait for those in front of them, so questions wait for the slowest too.
+            while more and len(running) < batch_size and asked - given < 4 * batch_size:
+                number, question = next(numbered, (-1, Question("")))
+                more = number >= 0
+                if more:
+                    asked += 1
+                    try:
+                        self._submit(engine, number, question, options, cache, running)
+                    except ValueError as error:
+                        done[number] = error
+            for event in engine.step() if engine.busy else ():
+                if event.result is not None:
+                    number, text, encoded, start = running.pop(event.request_id)
+                    done[number] = _answer(text, encoded, event.result, start, start)
+            while given in done:
+                yield done.pop(given)
+                given += 1
+
+    def _submit(
+        self,
+        engine: Engine,
+        number: int,
+        question: Question,
+        options: GenerateOptions,
+        cache: PrefixCache | None,
+        running: dict[int, tuple[int, TextStream, Encoded, float]],
+    ) -> None:
+        start = time.perf_counter()
+        given, context = question.question, self.model.config.llm_config.max_position_embeddings
+        messages: Sequence[Message]
+        messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+        _check_texts(messages, context)
+        encoded = self.processor.encode(messages, _as_list(question.images), video=question.video)
+        text = TextStream(self.processor, stop=options.sampling.stop)
+        request = self._request(encoded, options, cache, text)
+        length = request.max_new_tokens
+        if question.max_new_tokens is not None:
+            length = question.max_new_tokens
+        assert request.inputs_embeds is not None
+        room = context - len(request.inputs_embeds)
+        if room < 1:
+            raise ValueError(
+                f"its prompt has {context - room} positions, and the model's context holds "
+                f"{context}: there is no room for an answer"
+            )
+        id = engine.submit(replace(request, max_new_tokens=min(length, room)))
+        running[id] = (number, text, encoded, start)
+
     def _request(
         self,
         encoded: Encoded,
@@ -252,32 +353,45 @@ class Pipeline:
             result = event.result
             yield from text.new_pieces()
         assert result is not None
-        whole = text.end()
+        answer = _answer(text, encoded, result, start, prepared, first_token)
         yield from text.new_pieces()
-        done = time.perf_counter()
-        problems: list[str] = []
-        points = parse_points(
-            whole, encoded.image_sizes, video_size=encoded.video_size, problems=problems
-        )
-        yield Answer(
-            text=whole,
-            points=tuple(points),
-            count=parse_count(whole),
-            problems=tuple(problems),
-            image_sizes=encoded.image_sizes,
-            video_size=encoded.video_size,
-            frame_times=tuple(encoded.frame_times),
-            input_tokens=len(encoded.input_ids),
-            output_tokens=len(text.ids),
-            timings={
-                "prepare": prepared - start,
-                "first_token": (first_token or done) - prepared,
-                "generate": done - prepared,
-            },
-            reused_tokens=result.reused_tokens,
-            finish_reason="stop" if text.stopped else result.finish_reason,
-            logprobs=result.sampled,
-        )
+        yield answer
+
+
+def _answer(
+    text: TextStream,
+    encoded: Encoded,
+    result: Result,
+    start: float,
+    prepared: float,
+    first_token: float = 0.0,
+) -> Answer:
+    """What was written until now, as a whole."""
+    whole = text.end()
+    done = time.perf_counter()
+    problems: list[str] = []
+    points = parse_points(
+        whole, encoded.image_sizes, video_size=encoded.video_size, problems=problems
+    )
+    return Answer(
+        text=whole,
+        points=tuple(points),
+        count=parse_count(whole),
+        problems=tuple(problems),
+        image_sizes=encoded.image_sizes,
+        video_size=encoded.video_size,
+        frame_times=tuple(encoded.frame_times),
+        input_tokens=len(encoded.input_ids),
+        output_tokens=len(text.ids),
+        timings={
+            "prepare": prepared - start,
+            "first_token": (first_token or done) - prepared,
+            "generate": done - prepared,
+        },
+        reused_tokens=result.reused_tokens,
+        finish_reason="stop" if text.stopped else result.finish_reason,
+        logprobs=result.sampled,
+    )
 
 
 class TextStream:

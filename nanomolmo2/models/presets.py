@@ -16,23 +16,30 @@ IMAGE_SPECIAL = (
 )
 
 
-def molmo2_config(llm_config: LLMConfig) -> NanoMolmo2Config:
-    """The Molmo2 design around a Qwen3 decoder.
+def molmo2_config(
+    llm_config: LLMConfig, vision_config: VisionConfig | None = None
+) -> NanoMolmo2Config:
+    """The Molmo2 design around a Qwen3 decoder, and by default SigLIP 2 So400m/14.
 
-    SigLIP 2 without its last two blocks, the outputs of blocks 24 and 18 joined, attention pooling
+    SigLIP 2 without its last two blocks, the outputs of blocks 24 and 18 joined (of an encoder that
+    has not 27 blocks those at the same share of the depth), attention pooling
     over up to 2 x 2 (pictures) or 3 x 3 (frames) patches, 128 tokens of its own behind the
     decoder's vocabulary, and image tokens that see each other.
 
     Source: Molmo2, olmo/model_configs.py; config.json of allenai/Molmo2-4B.
     """
     base = llm_config.vocab_size
+    vision_config = vision_config or VisionConfig(image_size=378)
+    behind = [round(n * vision_config.num_hidden_layers / 27) for n in (2, 8)]
     return NanoMolmo2Config(
-        vision_config=VisionConfig(image_size=378),
+        vision_config=vision_config,
         connector_config=ConnectorConfig(
+            vision_dim=vision_config.hidden_size,
             llm_dim=llm_config.hidden_size,
             connector_type="pooling",
+            num_attention_heads=vision_config.num_attention_heads,
             intermediate_size=llm_config.intermediate_size,
-            vit_layers=(-3, -9),
+            vit_layers=tuple(dict.fromkeys(-1 - n for n in behind)),
         ),
         llm_config=llm_config,
         image_token_id=base + IMAGE_PATCH,

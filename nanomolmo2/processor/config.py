@@ -6,6 +6,7 @@ that of Molmo2.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Self, get_args
 
@@ -21,6 +22,10 @@ _MOST_PATCHES = 256  # a side
 _MOST_TOKENS = 65_536  # of an image
 _MOST_CROPPED = 50_000_000  # pixels of all crops of an image
 _MOST_FRAMES = 100_000
+
+_SOURCE_NAME = (
+    r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # of a built-in source of data: no path, no address
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ class ProcessorConfig(Config):
             the start token is the overview's.
         pad_token: special token that fills up rows.
         stop_tokens: special tokens that end an answer.
+        trained_on: names of the built-in sources of data (`data/registry.py`) that the model has
+            learned from, for its card and for `training/replay.py`. Other names do nothing.
     """
 
     chat_format: ChatFormat = "qwen3"
@@ -86,6 +93,7 @@ class ProcessorConfig(Config):
     image_end_token: str = "<|vision_end|>"
     pad_token: str = "<|endoftext|>"
     stop_tokens: tuple[str, ...] = ("<|im_end|>", "<|endoftext|>")
+    trained_on: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, kind in (("chat_format", ChatFormat), ("resample", Resample)):
@@ -124,6 +132,12 @@ class ProcessorConfig(Config):
                 "video is set, and neither multicrop nor image_tokens is: say how many tokens a "
                 "frame has"
             )
+        for name in self.trained_on:
+            if not re.fullmatch(_SOURCE_NAME, name):
+                raise ValueError(
+                    f"trained_on names {name!r:.60}, expected names of built-in sources of data, "
+                    f"such as 'emoji', of letters, digits, '-' and '_'"
+                )
         if not self.stop_tokens:
             raise ValueError("stop_tokens is empty, so no answer would end: name at least one")
 

@@ -114,6 +114,21 @@ def _load(source: ImageSource, max_pixels: int) -> Image.Image:
     )
 
 
+def stored_size(source: ImageSource) -> tuple[tuple[int, int], Image.Transpose | None]:
+    """(width, height) of a file's pixels as they are stored, and what turns them upright (None:
+    they are). Only the header is read, where the format allows that.
+
+    Raises: as `load_image`.
+    """
+    with open_input(source, "picture") as file, _no_warnings():
+        try:
+            image = Image.open(file.stream, formats=_known_formats())
+            return image.size, _turn(image)
+        except Exception:  # notes that are damaged, say
+            pass
+    return load_image(source).size, None
+
+
 def preprocess(
     image: Image.Image | NDArray[np.uint8],
     *,

@@ -2,6 +2,7 @@
 
     smoke       a very small model on emoji scenes, seconds: shows that everything works
     base        SigLIP 2 and Qwen3-0.6B-Base: frozen vision, a fresh connector and the decoder learn
+    base_of     the same with another connector, vision encoder or language model
     stage1-3    the three stages of Molmo2-4B
     finetune    a trained model on a person's own data
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nanomolmo2.recipes.base import base
+from nanomolmo2.recipes.base import base, base_of
 from nanomolmo2.recipes.finetune import finetune
 from nanomolmo2.recipes.molmo2 import adamw, stage1, stage2, stage3
 from nanomolmo2.recipes.smoke import smoke
@@ -24,6 +25,7 @@ __all__ = [
     "STAGED",
     "adamw",
     "base",
+    "base_of",
     "finetune",
     "recipe",
     "smoke",

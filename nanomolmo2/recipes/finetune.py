@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,56 +11,93 @@ from nanomolmo2.convert.pretrained import load_config, load_processor
 from nanomolmo2.data.sources import SourceConfig
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.processor import ProcessorConfig
+from nanomolmo2.recipes.changes import vision_rates, with_lora, with_rate, with_steps
+from nanomolmo2.recipes.fresh import has_fresh_connector
+from nanomolmo2.recipes.length import FEWEST, config_of, is_small, with_default_length
+from nanomolmo2.recipes.length import SMALL as SMALL
 from nanomolmo2.recipes.molmo2 import adamw
-from nanomolmo2.training.lora import LoraConfig
-from nanomolmo2.training.plan import count_weights, known_config
 from nanomolmo2.training.recipe import DType, Recipe
+from nanomolmo2.training.setup import known_config
 
-SMALL = 100_000_000  # weights; smaller models learn in float32, at a higher rate, in shorter rows
 TEXT_TOKENS = 256  # of a row, beside its largest picture
 ROW_STEP = 512  # rows are a multiple of it, as far as the model's positions allow
+REPLAY = 0.3  # of the examples, from what the model was trained on
+WARMUP = 10  # steps
+# Peak rate of a connector that was never trained, and at least so much more than the decoder's.
+FRESH_RATE, FRESH_RATIO = 2e-4, 2.0
 
 
 def finetune(
     data: Sequence[str] = ("my.jsonl",),
     model: str = "tiny",
     *,
-    steps: int = 40,
+    steps: int | None = None,
     lora: bool = False,
+    lr: float | None = None,
 ) -> Recipe:
-    """A trained model on own data: the connector and the decoder learn, or LoRA matrices of it.
+    """A trained model on own data.
 
-    Rows, rates and arithmetic follow from the configuration of the model, see `sizes_of`.
+    The connector and the decoder learn, or LoRA matrices of it; of a small model the vision encoder
+    and the embeddings too, in which new words of the data get rows, unless LoRA is to keep it near
+    to what it was. A share of what the model was trained on is mixed in, where it says so. Rows,
+    rates and arithmetic follow from the configuration of the model, see `sizes_of`, and the steps
+    from the data.
 
     Args:
         data: files of records, see docs/data.md.
         model: a folder, ``tiny``, ``base`` or a name on the hub.
-        steps: 40 steps of 2 rows are enough to see that it learns.
+        steps: None = by the size of the data, see `length.with_default_length`; ``FEWEST`` where
+            they cannot be opened.
+        lr: peak rate of the decoder or its LoRA; None = what suits the model.
     Raises: ValueError where there is no such model; OSError without network for a name on the hub.
     """
     sizes = sizes_of(model)
-    rates = adamw(sizes.lr, min(10, steps))
-    parts = ("connector", "lora") if lora else ("connector", "llm")
-    optimisers = dict.fromkeys(parts, rates)
-    if lora:  # its matrices start at zero and take larger steps
-        optimisers["lora"] = adamw(max(sizes.lr, 2e-4), min(10, steps))
-    return Recipe(
+    rates = adamw(lr or sizes.lr, WARMUP)
+    recipe = Recipe(
         name="finetune",
         model=model,
         data=tuple(SourceConfig(path) for path in data),
-        steps=steps,
+        steps=FEWEST,
         batch_size=2,
         micro_batch_size=1,
         sequence_length=sizes.sequence_length,
         max_crops=sizes.max_crops,
         packing_buffer=8,
-        train=parts,
-        optimisers=optimisers,
-        lora=LoraConfig() if lora else None,
+        replay=REPLAY,
+        new_words=None,
+        train=("connector", "llm"),
+        optimisers={"connector": rates, "llm": rates},
         dtype=sizes.dtype,
         gradient_checkpointing=sizes.gradient_checkpointing,
         save_every=100,
     )
+    if lora:
+        recipe = with_lora(recipe)
+        recipe = recipe if lr is None else with_rate(recipe, lr)
+    elif is_small(config_of(recipe)):
+        recipe = dataclasses.replace(
+            recipe,
+            train=("vision", *recipe.train, "embeddings"),
+            optimisers={"vision": vision_rates(rates), **recipe.optimisers, "embeddings": rates},
+        )
+    recipe = with_fresh_rate(recipe)
+    return with_default_length(recipe) if steps is None else with_steps(recipe, steps)
+
+
+def with_fresh_rate(recipe: Recipe) -> Recipe:
+    """A connector that was never trained learns at a rate that makes something of it.
+
+    Raises: as `has_fresh_connector`.
+    """
+    if "connector" not in recipe.train or recipe.architecture is not None:
+        return recipe
+    if not has_fresh_connector(recipe.model):
+        return recipe
+    config = recipe.optimisers["connector"]
+    others = [o.lr for part, o in recipe.optimisers.items() if part in ("llm", "embeddings")]
+    lr = max(config.lr, FRESH_RATE, *(FRESH_RATIO * lr for lr in others))
+    optimisers = {**recipe.optimisers, "connector": dataclasses.replace(config, lr=lr)}
+    return dataclasses.replace(recipe, optimisers=optimisers)
 
 
 @dataclass(frozen=True)
@@ -82,7 +120,7 @@ def sizes_of(model: str) -> Sizes:
     config, processor = known_config(model), None
     if config is None:
         config, processor = load_config(model), load_processor(model).config
-    small = count_weights(config) < SMALL
+    small = is_small(config)
     tokens, crops = largest_picture(config, processor)
     tokens = math.ceil((tokens + TEXT_TOKENS) / ROW_STEP) * ROW_STEP
     positions = config.llm_config.max_position_embeddings

@@ -1,7 +1,8 @@
 """Checkpoints of a run: complete or not there, checked when read, the last ones and the best kept.
 
     DIR/checkpoints/000000012/    steps done, over all stages
-        checkpoint.pt             weights, optimiser, random states (several ranks: their shards)
+        checkpoint.pt             weights, optimiser, random states (several ranks: their shards);
+                                  of weights that stay as the run found them a digest
         about.json                the position, the SHA-256 of every other file, and a digest of
                                   all that
 
@@ -14,7 +15,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,21 @@ FOLDER, FILE, ABOUT = "checkpoints", "checkpoint.pt", "about.json"
 DAMAGED = ".damaged"
 
 
+@dataclass(frozen=True)
+class Start:
+    """Weights that come from the model that a run starts from, and stay.
+
+    Attributes:
+        model: its name, for messages.
+        names: of the weights, in the state dict.
+        digest: of their values.
+    """
+
+    model: str = ""
+    names: frozenset[str] = frozenset()
+    digest: str = ""
+
+
 @dataclass
 class Position:
     """Where a run stands: ``step`` steps of stage number ``stage``, ``done`` of all stages.
@@ -48,7 +64,9 @@ class Position:
         data: position of the data, as the stage gave it with its last batch; plain JSON types.
         log: sums of the steps behind the last line of the log.
         score: what the best checkpoint of a stage has least of; None = not scored.
+        scored_by: what the score is; scores of other kinds, or on other data, are not compared.
         sources: digest of the files of every source of data, by its path; None = not known.
+        watch: what the stage remembers of its losses, see `training.watch`; plain JSON types.
     Raises: ValueError for values of other types.
     """
 
@@ -59,6 +77,8 @@ class Position:
     log: dict[str, Any] | None = None
     score: float | None = None
     sources: dict[str, str] | None = None
+    scored_by: str = ""
+    watch: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("stage", "step", "done"):
@@ -76,6 +96,7 @@ class Position:
                 raise ValueError(f"{name} of the log holds {numbers!r:.80}, expected numbers")
         if any(type(value) is not str for value in _object_in(self.sources, "sources").values()):
             raise ValueError(f"sources is {self.sources!r:.80}, expected digests")
+        _object_in(self.watch, "watch")
 
     @property
     def name(self) -> str:
@@ -92,15 +113,17 @@ class Checkpoints:
         keep: int = 2,
         info: Callable[[str], None] = lambda text: None,
         world: World | None = None,
+        start: Start | None = None,
     ) -> None:
         """
         Args:
             keep: how many of the newest stay; the best stays too.
             info: told of damaged files.
             world: with more than one rank, each writes its shards.
+            start: weights that are left out: the model has them before anything is restored.
         """
         self.folder, self.keep, self.info = run / FOLDER, keep, info
-        self.world = world or World()
+        self.world, self.start = world or World(), start or Start()
 
     def save(self, position: Position, model: nn.Module, optimizers: Optimizers) -> None:
         """Write a checkpoint, then delete those that are neither new nor the best.
@@ -146,19 +169,39 @@ class Checkpoints:
         """Read weights, random states and, unless None, moments of a checkpoint in place."""
         folder = self.folder / position.name
         if not (folder / FILE).exists():
-            load_sharded(folder, model, optimizers.parts if optimizers else {})
+            parts = optimizers.parts if optimizers else {}
+            self._check_start(load_sharded(folder, model, parts, self.start.names))
             return
         values = torch.load(folder / FILE, weights_only=True, map_location="cpu")
-        model.load_state_dict(values["weights"])
+        self._check_start(values)
+        stay = frozenset() if values.get("start") is None else self.start.names
+        found = model.load_state_dict(values["weights"], strict=False)
+        if wrong := [*(set(found.missing_keys) - stay), *found.unexpected_keys]:
+            raise ValueError(
+                f"{folder} is of another model: {min(wrong)} and {len(wrong) - 1} other weights "
+                f"are in one of the two alone; go on with the recipe and the version of nanomolmo2 "
+                f"that wrote it"
+            )
         if optimizers is not None:
             optimizers.load_state_dict(values["optimizer"])
         set_random_state(values["random"])
 
+    def _check_start(self, values: Mapping[str, Any]) -> None:
+        """Raises: ValueError if the weights that a checkpoint left out are no longer the same."""
+        if values.get("start") not in (None, self.start.digest):
+            raise ValueError(
+                f"the weights of {self.start.model} are not those that this run started from, and "
+                f"its checkpoints hold only what learns: bring that model back, or start again in "
+                f"another folder"
+            )
+
     def _write(self, folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
+        weights = model.state_dict()
         values = {
-            "weights": model.state_dict(),
+            "weights": {n: t for n, t in weights.items() if n not in self.start.names},
             "optimizer": optimizers.state_dict(),
             "random": random_state(),
+            "start": self.start.digest or None,
         }
         with open(folder / FILE, "wb") as stream:
             torch.save(values, stream)
@@ -169,7 +212,8 @@ class Checkpoints:
         folder = self.folder / position.name
         if self.world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-        save_sharded(folder, model, optimizers.parts, {})
+        state = {"start": self.start.digest or None}
+        save_sharded(folder, model, optimizers.parts, state, self.start.names)
         if self.world.is_main:
             self._describe(position, folder, stored_checksums(folder))
 
@@ -207,16 +251,27 @@ class Checkpoints:
         return sorted(path.name for path in self.folder.glob("[0-9]*") if path.name.isdigit())
 
     def best(self) -> str | None:
-        """Folder with the least score in the newest stage that has scores."""
-        scored = []
+        """Folder with the least score, among those of the newest one's stage and kind of score."""
+        scored: list[tuple[Position, str]] = []
         for name in self.names():
             try:
                 position, _ = _read_about(self.folder / name)
             except (OSError, ValueError, TypeError):
                 continue
             if position.score is not None:
-                scored.append((-position.stage, position.score, name))
-        return min(scored)[-1] if scored else None
+                scored.append((position, name))
+        if not scored:
+            return None
+        newest, _ = scored[-1]
+        kind = newest.stage, newest.scored_by
+        return min((p.score, name) for p, name in scored if (p.stage, p.scored_by) == kind)[1]
+
+    def at(self, done: int) -> Position:
+        """The position of the checkpoint behind so many steps, if that is intact.
+
+        Raises: OSError, ValueError, TypeError if it is not.
+        """
+        return self._verify(self.folder / f"{done:09d}")
 
     def _not_written(self, position: Position, error: Exception) -> str:
         number = getattr(error, "errno", None)

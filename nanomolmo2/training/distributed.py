@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -37,6 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nanomolmo2.accelerate import checkpoint_activations
+from nanomolmo2.accelerate.device import choose_device
 from nanomolmo2.checks import read_with_digest, sha256_of, with_digest
 from nanomolmo2.models import NanoMolmo2, VisionEncoder
 from nanomolmo2.models.connector import MultimodalConnector
@@ -44,6 +45,7 @@ from nanomolmo2.models.language_model import DecoderLayer
 from nanomolmo2.models.layers import LayerNorm, RMSNorm
 from nanomolmo2.models.vision_encoder import VisionLayer
 
+NORMS = (RMSNorm, LayerNorm)
 GLOO_THREADS_FINISH = 0.2  # seconds; they need far less
 STATE_FILE = "state.json"  # step, data position: what is no tensor
 
@@ -61,19 +63,28 @@ class World:
         """Join the processes that ``torchrun`` started; without it, one rank on one device.
 
         Args:
-            device: "cpu" or "cuda"; by default CUDA where there is one. NCCL between GPUs, Gloo
-                between CPU processes.
+            device: such as "cpu", "cuda" or "cuda:1"; by default CUDA where there is one, else the
+                CPU: on MPS no training was tried, so that is taken by its name only. With
+                ``torchrun`` every rank has a GPU of its own. NCCL between GPUs, Gloo between CPU
+                processes.
+        Raises: ValueError for a device that is not there, and one GPU for many ranks.
         """
-        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if "RANK" not in os.environ:
-            return cls(device=torch.device(kind))
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        place = torch.device(kind)
-        if kind == "cuda":
+        place = choose_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        ranks = "RANK" in os.environ
+        if ranks and place.type == "cuda":
+            if ":" in str(device):
+                raise ValueError(
+                    f"the device is {device}, but torchrun gives every process a GPU of its own: "
+                    f"choose cuda, and the GPUs by CUDA_VISIBLE_DEVICES"
+                )
             place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if place.type == "cuda":
             torch.cuda.set_device(place)
+        if not ranks:
+            return cls(device=place)
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
         return cls(rank, size, place)
 
     @property
@@ -135,12 +146,14 @@ def shard(
 
     Every rank must hold the same weights before. A vision encoder without trainable weights stays
     whole on every rank, in ``dtype``: it needs neither gradients nor moments, and ranks may encode
-    any number of images. Everything else is sharded block by block.
+    any number of images. Of a single rank that is so of everything frozen but norms: nothing is
+    gathered that is there already. Everything else is sharded block by block.
 
     Args:
-        model: NanoMolmo2, or a LanguageModel; in float32, what is frozen is frozen already.
-        dtype: of the arithmetic. Weights and moments stay in float32, norms compute in float32,
-            and gradients are summed over ranks in float32.
+        model: NanoMolmo2, or a LanguageModel; what learns in float32, what is frozen is frozen
+            already, in float32 or ``dtype``.
+        dtype: of the arithmetic. Weights that learn and moments stay in float32, norms compute in
+            float32, and gradients are summed over ranks in float32.
         gradient_checkpointing: keep one activation a block, compute the rest again in backward.
         compile: torch.compile every block.
     """
@@ -163,6 +176,12 @@ def shard(
         ):
             module.to(world.device, dtype)
             unsharded |= set(module.parameters())
+    if world.size == 1:
+        norms = {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters()}
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter not in norms:
+                parameter.data = parameter.data.to(world.device, dtype)
+                unsharded.add(parameter)
     if isinstance(model, NanoMolmo2):
         # All ranks must gather the same weights: those of a rank whose texts have no image too.
         model.run_vision_without_images = world.size > 1
@@ -192,15 +211,13 @@ def _fully_shard(
         torch.float32, torch.float32, output_dtype=dtype, cast_forward_inputs=False
     )
     units = [*blocks, *(m for m in model.modules() if isinstance(m, MultimodalConnector))]
-    units = [m for m in units if not unsharded & set(m.parameters())]
+    units = [m for m in units if not unsharded >= set(m.parameters())]
     taken: set[nn.Module] = set()
     for unit in [*units, model]:
         norms = [
             m
             for m in unit.modules()
-            if isinstance(m, (RMSNorm, LayerNorm))
-            and m not in taken
-            and not unsharded & set(m.parameters())
+            if isinstance(m, NORMS) and m not in taken and not unsharded & set(m.parameters())
         ]
         if dtype != torch.float32:
             if unit is model:  # far apart: each on its own
@@ -248,6 +265,7 @@ def save_sharded(
     model: nn.Module,
     optimizers: Mapping[str, torch.optim.Optimizer],
     state: Mapping[str, Any],
+    left_out: Collection[str] = (),
 ) -> None:
     """Write a checkpoint of model, moments and random generators; call it on every rank.
 
@@ -256,6 +274,7 @@ def save_sharded(
 
     Args:
         state: what else the run needs (step, data position), of rank 0, as plain JSON types.
+        left_out: names of weights that are not written.
     Raises: ValueError if the folder exists or cannot be written; nothing is left of it then.
     """
     folder = Path(folder)
@@ -263,7 +282,7 @@ def save_sharded(
     json.dumps(state)  # an error of the caller shows before anything is written
     _on_main(lambda: _prepare(folder, aside))
     try:
-        tensors = _tensors(model, optimizers)
+        tensors = _tensors(model, optimizers, left_out)
         tensors |= _random_state()
         try:
             with _quiet():
@@ -302,13 +321,18 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_sharded(
-    folder: str | Path, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]
+    folder: str | Path,
+    model: nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    left_out: Collection[str] = (),
 ) -> dict[str, Any]:
     """Read what :func:`save_sharded` wrote, on any number of ranks; call it on every rank.
 
     Weights and moments are read in place, each rank its own part. Random generators come back
     where the number of ranks is the same.
 
+    Args:
+        left_out: names of weights that stay as they are where the checkpoint does not hold them.
     Returns: ``state``.
     Raises: ValueError if the checkpoint is damaged or of another model.
     """
@@ -323,7 +347,8 @@ def load_sharded(
         raise ValueError(
             f"{folder} is no readable training checkpoint ({_reason(error)}): use the one before"
         ) from None
-    target = _tensors(model, {})
+    left_out = {name for name in left_out if f"model/{name}" not in stored}
+    target = _tensors(model, {}, left_out)
     moments = _empty_moments(model, optimizers, stored)
     target |= {name: slot.tensor for name, slot in moments.items()}
     found = {name for name in stored if not name.startswith("random/")}
@@ -362,10 +387,13 @@ class _Moment:
 
 
 def _tensors(
-    model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]
+    model: nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    left_out: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Weights and moments by name; the name says nothing of ranks."""
-    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    weights = model.state_dict().items()
+    tensors = {f"model/{name}": value for name, value in weights if name not in left_out}
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     for part, optimizer in optimizers.items():
         for parameter, moments in optimizer.state.items():

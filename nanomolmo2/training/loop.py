@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,14 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from nanomolmo2.data.loader import ignore_signals
 from nanomolmo2.data.worker import guarded, received
-from nanomolmo2.training.checkpoint import Checkpoints, Position, is_sharded
+from nanomolmo2.training.checkpoint import Checkpoints, Position, Start, is_sharded
 from nanomolmo2.training.distributed import World, gather_objects, sum_over_ranks
 from nanomolmo2.training.fingerprint import changed
 from nanomolmo2.training.metrics import RunLog, Tracker, info_to_people
 from nanomolmo2.training.optim import OptimConfig, Optimizers, Selection
+from nanomolmo2.training.recipe import LAST, VAL_LOSS
 from nanomolmo2.training.run_folder import Resume, check_space, claimed
+from nanomolmo2.training.watch import History, Watch
 
 
 class Stage(ABC):
@@ -42,6 +44,7 @@ class Stage(ABC):
 
     name: str
     steps: int
+    watch: Watch | None = None  # stops a run that diverges, or that no longer improves
 
     @abstractmethod
     def components(self) -> Mapping[str, tuple[nn.Module | Selection, OptimConfig]]:
@@ -118,9 +121,19 @@ class Stage(ABC):
     def evaluate(self) -> dict[str, float]:
         """Scores to log at the end of the stage and every ``evaluate_every`` steps.
 
-        A ``loss`` among them chooses the best checkpoint; else the loss of the steps does.
+        A ``loss`` among them chooses the best checkpoint; else the loss of the steps does. Where
+        there is a `History` that does, and the model is measured before the first step too.
         """
         return {}
+
+    def lower_rate(self) -> str:
+        """What to try where the rate is too high."""
+        return "lower the learning rate"
+
+    @property
+    def history(self) -> History | None:
+        """What is remembered of the measurements, if there are any."""
+        return None if self.watch is None else self.watch.history
 
 
 @dataclass(frozen=True)
@@ -159,12 +172,14 @@ def run(
     resume: Resume = False,
     world: World | None = None,
     trackers: Sequence[Tracker] = (),
+    start: Start | None = None,
 ) -> bool:
     """Train ``model`` through all stages; ``folder`` gets ``checkpoints`` and ``log.jsonl``.
 
     Args:
         resume: go on behind the newest checkpoint. Where there is none the run starts anew, and a
             line says so; "required" makes that an error.
+        start: weights that stay through all stages, and are left out of checkpoints.
     Returns: whether the last stage was finished.
     Raises: ValueError if the folder already holds a run and ``resume`` is off, or it is in use,
         or the loss is not a number; OSError if a file cannot be written; Stopped
@@ -173,7 +188,7 @@ def run(
     config = config or LoopConfig()
     info = info_to_people(config.quiet)
     with claimed(folder, resume, world=world, shared=True, info=info):
-        return _Run(model, stages, folder, config, world, trackers).go(resume)
+        return _Run(model, stages, folder, config, world, trackers, start).go(resume)
 
 
 class _Run:
@@ -185,12 +200,13 @@ class _Run:
         config: LoopConfig,
         world: World | None,
         trackers: Sequence[Tracker],
+        start: Start | None,
     ) -> None:
         self.model, self.stages, self.folder, self.config = model, stages, folder, config
         self.world = world or World()
         main = self.world.is_main
         self.log = RunLog(folder, config.log_every, config.quiet or not main, trackers, main)
-        self.checkpoints = Checkpoints(folder, config.keep, self.log.info, self.world)
+        self.checkpoints = Checkpoints(folder, config.keep, self.log.info, self.world, start)
         self.saved = 0  # steps done at the last checkpoint
         self.losses: list[float] = []  # since then
         self.sources: dict[str, str] | None = None  # of the stage
@@ -204,12 +220,14 @@ class _Run:
                 f"has {len(self.stages)}: resume with what the run was started with"
             )
         self.saved = position.done
+        self._recall(position)
         self.log.restart(position.log)
         last = self._last_step(position.done)
         try:
             with _StopRequest() as stop:
                 while True:
-                    is_done = position.step >= self.stages[position.stage].steps
+                    stage = self.stages[position.stage]
+                    is_done = position.step >= stage.steps or _is_over(stage)
                     if is_done and found is not None:
                         self._restore_weights(found)
                         found = None
@@ -228,6 +246,15 @@ class _Run:
         optimizers = self.stages[found.stage].optimizers() if is_sharded(self.model) else None
         self.checkpoints.restore(found, self.model, optimizers)
 
+    def _recall(self, position: Position) -> None:
+        watch = self.stages[position.stage].watch
+        if (
+            watch is not None
+            and position.watch is not None
+            and (text := watch.load(position.watch))
+        ):
+            self.log.info(text)
+
     def _last_step(self, done: int) -> float:
         config, last = self.config, math.inf
         if config.stop_after is not None:
@@ -241,19 +268,22 @@ class _Run:
         config, stage = self.config, self.stages[position.stage]
         stage.begin()
         optimizers = stage.optimizers()
-        check_space(self.folder, checkpoint_bytes(self.model, optimizers))
+        left_out = self.checkpoints.start.names
+        check_space(self.folder, checkpoint_bytes(self.model, optimizers, left_out))
         self._note_sources(stage, found)
         if found is not None:
             self.checkpoints.restore(found, self.model, optimizers)
         end = int(min(stage.steps, position.step + last - position.done))
         batches = stage.batches(range(position.step, end), position.data, config.workers)
         self.model.train()
+        if stage.history is not None and not position.step:
+            self._evaluate(stage, 0)
         self.log.start_clock()
         stopping = False
         # Closed by hand: workers that an error in flight still refers to would outlive the loop,
         # and do not hear the signals by which Python ends its children.
         with closing(batches), self.log.progress(stage.name, stage.steps, position.step) as bar:
-            while position.step < end and not stopping:
+            while position.step < end and not stopping and not _is_over(stage):
                 started = time.monotonic()
                 try:
                     batch, data = next(batches)
@@ -275,13 +305,14 @@ class _Run:
                 bar.update(TaskID(0), completed=step)
                 if status:
                     bar.update(TaskID(0), status=status)
-                self.losses.append(metrics["loss"])
+                self._count(stage, step, metrics["loss"])
                 scores = {}
                 if step == stage.steps or self._is_due(config.evaluate_every, step):
                     scores = self._evaluate(stage, step)
                 position = Position(position.stage, step, position.done + 1, data)
                 stopping = self._agreed(stop)
-                if step == end or self._is_due(config.save_every, step) or scores or stopping:
+                is_due = step == end or self._is_due(config.save_every, step) or _is_over(stage)
+                if is_due or _is_worth_keeping(stage, scores) or stopping:
                     self._save(stage, position, optimizers, scores)
         if stopping:
             self._save(stage, position, optimizers, {})
@@ -289,6 +320,23 @@ class _Run:
                 f"stopped by a signal; all {position.done} steps so far are saved", stop.number
             )
         return position
+
+    def _count(self, stage: Stage, step: int, loss: float) -> None:
+        """Remember the loss of a step.
+
+        Raises: ValueError if the losses diverge.
+        """
+        self.losses.append(loss)
+        if stage.watch is not None and (problem := stage.watch.add_loss(loss)):
+            raise ValueError(
+                f"{problem} in stage {stage.name}, step {step}: {self._saved()}; resuming alone "
+                f"would come to the same, so start again and {stage.lower_rate()}"
+            )
+
+    def _saved(self) -> str:
+        if not self.saved:
+            return "there is no checkpoint yet"
+        return f"the checkpoint of step {self.saved} is intact"
 
     def _note_sources(self, stage: Stage, found: Position | None) -> None:
         """Remember what the data are made of, and say so if they were changed meanwhile."""
@@ -315,6 +363,7 @@ class _Run:
         found = stage.gradients(batch)
         norms = optimizers.clip(self.config.clip_norm)
         metrics = read_metrics({**found, **{f"grad_norm_{name}": n for name, n in norms.items()}})
+        metrics |= {f"lr_{name}": rate for name, rate in optimizers.rates().items()}
         self._check("loss", metrics["loss"], stage, step)
         for name in norms:
             self._check(f"gradient of {name}", metrics[f"grad_norm_{name}"], stage, step)
@@ -324,22 +373,27 @@ class _Run:
 
     def _check(self, name: str, value: float, stage: Stage, step: int) -> None:
         if not math.isfinite(value):
-            saved = (
-                f"the checkpoint of step {self.saved} is intact"
-                if self.saved
-                else ("there is no checkpoint yet")
-            )
             raise ValueError(
-                f"the {name} is {value} in stage {stage.name}, step {step + 1}: {saved}; resuming "
-                f"alone would come to the same, so lower the learning rate, or look at the data of "
-                f"this step"
+                f"the {name} is {value} in stage {stage.name}, step {step + 1}: {self._saved()}; "
+                f"resuming alone would come to the same, so {stage.lower_rate()}, or look at the "
+                f"data of this step"
             )
 
     def _evaluate(self, stage: Stage, step: int) -> dict[str, float]:
+        started = time.monotonic()
         scores = stage.evaluate()
+        if stage.history is not None:  # which may refuse them: nothing is written then
+            self._check(VAL_LOSS, scores[VAL_LOSS], stage, step - 1)
+            stage.history.add(step, scores)
+            self.log.measured(stage.history.line(), f"{VAL_LOSS} {scores[VAL_LOSS]:.3f}")
         if scores:
-            self.log.write({"stage": stage.name, "step": step, "evaluation": scores})
+            apart = {n: score for n, score in scores.items() if not n.startswith("val_")}
+            line: dict[str, Any] = {n: score for n, score in scores.items() if n.startswith("val_")}
+            if apart:
+                line["evaluation"] = apart
+            self.log.write({"stage": stage.name, "step": step, **line})
         self.model.train()
+        self.log.leave_out(time.monotonic() - started)
         return scores
 
     def _save(
@@ -348,9 +402,12 @@ class _Run:
         if position.done == self.saved:
             return
         position.data = stage.join_ranks(position.data)
-        mean = sum(self.losses) / len(self.losses)
-        position.score, position.log = scores.get("loss", mean), self.log.state()
-        position.sources = self.sources
+        position.score = scores.get("loss", sum(self.losses) / len(self.losses))
+        if (history := stage.history) is not None:  # only where it was measured
+            position.score = history.cost(scores) if scores and history.choice != LAST else None
+            position.scored_by = history.of
+        position.watch = None if stage.watch is None else stage.watch.state()
+        position.log, position.sources = self.log.state(), self.sources
         self.checkpoints.save(position, self.model, optimizers)
         self.saved, self.losses = position.done, []
 
@@ -366,10 +423,27 @@ class _Run:
         return stop.number > 0
 
 
-def checkpoint_bytes(model: nn.Module, optimizers: Optimizers) -> int:
-    """Bytes of the weights and of the moments that they will have."""
+def _is_over(stage: Stage) -> bool:
+    return stage.watch is not None and stage.watch.is_over
+
+
+def _is_worth_keeping(stage: Stage, scores: Mapping[str, float]) -> bool:
+    """Whether these scores call for a checkpoint."""
+    if stage.history is None or not scores:
+        return bool(scores)
+    return stage.history.is_best and stage.history.choice != LAST
+
+
+def checkpoint_bytes(
+    model: nn.Module, optimizers: Optimizers, left_out: Collection[str] = ()
+) -> int:
+    """Bytes of the weights, less those left out, and of the moments that they will have."""
     moments = {"adamw": 2, "muon": 1}
-    weights = sum(tensor.numel() * tensor.itemsize for tensor in model.state_dict().values())
+    weights = sum(
+        tensor.numel() * tensor.itemsize
+        for name, tensor in model.state_dict().items()
+        if name not in left_out
+    )
     return weights + sum(
         moments[name] * parameter.numel() * parameter.itemsize
         for name, part in optimizers.parts.items()

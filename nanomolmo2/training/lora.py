@@ -11,11 +11,8 @@ of Hugging Face's PEFT.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,87 +21,130 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanomolmo2.accelerate.frozen_linear import (
+    Format,
+    FrozenLinear,
+    dequantize_frozen,
+    plain_linear,
+    quantize_frozen,
+)
 from nanomolmo2.accelerate.linear import OneDNNLinear
 from nanomolmo2.accelerate.swap import replace_layer
-from nanomolmo2.checks import check_replaceable
-from nanomolmo2.config import Config, read_json_object
-from nanomolmo2.convert.tensor_files import open_tensor_file
-from nanomolmo2.convert.tensor_writer import save_tensors
-from nanomolmo2.files import atomic_path
-from nanomolmo2.models import LanguageModel
+from nanomolmo2.convert.adapters import (
+    CONFIG_NAME,
+    PEFT_PREFIX,
+    WEIGHTS_NAME,
+    Adapter,
+    LoraConfig,
+    add_others,
+    check_others,
+    check_stack,
+    fingerprint,
+    joined,
+    read_stack,
+    round_layers,
+    write_adapter,
+)
+from nanomolmo2.models import LanguageModel, NanoMolmo2
 from nanomolmo2.training.distributed import full_tensor
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
-PEFT_PREFIX = "base_model.model.model."  # PEFT's own, then that of Qwen3ForCausalLM
-
-
-@dataclass(frozen=True)
-class LoraConfig(Config):
-    """Which layers get matrices, and of which rank.
-
-    alpha: the sum is scaled by alpha / rank, so that another rank needs no other rate.
-    dropout: share of the inputs of A that are left out in training.
-    targets: last names of layers: those of attention and MLP by default.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = (
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
-    )
-
-    def __post_init__(self) -> None:
-        self.check_positive()
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is a share of at least 0 and below 1, found {self.dropout}")
+__all__ = [
+    "CONFIG_NAME",
+    "PEFT_PREFIX",
+    "WEIGHTS_NAME",
+    "LoraConfig",
+    "LoraLinear",
+    "adapter_of",
+    "add_lora",
+    "add_qlora",
+    "load_lora",
+    "lora_parameters",
+    "lora_state_dict",
+    "merge_lora",
+    "save_lora",
+    "unmerge_lora",
+]
 
 
 class LoraLinear(OneDNNLinear):
     """A frozen linear layer with its two matrices.
 
-    ``weight`` keeps its name, so the base's weights are found where they were. The matrices are
-    float32 whatever the base is: 16 bit would lose small steps.
+    ``weight`` keeps its name, so the base's weights are found where they were; where they are 4 or
+    8 bits, ``frozen`` holds them in its place. The matrices are float32 whatever the base is: 16
+    bit would lose small steps.
     """
 
-    def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
+    weight: Any  # a parameter, None where `frozen` holds the weights
+    bias: Any
+
+    def __init__(self, base: nn.Linear | FrozenLinear, config: LoraConfig) -> None:
         nn.Module.__init__(self)  # the weights are those of the base
-        K, N, device = base.in_features, base.out_features, base.weight.device
-        self.in_features, self.out_features, self.config = K, N, config
-        self.weight, self.bias = base.weight.requires_grad_(False), base.bias
-        self.lora_A = nn.Parameter(torch.empty(config.rank, K, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(N, config.rank, device=device))
+        self.in_features, self.out_features, self.config = (
+            base.in_features,
+            base.out_features,
+            config,
+        )
+        self.frozen = base if isinstance(base, FrozenLinear) else None
+        self.origin: str | None = None  # fingerprint of the base, from before it was rounded
+        if isinstance(base, FrozenLinear):
+            self.weight, self.bias, device = None, None, base.codes.device
+        else:
+            self.weight, self.bias = base.weight.requires_grad_(False), base.bias
+            device = base.weight.device
+        K, N, r = self.in_features, self.out_features, config.rank
+        self.lora_A = nn.Parameter(torch.empty(r, K, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(N, r, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.is_merged = False
         self.unmerged: Tensor | None = None  # the base weight, while the sum is in its place
         self.train(base.training)
 
     @property
     def scale(self) -> float:
-        return self.config.alpha / self.config.rank
+        return self.config.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        if self.unmerged is not None:
+        if self.frozen is not None and not self.is_merged:
+            y = self.frozen(x)
+        else:
+            y = super().forward(x)
+        if self.is_merged:
             return y
         z = F.dropout(x, self.config.dropout, self.training).to(self.lora_A.dtype)
         return y + (self.scale * F.linear(F.linear(z, self.lora_A), self.lora_B)).to(y.dtype)
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Put the sum, computed in float32, into ``weight``."""
-        if self.unmerged is None:
-            self.unmerged = self.weight.detach()
-            merged = self.unmerged.float() + self.scale * self.lora_B.float() @ self.lora_A.float()
-            self.weight = nn.Parameter(merged.to(self.unmerged.dtype), requires_grad=False)
+    def merge(self, dtype: torch.dtype | None = None) -> None:
+        """Put the sum, computed in float32, into ``weight``; ``dtype``: by default the base's, and
+        float32 where that is 4 or 8 bits."""
+        if self.is_merged:
+            return
+        self.unmerged = None if self.weight is None else self.weight.detach()
+        base = self.base_weight()
+        merged = base.float() + self.scale * self.lora_B.float() @ self.lora_A.float()
+        self.weight = nn.Parameter(merged.to(dtype or base.dtype), requires_grad=False)
+        if self.frozen is not None:
+            self.bias = self.frozen.bias
+        self.is_merged = True
 
     def unmerge(self) -> None:
         """Put the base weight back: the very same bits, since it was kept."""
-        if self.unmerged is not None:
+        if not self.is_merged:
+            return
+        if self.unmerged is None:
+            self.weight, self.bias = None, None
+        else:
             base = self.unmerged.to(self.weight)  # the model may have been moved or cast since
             self.weight = nn.Parameter(base, requires_grad=False)
-            self.unmerged = None
+        self.unmerged, self.is_merged = None, False
+
+    def base_weight(self) -> Tensor:
+        """(N, K), without the matrices; float32 of 4 or 8 bits."""
+        if self.frozen is not None:
+            return self.frozen.dequantized()
+        weight: Any = self.unmerged if self.is_merged else self.weight
+        base: Tensor = weight.detach()
+        return base
 
 
 def add_lora(llm: LanguageModel, config: LoraConfig | None = None) -> LanguageModel:
@@ -112,38 +152,68 @@ def add_lora(llm: LanguageModel, config: LoraConfig | None = None) -> LanguageMo
 
     A is drawn from PyTorch's global generator.
 
-    Raises: ValueError for targets that are not there, or layers that have matrices already.
+    Raises: ValueError for targets that are not there, layers that have matrices already, or a rank
+        above that of all layers.
     """
     config = config or LoraConfig()
     if any(True for _ in _layers(llm)):
         raise ValueError("the model has LoRA matrices already: merge them before adding others")
-    linear = {n: m for n, m in llm.named_modules() if n and isinstance(m, nn.Linear)}
+    linear = {
+        name: layer
+        for name, layer in llm.named_modules()
+        if name and isinstance(layer, (nn.Linear, FrozenLinear))
+    }
     names = {name.rpartition(".")[2] for name in linear}
     if unknown := [target for target in config.targets if target not in names]:
         raise ValueError(
             f"LoRA's target {unknown[0]!r} is no linear layer of this model: choose among "
             f"{', '.join(sorted(names)) or 'none (a quantised model has no weights to train)'}"
         )
+    chosen = {n: layer for n, layer in linear.items() if n.rpartition(".")[2] in config.targets}
+    widest = max(min(layer.in_features, layer.out_features) for layer in chosen.values())
+    if config.rank > widest:
+        raise ValueError(
+            f"LoRA's rank is {config.rank}, but no layer that it is for has a rank above {widest}, "
+            f"so no more can be learned: choose {widest} or less (--lora-rank)"
+        )
     llm.requires_grad_(False)
-    for name, layer in linear.items():
-        if name.rpartition(".")[2] in config.targets:
-            replace_layer(llm, name, LoraLinear(layer, config))
+    for name, layer in chosen.items():
+        replace_layer(llm, name, LoraLinear(layer, config))
     return llm
 
 
-def merge_lora(llm: LanguageModel, *, final: bool = False) -> LanguageModel:
+def add_qlora(llm: LanguageModel, config: LoraConfig, format: Format) -> LanguageModel:
+    """:func:`add_lora` beside weights of 4 or 8 bits: all linear layers of the blocks, in place.
+
+    Raises: ValueError as :func:`add_lora`, and for weights that are not finite.
+    """
+    first = next(llm.parameters())
+    origin = None if first.is_meta else base_fingerprint(llm, config)
+    quantize_frozen(llm.layers, format)
+    add_lora(llm, config)
+    for _, layer in _layers(llm):
+        layer.origin = origin
+    return llm
+
+
+def merge_lora(
+    llm: LanguageModel, *, final: bool = False, dtype: torch.dtype | None = None
+) -> LanguageModel:
     """Put the sums into the weights, in place.
 
     By default the base weights are kept beside them, for :func:`unmerge_lora`. ``final``: they and
     the matrices go, layer by layer; what remains is a plain model, ready to save, export or
-    quantise.
+    quantise. Weights of 4 or 8 bits are floating point then, of the rounded values.
+
+    Args:
+        dtype: of the merged weights; by default that of the base, float32 where it is rounded.
     """
     for name, layer in list(_layers(llm)):
-        layer.merge()
+        layer.merge(dtype)
         if final:
-            plain = OneDNNLinear(layer.in_features, layer.out_features, bias=False, device="meta")
-            plain.weight, plain.bias = layer.weight, layer.bias
-            replace_layer(llm, name, plain)
+            replace_layer(llm, name, plain_linear(layer.weight.detach(), layer.bias))
+    if final:
+        dequantize_frozen(llm, dtype or torch.float32)
     return llm
 
 
@@ -177,64 +247,82 @@ def save_lora(llm: LanguageModel, folder: str | Path) -> None:
     PEFT reads them onto a Qwen3 of the same weights. Of a sharded model it is a joint call of all
     ranks, and the first one writes.
     """
-    layers = dict(_layers(llm))
-    if not layers:
+    adapter = adapter_of(llm)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        write_adapter(adapter, folder)
+
+
+def adapter_of(
+    llm: LanguageModel, others: Mapping[str, Tensor] | None = None, model: str = ""
+) -> Adapter:
+    """The matrices of a model as an `Adapter`; a joint call of all ranks.
+
+    Args:
+        others: what else learned; model: the name of the base.
+    """
+    layer = next((layer for _, layer in _layers(llm)), None)
+    if layer is None:
         raise ValueError("the model has no LoRA matrices to save: save the model itself")
-    tensors = {f"{PEFT_PREFIX}{n}.weight": t for n, t in lora_state_dict(llm).items()}
-    metadata = {"format": "pt", "base": _fingerprint(layers)}
-    if dist.is_initialized() and dist.get_rank():
-        return
-    check_replaceable(folder, (WEIGHTS_NAME, CONFIG_NAME, "README.md"))
-    config = next(iter(layers.values())).config
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        save_tensors(tensors, temporary / WEIGHTS_NAME, metadata)
-        text = json.dumps(_to_peft(config), indent=2)
-        (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+    return Adapter(
+        source="",
+        config=layer.config,
+        matrices=lora_state_dict(llm),
+        others=others or {},
+        model=model,
+        base=layer.origin or base_fingerprint(llm, layer.config),
+        rounded=None if layer.frozen is None else layer.frozen.format,
+    )
 
 
-def load_lora(llm: LanguageModel, folder: str | Path) -> LanguageModel:
-    """Read what :func:`save_lora` wrote onto the same base, in place.
+def base_fingerprint(llm: LanguageModel, config: LoraConfig) -> str:
+    """Of the weights that matrices stand beside, or would; a joint call of all ranks."""
+    layers = sorted(_weights(llm).items())
+    return fingerprint((n, full_tensor(w)) for n, w in layers if _is_target(n, config))
+
+
+def load_lora(
+    model: LanguageModel | NanoMolmo2,
+    folder: str | Path | Sequence[str | Path],
+    weights: Sequence[float] | None = None,
+) -> LanguageModel | NanoMolmo2:
+    """Put matrices that were saved beside the layers of their base, in place.
 
     Matrices that the model has already are replaced if they are of the same configuration.
+    `nanomolmo2.load(base, adapter=folder)` merges them instead.
 
+    Args:
+        model: with a whole model, parts that learned whole (the connector) are read too.
+        folder: one or several, which are stacked: what they add adds up.
+        weights: of several, one for each; 1 by default.
     Raises: ValueError for damaged files, matrices of other layers or shapes, and for a base whose
         adapted weights are others; the model is then as it was.
     """
-    folder = Path(folder)
-    config, tensors, base = _read(folder)
-    layers: dict[str, Any] = dict(_layers(llm))
+    llm = model.llm if isinstance(model, NanoMolmo2) else model
+    stack = read_stack(folder, weights)
+    adapter = joined(stack)
+    config = adapter.config
+    layers = dict(_layers(llm))
     if layers and (found := next(iter(layers.values())).config) != config:
-        raise ValueError(f"{folder} holds {config}, but the model has {found}: merge that first")
-    if not layers:
-        layers = {
-            name: layer
-            for name, layer in llm.named_modules()
-            if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in config.targets
-        }
-    expected = {}
-    for name, layer in layers.items():
-        expected[f"{name}.lora_A"] = (config.rank, layer.in_features)
-        expected[f"{name}.lora_B"] = (layer.out_features, config.rank)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | shapes.keys()):
-        if expected.get(name) != shapes.get(name):
-            raise ValueError(
-                f"{folder} was made for another model: {name} is {shapes.get(name, 'not there')}, "
-                f"but this model's would be {expected.get(name, 'not there')}. Load the base that "
-                f"it was trained on"
-            )
-    if base is not None and base != _fingerprint(layers):
         raise ValueError(
-            f"{folder} was trained on other weights of the same shape: load its own base, in its "
-            f"own dtype or in float32, before anything is merged or quantised"
+            f"{adapter.source} holds {config}, but the model has {found}: merge that first"
         )
-    if not lora_parameters(llm):
+    check_stack(stack, _weights(llm))
+    if isinstance(model, NanoMolmo2):
+        check_others(model, stack)
+    elif any(one.others for one, _ in stack):
+        raise ValueError(
+            f"{adapter.source} holds other weights too, such as {next(iter(stack[0][0].others))}: "
+            f"give the whole model, not its language model alone"
+        )
+    round_layers(llm, adapter.rounded)
+    if not layers:
         add_lora(llm, config)
     with torch.no_grad():
-        for name, tensor in tensors.items():
+        for name, tensor in adapter.matrices.items():
             llm.get_parameter(name).copy_(tensor)
-    return llm
+    if isinstance(model, NanoMolmo2):
+        add_others(model, stack)
+    return model
 
 
 # ---- helpers ----
@@ -246,61 +334,14 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
             yield name, layer
 
 
-def _fingerprint(layers: Mapping[str, nn.Linear]) -> str:
-    """Of the base weights of some layers, by name.
-
-    They are rounded to bfloat16, so that a base has one name in float32 and in bfloat16.
-    """
-    hashed = hashlib.blake2b(digest_size=16)
-    for name, layer in sorted(layers.items()):
-        kept = layer.unmerged if isinstance(layer, LoraLinear) else None
-        weight = full_tensor(layer.weight if kept is None else kept).bfloat16().cpu().contiguous()
-        hashed.update(f"{name} {tuple(weight.shape)};".encode())
-        hashed.update(weight.view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
-
-
-def _to_peft(config: LoraConfig) -> dict[str, Any]:
+def _weights(llm: LanguageModel) -> dict[str, Tensor]:
+    """Weights (N, K) of the linear layers by name, without matrices that stand beside them."""
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": list(config.targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
+        name: layer.base_weight() if isinstance(layer, LoraLinear) else layer.weight.detach()
+        for name, layer in llm.named_modules()
+        if isinstance(layer, nn.Linear)
     }
 
 
-def _read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], str | None]:
-    """Configuration, matrices by our names, and the base's fingerprint if the file has one."""
-    if not (folder / CONFIG_NAME).exists() or not (folder / WEIGHTS_NAME).exists():
-        raise ValueError(
-            f"{folder} holds no LoRA: expected {CONFIG_NAME} and {WEIGHTS_NAME}, as save_lora "
-            f"writes them"
-        )
-    values = read_json_object(folder / CONFIG_NAME)
-    variants = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
-    try:
-        if values.get("peft_type") != "LORA" or any(values.get(key) for key in variants):
-            raise ValueError("only plain LoRA is read, none of its variants")
-        fields = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules"}
-        if absent := [theirs for theirs in fields.values() if theirs not in values]:
-            raise ValueError(f"{', '.join(absent)} is missing: copy the file again")
-        found = {ours: values[theirs] for ours, theirs in fields.items()}
-        config = LoraConfig.from_dict({**found, "dropout": values.get("lora_dropout", 0.0)})
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from None
-    try:
-        opened = open_tensor_file(folder / WEIGHTS_NAME)
-        tensors = {
-            name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor.read()
-            for name, tensor in opened.tensors.items()
-        }
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{folder / WEIGHTS_NAME} cannot be read ({error}): copy the file again"
-        ) from None
-    return config, tensors, opened.metadata.get("base")
+def _is_target(name: str, config: LoraConfig) -> bool:
+    return name.rpartition(".")[2] in config.targets

@@ -20,6 +20,7 @@ from nanomolmo2.files import open_regular
 from nanomolmo2.terminal import visible
 
 FILE = "log.jsonl"
+TIMED = 3  # steps after which the time that the others will take is told
 EXACT = "loss"  # logged with all digits: a resumed run must repeat it bit for bit
 
 
@@ -50,11 +51,15 @@ class RunLog:
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.since = time.monotonic()
+        self.newest = ""  # the newest measurement, for the status
+        self.total = 0  # steps of the stage
+        self.timed: list[float] = []  # seconds of its first steps in this process
         if writes:
             self._cut_half_a_line()
 
     def progress(self, name: str, total: int, done: int) -> Progress:
         """A bar for one stage; its only task is number 0."""
+        self.total, self.timed = total, []
         bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -73,6 +78,7 @@ class RunLog:
 
     def step(self, stage: str, step: int, metrics: dict[str, float]) -> str | None:
         """Count a step; returns a short status each time a line is written."""
+        self._tell_time(step, metrics)
         for name, value in metrics.items():
             self.sums[name] += value
             self.counts[name] += 1
@@ -90,8 +96,26 @@ class RunLog:
             del line["wait_seconds"]
         self.write({"stage": stage, "step": step, **line})
         self.restart()
-        speed = line.get("tokens_per_second")
-        return f"loss {means['loss']:.3f}" + (f", {speed:,.0f} tokens/s" if speed else "")
+        speed = (
+            f", {line['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in line else ""
+        )
+        return f"loss {means['loss']:.3f}{self.newest}{speed}"
+
+    def _tell_time(self, step: int, metrics: dict[str, float]) -> None:
+        """After a few steps say how long the others will take."""
+        self.timed.append(metrics.get("wait_seconds", 0.0) + metrics.get("compute_seconds", 0.0))
+        left = self.total - step
+        if len(self.timed) == TIMED and left > 0:
+            each = sum(self.timed[1:]) / (TIMED - 1)  # the first waits for processes to start
+            self.info(
+                f"the other {left:,} step{'s' if left > 1 else ''} will take about "
+                f"{seconds_as_text(each * left)} ({each:.2g} s each)"
+            )
+
+    def measured(self, text: str, short: str) -> None:
+        """A measurement, as a line for people and, ``short``, in the status from now on."""
+        self.info(text)
+        self.newest = f", {short}"
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line, whole or not at all.
@@ -119,6 +143,10 @@ class RunLog:
     def start_clock(self) -> None:
         """What took time before now was no step."""
         self.since = time.monotonic()
+
+    def leave_out(self, seconds: float) -> None:
+        """What took so long was no step."""
+        self.since += seconds
 
     def state(self) -> dict[str, Any]:
         """What the next line has of the steps so far."""
@@ -156,6 +184,16 @@ def info_to_people(quiet: bool) -> Callable[[str], None]:
 
 def _print_line(console: Console, text: str) -> None:
     console.print(visible(text), highlight=False, soft_wrap=True, markup=False)
+
+
+def seconds_as_text(seconds: float) -> str:
+    """``40 seconds``, ``12 minutes``, ``3.5 hours``, ``2.1 days``."""
+    for unit, size, limit in (("second", 1, 90), ("minute", 60, 5400), ("hour", 3600, 172_800)):
+        if seconds < limit:
+            number = seconds / size
+            text = f"{number:.1f}" if unit == "hour" and number < 10 else f"{number:.0f}"
+            return f"{text} {unit}{'' if text == '1' else 's'}"
+    return f"{seconds / 86_400:.1f} days"
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanomolmo2.accelerate.linear import has_bf16_matmul
+from nanomolmo2.accelerate.new_rows import NewRowsEmbedding
 from nanomolmo2.config import Config
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.training.distributed import clip_grad_norm
@@ -39,6 +40,11 @@ class OptimConfig(Config):
     weight_decay: float = 0.0
     warmup_steps: int = 100
     final_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "matrix_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
 
     def factor(self, step: int, total_steps: int) -> float:
         """Share of the peak rate at a step, counted from 0."""
@@ -150,7 +156,17 @@ def set_trainable(model: NanoMolmo2, train: Sequence[str]) -> None:
     for parameter in adapters:
         parameter.requires_grad_("lora" in train)
     new_rows = "connector" in train and model.config.llm_config.additional_vocab_size > 0
-    model.llm.embed_tokens.weight.requires_grad_("embeddings" in train or new_rows)
+    table: nn.Module = model.llm.embed_tokens
+    if isinstance(table, NewRowsEmbedding):
+        if "embeddings" in train:
+            raise ValueError(
+                "train names embeddings, but the rows beyond the base vocabulary stand apart: join "
+                "them first (join_new_rows)"
+            )
+        table.requires_grad_(False)
+        table.new_rows.requires_grad_(new_rows)
+    else:
+        model.llm.embed_tokens.weight.requires_grad_("embeddings" in train or new_rows)
 
 
 def components(
@@ -159,7 +175,8 @@ def components(
     """The trained parts for :class:`Optimizers`, each parameter in one of them.
 
     The embedding table belongs to ``embeddings``. Where that is not trained, its additional rows
-    learn with the connector, and the base rows stay bit for bit.
+    learn with the connector, and the base rows stay bit for bit. After `split_new_rows` the others
+    have neither gradients nor moments.
 
     Args:
         model: after :func:`set_trainable`, sharded or not.
@@ -172,6 +189,9 @@ def components(
     assert isinstance(table, nn.Parameter)
     adapters = lora_parameters(model.llm)
     apart = {id(table), *map(id, adapters)}
+    rows: nn.Module = model.llm.embed_tokens
+    if isinstance(rows, NewRowsEmbedding):
+        apart.add(id(rows.new_rows))
     chosen = {
         "vision": select(model.vision_encoder),
         "connector": select(model.connector),
@@ -180,7 +200,10 @@ def components(
         "lora": Selection(adapters),
     }
     base = model.config.llm_config.vocab_size
-    if "embeddings" not in train and table.shape[0] > base:
+    if isinstance(rows, NewRowsEmbedding):
+        chosen["connector"].parameters.append(rows.new_rows)
+        chosen["connector"].tables.add(id(rows.new_rows))
+    elif "embeddings" not in train and table.shape[0] > base:
         chosen["connector"].parameters.append(table)
         chosen["connector"].tables.add(id(table))
         chosen["connector"].frozen_rows[table] = base
@@ -241,6 +264,19 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * group["config"].factor(step, total_steps)
 
+    def rates(self) -> dict[str, float]:
+        """The rate of every component now; where both move parts of it, that of AdamW by its name,
+        and that of Muon as ``NAME_matrices``.
+        """
+        found: dict[str, float] = {}
+        for optimizer in self.parts.values():
+            own: dict[str, float] = {}
+            for group in optimizer.param_groups:
+                name = group["component"]
+                own[f"{name}_matrices" if name in found else name] = group["lr"]
+            found |= own
+        return found
+
     def clip(self, max_norm: float) -> dict[str, Tensor]:
         """Clip every component's gradient on its own; return the norms before, on the device."""
         self._hold_rows()
@@ -261,6 +297,7 @@ class Optimizers:
         return {name: part.state_dict()["state"] for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises: ValueError for moments of other weights."""
         for name, part in self.parts.items():
             whole = part.state_dict()
             part.load_state_dict({**whole, "state": state[name]})

@@ -1,4 +1,4 @@
-"""Curves of training runs as one picture: loss, accuracy, gradient norms, speed."""
+"""Curves of training runs as one picture: loss, validation, rates, gradient norms, speed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from nanomolmo2.terminal import visible
 from nanomolmo2.training.metrics import read_log
 
 PANELS = {
-    "loss": lambda name: name == "loss",
-    "loss by task": lambda name: name.startswith("loss_") or name.endswith("_loss"),
-    "share that is right": lambda name: (
-        not name.startswith("evaluation/") and ("accuracy" in name or name.endswith("_f1"))
+    "loss": lambda name: name in ("loss", "val_loss"),
+    "loss by task": lambda name: (
+        name.startswith("loss_") or (name.endswith("_loss") and name != "val_loss")
     ),
+    "share that is right": lambda name: (
+        not name.startswith(("evaluation/", "val_"))
+        and ("accuracy" in name or name.endswith("_f1"))
+    ),
+    "scores of the validation data": lambda name: name.startswith("val_") and name != "val_loss",
+    "learning rate by part": lambda name: name.startswith("lr_"),
     "gradient norm by part": lambda name: name.startswith("grad_norm_"),
     "tokens a second": lambda name: name == "tokens_per_second",
     "share of padding, and of time waiting for data": lambda name: name in ("padding", "data_wait"),
@@ -56,6 +61,31 @@ def plot_runs(folders: Sequence[Path], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
+def draw_rates(
+    rates: Sequence[float],
+    losses: Sequence[float],
+    smoothed: Sequence[float],
+    suggested: float | None,
+    path: Path,
+) -> None:
+    """Draw the losses at growing rates, see `training.find_lr`, into a PNG.
+
+    Raises: ImportError naming the extra.
+    """
+    figure, (axis,) = _figure(1)
+    axis.plot(rates, losses, alpha=0.3, linewidth=0.8, label="loss")
+    axis.plot(rates, smoothed, linewidth=1.4, label="smoothed")
+    if suggested is not None:
+        axis.axvline(suggested, color="black", linewidth=0.8, label=f"suggested: {suggested:.2g}")
+    axis.set_xscale("log")
+    axis.set_title("loss by learning rate", fontsize=10)
+    axis.set_xlabel("learning rate", fontsize=8)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    with written(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
 def read_curves(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
     """name -> (steps, values) of every number in a log. Steps of several stages are added up."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
@@ -81,8 +111,12 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
 
 
 def _draw(axis: Any, steps: list[int], values: list[float], label: str) -> None:
-    span = max(1, len(values) // 50)
-    (line,) = axis.plot(steps, smooth(values, span), label=label, linewidth=1.4)
+    measured = label.split()[-1].startswith("val_")  # now and then, each over the same data
+    span = 1 if measured else max(1, len(values) // 50)
+    marker = "o" if measured else ""
+    (line,) = axis.plot(
+        steps, smooth(values, span), label=label, linewidth=1.4, marker=marker, markersize=3
+    )
     if span > 1:
         axis.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=0.8)
 

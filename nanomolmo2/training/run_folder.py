@@ -21,6 +21,8 @@ from nanomolmo2.training.checkpoint import FOLDER as CHECKPOINTS
 from nanomolmo2.training.distributed import World, gather_objects
 
 RECIPE_FILE, MODEL_FOLDER, LOCK_FILE = "recipe.json", "model", "run.lock"
+BEST_FILE = "best.json"  # which step the model is of, and all that was measured
+ADAPTER_FOLDER = "adapter"
 # Where any of these is, the folder is that of a run.
 MARKS = (CHECKPOINTS, metrics.FILE, RECIPE_FILE)
 

@@ -1,6 +1,6 @@
 """A recipe as a run: model, data and loss put together for the loop.
 
-    recipe -> build -> parts that learn -> shards -> RecipeStage -> loop.run -> DIR/model
+    recipe -> build.build -> parts that learn -> shards -> RecipeStage -> loop.run -> DIR/model
 
 S rows a step on R ranks: each rank learns from S / R of them, some at a time. Losses and gradients
 are sums, divided by the weight of all labels of the step on all ranks, so neither the ranks nor the
@@ -9,35 +9,37 @@ micro-batches change what is computed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import random
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanomolmo2.accelerate import defaults
-from nanomolmo2.accelerate.quantization import dequantize, is_quantized
+from nanomolmo2.accelerate.device import device_text
 from nanomolmo2.batch import IGNORED_LABEL, Batch
 from nanomolmo2.convert.pretrained import (
-    load,
-    load_language_model,
     load_processor,
-    load_vision_encoder,
 )
+from nanomolmo2.data.amount import measure
 from nanomolmo2.data.loader import PackedLoader, RowPlan, Step, merge_states
-from nanomolmo2.data.mixture import Mixture
-from nanomolmo2.data.sources import open_mixture
+from nanomolmo2.data.sources import open_source
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.forms import check_batch
 from nanomolmo2.processor import Processor
 from nanomolmo2.processor.encode import EncodeTree
+from nanomolmo2.training.build import (
+    build,
+    plain_model,
+    save_model,
+    seed_all,
+    start_from,
+)
+from nanomolmo2.training.checkpoint import Checkpoints, Start
 from nanomolmo2.training.distributed import (
     World,
-    full_state_dict,
     full_tensor,
     gather_objects,
     shard,
@@ -46,11 +48,19 @@ from nanomolmo2.training.distributed import (
 from nanomolmo2.training.dropout import residual_dropout
 from nanomolmo2.training.feature_cache import FeatureCache
 from nanomolmo2.training.fingerprint import fingerprints
+from nanomolmo2.training.frozen import placeholder, start_of
 from nanomolmo2.training.loop import LoopConfig, Stage, run
-from nanomolmo2.training.lora import add_lora, merge_lora
 from nanomolmo2.training.metrics import info_to_people, open_trackers
-from nanomolmo2.training.optim import OptimConfig, Selection, clear_rows, components, set_trainable
+from nanomolmo2.training.new_words import settle_words
+from nanomolmo2.training.optim import OptimConfig, Selection, clear_rows, components
 from nanomolmo2.training.recipe import Recipe
+from nanomolmo2.training.replay import (
+    replay_note,
+    report_abilities,
+    start_abilities,
+    with_replay,
+    with_sources_of,
+)
 from nanomolmo2.training.run_folder import (
     MODEL_FOLDER,
     RECIPE_FILE,
@@ -59,6 +69,24 @@ from nanomolmo2.training.run_folder import (
     check_outside,
     claimed,
 )
+from nanomolmo2.training.split import Split, open_split, shared_split
+from nanomolmo2.training.summary import summary
+from nanomolmo2.training.validation import Validation, load_best
+from nanomolmo2.training.watch import Watch
+
+__all__ = [
+    "Opened",
+    "RecipeStage",
+    "build",
+    "label_weights",
+    "open_stage",
+    "resolve_recipe",
+    "row_plan",
+    "save_model",
+    "settle_new_words",
+    "start_from",
+    "train_recipe",
+]
 
 
 def train_recipe(
@@ -107,6 +135,7 @@ def train_recipe(
     check_outside(out, [source.path for source in recipe.data])
     with claimed(out, resume, world=world, inputs=[recipe.model], info=info):
         recipe = resolve_recipe(recipe, out, bool(resume), max_steps)
+        recipe = settle_new_words(recipe, world, info)
         return _train(recipe, out, resume, config, world, log_to, cache_dir, info)
 
 
@@ -121,7 +150,72 @@ def _train(
     info: Info,
 ) -> bool:
     """`train_recipe` in a folder that is this run's."""
-    model, processor = build(recipe, cache_dir, info)
+    split = shared_split(recipe, out, world, info)
+    opened = open_stage(recipe, split, world, cache_dir, info)
+    model, stage = opened.model, opened.stage
+    if world.is_main:
+        if note := replay_note(recipe, opened.processor):
+            info(note)
+        for sentence in stage.warnings():
+            info(f"warning: {sentence}")
+        info(f"on {device_text(world.device)}, {recipe.dtype}")
+        for line in () if config.quiet else stage.summary(out):
+            info(line)
+    if stage.validation is not None:
+        info(stage.validation.plan)
+    config = dataclasses.replace(
+        config,
+        log_every=recipe.log_every,
+        save_every=recipe.save_every,
+        keep=recipe.keep,
+        clip_norm=recipe.clip_norm,
+        evaluate_every=stage.validation.every if stage.validation else 0,
+    )
+    trackers = open_trackers(log_to, out, recipe.to_dict()) if world.is_main else []
+    if world.is_main and not (resume and (out / RECIPE_FILE).exists()):
+        recipe.save(out / RECIPE_FILE)
+    abilities = None
+    if world.is_main:
+        split.save(out)
+        abilities = start_abilities(recipe, out, cache_dir, info, world.device)
+    start = opened.start
+    finished = run(
+        model, [stage], out, config, resume=resume, world=world, trackers=trackers, start=start
+    )
+    if stage.left_out:
+        info(f"warning: {stage.left_out}: nanomolmo2 inspect --audit names them")
+    if finished:
+        load_best(stage, model, Checkpoints(out, world=world, start=start), info)
+        processor = with_sources_of(recipe, opened.processor)
+        save_model(recipe, model, processor, out / MODEL_FOLDER, world)
+    if finished and abilities is not None:
+        report_abilities(abilities, recipe, out, info, world.device)
+    return finished
+
+
+class Opened(NamedTuple):
+    """What a recipe makes.
+
+    Attributes:
+        start: weights that are left out of checkpoints.
+    """
+
+    model: NanoMolmo2
+    processor: Processor
+    start: Start
+    stage: RecipeStage
+
+
+def open_stage(
+    recipe: Recipe,
+    split: Split,
+    world: World,
+    cache_dir: str | Path = "checkpoints",
+    info: Info = lambda text: None,
+) -> Opened:
+    """Model, sharded if need be, and steps of a recipe; call it on every rank."""
+    model, processor = build(recipe, cache_dir, info, split_table=True)
+    start = start_of(model, recipe)
     shard(
         model,
         world,
@@ -129,27 +223,8 @@ def _train(
         gradient_checkpointing=recipe.gradient_checkpointing,
         compile=recipe.compile,
     )
-    _seed(recipe.seed + world.rank)  # ranks must not drop out the same places
-    stage = RecipeStage(recipe, model, processor, world)
-    if world.is_main:
-        for sentence in stage.warnings():
-            info(f"warning: {sentence}")
-    config = dataclasses.replace(
-        config,
-        log_every=recipe.log_every,
-        save_every=recipe.save_every,
-        keep=recipe.keep,
-        clip_norm=recipe.clip_norm,
-    )
-    trackers = open_trackers(log_to, out, recipe.to_dict()) if world.is_main else []
-    if world.is_main and not (resume and (out / RECIPE_FILE).exists()):
-        recipe.save(out / RECIPE_FILE)
-    finished = run(model, [stage], out, config, resume=resume, world=world, trackers=trackers)
-    if stage.left_out:
-        info(f"warning: {stage.left_out}: nanomolmo2 inspect --audit names them")
-    if finished:
-        save_model(recipe, model, processor, out / MODEL_FOLDER, world)
-    return finished
+    seed_all(recipe.seed + world.rank)  # ranks must not drop out the same places
+    return Opened(model, processor, start, RecipeStage(recipe, model, processor, world, split))
 
 
 def resolve_recipe(recipe: Recipe, out: Path, resume: bool, max_steps: int | None) -> Recipe:
@@ -157,99 +232,33 @@ def resolve_recipe(recipe: Recipe, out: Path, resume: bool, max_steps: int | Non
     path = out / RECIPE_FILE
     if resume and path.exists():
         stored = Recipe.load(path)
+        if recipe.validation is None:  # none was named: it goes on as it began
+            recipe = dataclasses.replace(recipe, validation=stored.validation)
         if names := stored.differences(recipe):
             raise ValueError(
                 f"{out} holds a run of another recipe: {', '.join(names)} differ from {path}; "
                 f"resume with the options it was started with, or choose another folder"
             )
-        recipe = dataclasses.replace(recipe, steps=stored.steps)
+        recipe = dataclasses.replace(recipe, steps=stored.steps, new_words=stored.new_words)
     if max_steps is not None and max_steps > recipe.steps:
         recipe = dataclasses.replace(recipe, steps=max_steps)
     return recipe
 
 
-# ---- the model ----
-
-
-def build(
-    recipe: Recipe, cache_dir: str | Path = "checkpoints", info: Info = lambda text: None
-) -> tuple[NanoMolmo2, Processor]:
-    """Model and processor of a recipe, in float32, with the parts frozen that do not learn.
-
-    Quantised weights become floating point ones of the same values, of which ``info`` is told.
-    """
-    _seed(recipe.seed)
-    name = None if recipe.model == "base" else recipe.model
-    if recipe.architecture is None:
-        model, processor = load(name, cache_dir=cache_dir, dtype=torch.float32)
-        if is_quantized(model):
-            info(f"the weights of {recipe.model} are quantised: training starts from rounded ones")
-            model = dequantize(model)
-    else:
-        processor = load_processor(name)
-        model = NanoMolmo2(recipe.architecture)
-        if recipe.vision:
-            start_from(
-                model.vision_encoder, load_vision_encoder(recipe.vision, cache_dir=cache_dir)
-            )
-        if recipe.llm:
-            start_from(model.llm, load_language_model(recipe.llm, cache_dir=cache_dir))
-    limit = model.config.llm_config.max_position_embeddings
-    config = processor.config
-    if config.multicrop is None and config.image_tokens is None:
-        # Rows of several examples need every visual token to have its place.
-        config = dataclasses.replace(config, image_tokens=model.config.num_visual_tokens)
-        processor = Processor(config, processor.tokenizer)
-    if recipe.sequence_length > limit:
-        raise ValueError(
-            f"sequence_length is {recipe.sequence_length}, but the model {recipe.model} has "
-            f"{limit} positions: shorten the rows (--sequence-length {limit})"
-        )
-    defaults(model)
-    if recipe.lora is not None:
-        add_lora(model.llm, recipe.lora)
-    set_trainable(model, recipe.train)
-    return model, processor
-
-
-@torch.no_grad()
-def start_from(part: nn.Module, pretrained: nn.Module) -> None:
-    """Copy the weights of a pretrained part into one that may differ at its ends.
-
-    It may have fewer blocks, more rows in its embedding table (those stay as they are), and a head
-    of its own where the pretrained one uses the table.
-
-    Raises: ValueError for weights that are missing or of another shape.
-    """
-    found = pretrained.state_dict()
-    found.setdefault("lm_head.weight", found.get("embed_tokens.weight", torch.empty(0)))
-    for name, target in part.state_dict().items():
-        source = found.get(name)
-        if source is None or source.shape[1:] != target.shape[1:] or len(source) > len(target):
-            shape = "missing" if source is None else tuple(source.shape)
-            raise ValueError(
-                f"{name} is {tuple(target.shape)} in the recipe's architecture and {shape} in the "
-                f"checkpoint: choose the checkpoint of the same sizes"
-            )
-        if len(source) < len(target) and name != "embed_tokens.weight":
-            raise ValueError(f"{name} has {len(source)} rows, expected {len(target)}")
-        target[: len(source)].copy_(source)
-
-
-def save_model(
-    recipe: Recipe, model: NanoMolmo2, processor: Processor, folder: Path, world: World
-) -> None:
-    """Write the trained model, LoRA merged, in the recipe's dtype; call it on every rank."""
-    weights = full_state_dict(model)
-    if not world.is_main:
-        return
-    with torch.device("meta"):
-        plain = NanoMolmo2(model.config)
-        if recipe.lora is not None:
-            add_lora(plain.llm, recipe.lora)
-    plain.load_state_dict(weights, assign=True)
-    merge_lora(plain.llm, final=True)
-    plain.to(getattr(torch, recipe.dtype)).save_pretrained(folder, processor=processor)
+def settle_new_words(recipe: Recipe, world: World, info: Info) -> Recipe:
+    """The recipe with the new words of its data; every rank has those that the first one found."""
+    if recipe.new_words is not None or recipe.architecture is not None:
+        return dataclasses.replace(recipe, new_words=recipe.new_words or ())
+    if world.is_main:
+        name = None if recipe.model == "base" else recipe.model
+        # Data and models that cannot be opened are told of where every rank opens them.
+        with contextlib.suppress(OSError, ValueError, ImportError):
+            sources = [open_source(config) for config in recipe.data]
+            recipe = settle_words(recipe, sources, load_processor(name).tokenizer, info)
+    words = recipe.new_words or ()
+    return dataclasses.replace(
+        recipe, new_words=gather_objects(words)[0] if world.size > 1 else words
+    )
 
 
 # ---- the data and the steps ----
@@ -264,28 +273,24 @@ class RecipeStage(Stage):
         model: NanoMolmo2,
         processor: Processor,
         world: World,
-        mixture: Mixture | None = None,
+        split: Split | None = None,
     ) -> None:
         """
         Args:
             model: as `build` made it, sharded or not.
-            mixture: in place of the recipe's data.
+            split: what to learn from and to measure on; by default what the recipe says.
         """
         self.name, self.steps = recipe.name, recipe.steps
         self.recipe, self.model, self.world = recipe, model, world
-        self._given = mixture is not None
+        split = split or open_split(recipe)
+        encode = EncodeTree(processor, recipe.loss_weighting)
+        rows = row_plan(recipe, processor)
+        self.encode, self.rows = encode, rows
+        self.mixture = with_replay(split.mixture, recipe, processor)
         self.loader = PackedLoader(
-            mixture or open_mixture(recipe.data, recipe.seed),
-            EncodeTree(processor, recipe.loss_weighting),
-            RowPlan(
-                batch_size=recipe.batch_size,
-                max_tokens=recipe.sequence_length,
-                max_crops=recipe.max_crops,
-                pad_token_id=processor.pad_token_id,
-                micro_batch_size=recipe.micro_batch_size,
-                packing_buffer=recipe.packing_buffer,
-                crop_weight=recipe.crop_weight,
-            ),
+            self.mixture,
+            encode,
+            rows,
             rank=world.rank,
             world=world.size,
             max_bad_fraction=recipe.max_bad_fraction,
@@ -294,8 +299,12 @@ class RecipeStage(Stage):
         frozen = "vision" not in recipe.train
         self.dropout = residual_dropout(model.llm, recipe.residual_dropout)
         self.cache = FeatureCache.of_model(recipe.feature_cache or None, model) if frozen else None
-        row = full_tensor(model.llm.embed_tokens.weight)[model.config.image_token_id]
-        self.holds_placeholder = not bool(row.any())
+        table, row = placeholder(model)
+        self.holds_placeholder = not bool(full_tensor(table)[row].any())
+        self.split = split
+        self.validation = Validation.of(recipe, split, encode, rows, processor)
+        history = None if self.validation is None else self.validation.history
+        self.watch = Watch(recipe.steps, history)
         self._told: set[str] = set()  # causes of what was left out
         self.left_out = ""
 
@@ -311,7 +320,18 @@ class RecipeStage(Stage):
 
     def warnings(self) -> list[str]:
         """What is probably a mistake in the data: to be said once, before the first step."""
-        return self.loader.warnings()
+        sentences = self.loader.warnings()
+        if self.validation is not None:
+            sentences += self.validation.warnings(self.split.mixture)
+        return sentences
+
+    def summary(self, folder: Path) -> list[str]:
+        """What the run is about to do in its folder: lines for people."""
+        try:
+            amount = measure(self.mixture, self.encode, self.rows)
+        except ValueError:  # the first step says what is wrong with the data
+            amount = None
+        return summary(self.recipe, self.model, self.components(), amount, folder)
 
     def remarks(self, batch: Step) -> list[str]:
         """The first example of every cause that was left out; the log counts all of them."""
@@ -321,10 +341,14 @@ class RecipeStage(Stage):
             self.left_out = f"left out {number} of {batch.drawn} examples ({causes})"
         new = {c: text for c, text in batch.first_bad.items() if c not in self._told}
         self._told |= new.keys()
-        return [f"warning: left out ({cause}): {text}" for cause, text in new.items()]
+        said = [f"warning: left out ({cause}): {text}" for cause, text in new.items()]
+        if self.validation is not None:
+            said += self.validation.remarks
+            self.validation.remarks.clear()
+        return said
 
     def sources(self) -> dict[str, str] | None:
-        return None if self._given else fingerprints(self.recipe.data)
+        return fingerprints(self.recipe.data)
 
     def sources_changed(self) -> None:
         self.loader.expect_changes()
@@ -346,6 +370,30 @@ class RecipeStage(Stage):
         self._hold_placeholder()
         metrics: dict[str, float | Tensor] = {"loss": sum_over_ranks(loss)}
         return metrics | self._by_task(batch, weights, total) | self._counts(batch)
+
+    def evaluate(self) -> dict[str, float]:
+        """See `Validation.measure`."""
+        if self.validation is None:
+            return {}
+        return self.validation.measure(
+            self.model,
+            self._summed_loss,
+            self.world,
+            lambda: plain_model(self.recipe, self.model, self.world),
+        )
+
+    def _summed_loss(self, batch: Batch) -> tuple[float, float]:
+        """(loss of all labels of a batch, their weight), added up."""
+        weights = label_weights(batch)
+        micro = check_batch(batch, self.model.config).prepared().to(self.world.device)
+        return float(self._loss(micro, self._moved(weights))), float(weights.sum())
+
+    def lower_rate(self) -> str:
+        rate = self.recipe.optimisers[self.recipe.leading_part].lr
+        return (
+            f"lower the learning rate (--lr {rate / 10:g} in place of {rate:g}; --find-lr looks "
+            f"for one)"
+        )
 
     def _moved(self, tensor: Tensor) -> Tensor:
         """On the device of this rank, without waiting for it."""
@@ -399,10 +447,22 @@ class RecipeStage(Stage):
         """Features are added to the image token's row. Where it is zero it stays zero, so that
         programs that replace it by the features compute the same.
         """
-        gradient = self.model.llm.embed_tokens.weight.grad
-        if self.holds_placeholder and gradient is not None:
-            row = self.model.config.image_token_id
-            clear_rows(gradient, row + 1, first=row)
+        table, row = placeholder(self.model)
+        if self.holds_placeholder and table.grad is not None:
+            clear_rows(table.grad, row + 1, first=row)
+
+
+def row_plan(recipe: Recipe, processor: Processor) -> RowPlan:
+    """The rows of a recipe's steps."""
+    return RowPlan(
+        batch_size=recipe.batch_size,
+        max_tokens=recipe.sequence_length,
+        max_crops=recipe.max_crops,
+        pad_token_id=processor.pad_token_id,
+        micro_batch_size=recipe.micro_batch_size,
+        packing_buffer=recipe.packing_buffer,
+        crop_weight=recipe.crop_weight,
+    )
 
 
 def label_weights(batch: Batch) -> Tensor:
@@ -413,9 +473,3 @@ def label_weights(batch: Batch) -> Tensor:
         weights *= batch.loss_weights
     weights[:, 0] = 0  # nothing stands before it
     return weights
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)

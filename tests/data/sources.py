@@ -1,8 +1,10 @@
-"""Made-up sources for the tests of `inspect` and `audit`."""
+"""Made-up sources and records."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,12 @@ def talk(*texts: str, task: str = "") -> Branch:
 def picture(seed: int = 0, width: int = 40, height: int = 30) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def write_records(path: Path, *records: Mapping[str, Any]) -> Path:
+    """A file with one record a line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 def encoder(processor: Processor, **options: Any) -> Callable[[Example], Encoded]:

@@ -151,6 +151,23 @@ def test_the_time_of_a_point(values, error, folder):
     assert bad.value.cause == "bad points"
 
 
+def test_points_as_pairs(folder):
+    """The picture has 200 x 100 pixels."""
+    values = {"image": "a.png", "question": "Where?", "points": [[50, 25], [100, 75]]}
+    expected = '<points coords="1 1 250 250 2 500 750">point</points>'
+    assert talk(read(values, folder)) == [["Where?", expected]]
+    for wrong in ([1], [1, 2, 3], ["a", "b"], "ab", [201, 5]):
+        assert cause({**values, "points": [wrong]}, folder) == "bad points"
+
+
+def test_an_answer_that_is_a_number_is_for_evaluation_alone():
+    values = {"question": "How many?", "answer": 3}
+    with pytest.raises(BadExample, match="found the answer 3, expected text: put it in quotes"):
+        read(values)
+    assert talk(read(values, needs_answer=False)) == [["How many?", "3"]]
+    assert cause({**values, "answer": True}, needs_answer=False) == "bad record"
+
+
 def test_points_of_several_labels_and_pictures(folder):
     content = {
         "points": [

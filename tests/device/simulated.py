@@ -94,6 +94,10 @@ class SimTensor(Tensor):
     def __torch_dispatch__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """In a file it is a tensor of the CPU, as one of CUDA is by ``map_location="cpu"``."""
+        return self.raw.__reduce_ex__(protocol)
+
     def tolist(self) -> Any:
         return self.detach().cpu().tolist()
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nanomolmo2 import cli
+from nanomolmo2.cli.data import Emoji
 from nanomolmo2.data.sources import open_source
 from nanomolmo2.emoji import write
 from nanomolmo2.emoji.scenes import SETTINGS, TEST_GROUPS, setting
@@ -267,7 +268,7 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys, options, code, messag
 
 
 def test_the_command_lists_all_settings() -> None:
-    hints = typing.get_type_hints(cli.Data)
+    hints = typing.get_type_hints(Emoji)
     assert typing.get_args(hints["setting"]) == tuple(SETTINGS)
     assert typing.get_args(hints["group"]) == TEST_GROUPS
     assert typing.get_args(hints["format"]) == typing.get_args(write.FileFormat)

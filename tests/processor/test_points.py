@@ -737,12 +737,12 @@ def test_what_is_left_out_is_reported_in_one_line_each(text, reported):
 )
 def test_a_long_malformed_answer_is_read_in_no_time(piece):
     text = piece * (100_000 // len(piece) + 1)
-    start = time.perf_counter()
+    start = time.process_time()
     problems = []
     parse_points(text, SIZES, problems=problems)
     parse_count(text)
     assert all(len(problem) < 160 for problem in problems)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_the_alt_attribute_is_the_label_where_the_tag_has_none():

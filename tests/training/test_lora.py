@@ -234,6 +234,10 @@ def test_targets_and_a_second_time():
         add_lora(base(), LoraConfig(targets=("c_attn",)))
     with pytest.raises(ValueError, match="a quantised model has no weights to train"):
         add_lora(base().quantize("fp16-weights"), SMALL)
+    with pytest.raises(
+        ValueError, match="rank is 100000, but no layer that it is for has a rank above"
+    ):
+        add_lora(base(), LoraConfig(rank=100_000))
     with pytest.raises(ValueError, match="rank must be at least 1"):
         LoraConfig(rank=0)
     with pytest.raises(ValueError, match="below 1, found 1"):
@@ -279,3 +283,15 @@ def test_a_file_of_peft_without_our_fingerprint_loads(tmp_path):
     path = tmp_path / "lora" / WEIGHTS_NAME
     save_file(load_file(path), path, {"format": "pt"})
     assert torch.equal(logits(load_lora(base(), tmp_path / "lora")), logits(llm))
+
+
+def test_an_adapter_without_the_weights_that_learned_whole_is_refused(tmp_path):
+    """It loaded without a word, and answered by a connector that had learned nothing."""
+    from nanomolmo2.convert.adapters import OTHERS_NAME, Adapter, read_adapter, write_adapter
+
+    matrices, others = {"layers.0.mlp.up_proj.lora_A": torch.ones(2, 3)}, {"c": torch.ones(2)}
+    write_adapter(Adapter("", SMALL, matrices, others), tmp_path / "lora")
+    assert torch.equal(read_adapter(tmp_path / "lora").others["c"], torch.ones(2))
+    (tmp_path / "lora" / OTHERS_NAME).unlink()
+    with pytest.raises(ValueError, match="1 weights learned whole and 0 are there: copy"):
+        read_adapter(tmp_path / "lora")

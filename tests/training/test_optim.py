@@ -90,6 +90,7 @@ def test_components_get_their_own_rates_and_muon_only_hidden_matrices():
     optimizers.set_rates(99, 1000)
     assert muon[0]["lr"] == pytest.approx(2.0)
     assert [g["lr"] for g in adamw] == pytest.approx([1.0, 3.0])
+    assert optimizers.rates() == pytest.approx({"a": 1.0, "a_matrices": 2.0, "b": 3.0})
 
 
 def test_each_component_is_clipped_on_its_own():
@@ -108,6 +109,14 @@ def test_each_component_is_clipped_on_its_own():
 
 
 NEW_ROWS = 7
+
+
+@pytest.mark.parametrize("rate", [{"lr": -1.0}, {"lr": float("nan")}, {"matrix_lr": -0.1}])
+def test_no_rate_goes_uphill(rate):
+    with pytest.raises(ValueError, match=f"{next(iter(rate))} is .*, expected 0 or more"):
+        OptimConfig(**rate)
+
+
 RATES = {part: OptimConfig(lr=(i + 1) * 1e-3, matrix_lr=0) for i, part in enumerate(PARTS)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from nanomolmo2 import cli
 from nanomolmo2.accelerate import checkpoint_activations, defaults
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.recipes import RECIPES, recipe
-from nanomolmo2.training import plan
+from nanomolmo2.training import activations, plan
+from nanomolmo2.training.frozen import prepare
 from nanomolmo2.training.lora import LoraConfig
-from nanomolmo2.training.optim import Optimizers, components, set_trainable
+from nanomolmo2.training.optim import Optimizers, components
 from nanomolmo2.training.plan import Setup, predict, report, setup_for, switches
 
 LORA = {
@@ -36,25 +38,41 @@ def smoke(ranks: int = 1, layers: int = 2, **changes) -> Setup:
 )
 def test_fake_tensors_of_two_depths_tell_of_real_tensors_of_any(monkeypatch, changes):
     setup = smoke(layers=7, **changes)
-    shape = plan._shape(setup, NanoMolmo2(setup.model))
-    one, two = plan._decoder(shape, 1), plan._decoder(shape, 2)
-    monkeypatch.setattr(plan, "FakeTensorMode", contextlib.nullcontext)
-    real = plan._decoder(shape, 7)
+    shape = activations.shape_of(setup, NanoMolmo2(setup.model))
+    one, two = activations.decoder_passes(shape, 1), activations.decoder_passes(shape, 2)
+    monkeypatch.setattr(activations, "FakeTensorMode", contextlib.nullcontext)
+    real = activations.decoder_passes(shape, 7)
     expected = one.deeper(two, 7)
     assert expected.saved == pytest.approx(real.saved, rel=1e-6)
     assert expected.saved + expected.work == pytest.approx(real.saved + real.work, rel=0.02)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_whole_step_takes_what_was_predicted(checkpointing):
+FROZEN = {
+    "train": ("connector",),
+    "optimisers": {"connector": recipe("smoke").optimisers["connector"]},
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        FROZEN,
+        LORA,
+        {**LORA, "frozen_weights": "nf4"},
+        {**LORA, "frozen_weights": "int8", "gradient_checkpointing": True},
+    ],
+    ids=["full", "checkpointing", "frozen", "lora", "qlora", "qlora8"],
+)
+def test_a_whole_step_takes_what_was_predicted(changes):
     """All tensors that exist during two steps of two passes, the model's own included: 10 %."""
-    setup = smoke(max_crops=4, gradient_checkpointing=checkpointing)
+    setup = smoke(max_crops=4, **changes)
     made = setup.recipe
-    with plan._Live([]) as live:
+    with activations.Live([]) as live:
         torch.manual_seed(0)
-        model = defaults(NanoMolmo2(setup.model))
-        set_trainable(model, made.train)
-        if checkpointing:
+        model = prepare(defaults(NanoMolmo2(setup.model)), made)
+        if made.gradient_checkpointing:
             checkpoint_activations(model, "full")
         optimizers = Optimizers(components(model, made.train, made.optimisers))
         side = setup.model.vision_config.image_size
@@ -66,13 +84,15 @@ def test_a_whole_step_takes_what_was_predicted(checkpointing):
                 ids[:, :image] = setup.model.image_token_id
                 labels = ids.clone()
                 labels[:, :image] = -100
+                pictures = torch.randn(setup.rows * made.max_crops, 3, side, side)
                 model.loss(
                     ids,
-                    torch.randn(setup.rows * made.max_crops, 3, side, side),
+                    pictures,  # which a run holds to the end of backward
                     labels=labels,
                     subsegment_ids=torch.zeros_like(ids),
                     reduction="sum",
                 ).backward()
+                del pictures
             optimizers.clip(1.0)
             optimizers.step()
     assert predict(setup).total == pytest.approx(live.peak, rel=0.1)
@@ -94,6 +114,82 @@ def test_weights_gradients_and_moments_are_counted():
     rates = dataclasses.replace(setup.recipe.optimisers["llm"], matrix_lr=0.02)
     muon = predict(smoke(optimisers=dict.fromkeys(setup.recipe.train, rates)))
     assert memory.moments / 2 < muon.moments < memory.moments * 0.8
+
+
+def test_what_is_frozen_is_counted_in_its_own_dtype():
+    """On one rank: float32 what learns and norms, 2 bytes the rest, 4.5 bits of QLoRA's layers."""
+    setup = smoke(**LORA, dtype="bfloat16")
+    model = plan.on_meta(setup)
+    learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    norms = sum(p.numel() for n, p in model.llm.named_parameters() if "norm" in n)
+    total = sum(p.numel() for p in model.parameters())
+    memory = predict(setup)
+    assert memory.weights == 4 * (learns + norms) + 2 * (total - learns - norms)
+    assert memory.moments == 8 * learns and memory.gradients == 4 * learns
+    config = setup.model.llm_config
+    D, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    width, narrow = heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layers = config.num_hidden_layers * (2 * D * width + 2 * D * narrow + 3 * D * inner)
+    rounded = predict(setup.change(frozen_weights="nf4"))
+    tables = 7 * config.num_hidden_layers * 256 * 2 * 4  # the values of every byte, of each layer
+    assert rounded.weights == memory.weights - 2 * layers + layers * 4.5 / 8 + tables
+    assert rounded.moments == memory.moments
+
+
+def test_lora_on_a_4b_model_fits_24_gb(capsys, monkeypatch):
+    """And nothing is downloaded to say so."""
+
+    def offline(*args, **options):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("nanomolmo2.convert.pretrained.fetch", offline)
+    data = str(Path(__file__).parents[2] / "docs" / "example.jsonl")
+    options = ["--data", data, "--model", "allenai/Molmo2-4B", "--gpus", "1"]
+    assert cli.main(["plan", *options, "--lora", "--gpu-memory", "24GB"]) == 0
+    out = capsys.readouterr().out
+    assert "fits into 24 GB" in out and "4 records" in out and "(connector, lora)" in out
+    assert "4,851 M weights, 90 M of them learn" in out
+
+
+@pytest.mark.parametrize(("connector", "weights"), [("mlp", "1,013 M"), ("pooling", "998 M")])
+def test_the_base_design_is_planned_without_network(connector, weights, monkeypatch, capsys):
+    """Its sizes are known; only the records' tokens are not counted without the tokenizer."""
+
+    def offline(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("nanomolmo2.convert.pretrained.fetch", offline)
+    data = str(Path(__file__).parents[2] / "docs" / "example.jsonl")
+    options = ["plan", "base", "--connector", connector, "--data", data, "--epochs", "2"]
+    assert cli.main(options) == 0
+    out = capsys.readouterr().out
+    assert f"base: {weights} weights" in out and "steps: 2, " in out and "4 records" in out
+    assert cli.main([*options, "--llm", "someone/else"]) == 1
+    assert "no network" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_names_the_option():
+    setup = smoke()
+    assert plan._option("LoRA in place of llm") == "--lora"
+    for change, _ in [found for kind in plan._changes(setup) for found in kind]:
+        assert plan._option(change).startswith(("--", "torchrun --nproc-per-node "))
+    lora = smoke(**LORA)
+    kinds = [[name for name, _ in kind] for kind in plan._changes(lora)]
+    assert ["QLoRA"] in kinds and plan._option("QLoRA") == "--qlora"
+    rounded = dict(found for kind in plan._changes(lora) for found in kind)["QLoRA"]
+    assert predict(rounded).total < predict(lora).total
+
+
+def test_own_data_are_counted_in_rows(capsys):
+    data = str(Path(__file__).parents[2] / "docs" / "example.jsonl")
+    assert cli.main(["plan", "--data", data, "--model", "tiny", "--steps", "10"]) == 0
+    out = capsys.readouterr().out
+    # Two rows of 8 pictures a step, 0.7 of them not of what tiny knows already: 16 * 0.7 * 10 / 4.
+    assert "steps: 10" in out and "4 records" in out and "10 steps are about 28 epochs" in out
+    assert cli.main(["plan", "--data", "nothing.jsonl", "--model", "tiny"]) == 1
+    assert "there is no nothing.jsonl" in capsys.readouterr().err
+    assert cli.main(["plan"]) == 2
+    assert "expected a recipe, --data FILE or --model MODEL" in capsys.readouterr().err
 
 
 def test_a_frozen_vision_encoder_is_whole_on_every_rank():
@@ -144,6 +240,6 @@ def test_the_command(capsys):
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert "512 tokens and 2 crops" in out and "fits into 25.77 GB" in out
-    for wrong in (["--gpu-memory", "much"], ["--gpus", "0"]):
+    for wrong in (["--gpu-memory", "much"], ["--gpu-memory", "0GB"], ["--gpus", "0"]):
         assert cli.main(["plan", "smoke", *wrong]) == 2
         assert wrong[0] in capsys.readouterr().err

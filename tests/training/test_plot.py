@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nanomolmo2.training.plot import plot_runs, read_curves, smooth
+from nanomolmo2.training.plot import PANELS, plot_runs, read_curves, smooth
 
 
 def write_run(folder: Path, stages: tuple[str, ...] = ("one",)) -> Path:
@@ -25,6 +25,36 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
     curves = read_curves(write_run(tmp_path / "run", ("one", "two")))
     assert curves["loss"] == ([*range(1, 9)], [1, 1 / 2, 1 / 3, 1 / 4] * 2)
     assert curves["evaluation/f1"] == ([4, 8], [0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("loss", "loss"),
+        ("val_loss", "loss"),
+        ("loss_count", "loss by task"),
+        ("val_count", "scores of the validation data"),
+        ("val_point_f1", "scores of the validation data"),
+        ("lr_llm", "learning rate by part"),
+        ("evaluation/count", "evaluation"),
+    ],
+)
+def test_every_number_is_in_one_panel(name: str, title: str) -> None:
+    assert [panel for panel, wanted in PANELS.items() if wanted(name)] == [title]
+
+
+def test_the_picture_has_what_was_measured(tmp_path: Path) -> None:
+    """Before the first step too, beside the losses of the steps."""
+    pytest.importorskip("matplotlib")
+    run = write_run(tmp_path / "run")
+    with open(run / "log.jsonl", "a") as stream:
+        for step in (0, 2):
+            line = {"stage": "one", "step": step, "val_loss": 2.0 - step, "val_count": 0.5}
+            stream.write(json.dumps(line) + "\n")
+    curves = read_curves(run)
+    assert curves["val_loss"] == ([0, 2], [2.0, 0.0])
+    plot_runs([run], tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width > 1000
 
 
 def test_smooth_is_a_mean_of_what_came_before() -> None:

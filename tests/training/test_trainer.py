@@ -33,13 +33,7 @@ from tests.training.recipes import toy
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums on several threads add up in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(recipe: Recipe, out: Path, **options) -> bool:
