@@ -34,7 +34,7 @@ from benchmarks.report import put_into
 from nanomolmo2.batch import Batch
 from nanomolmo2.checks import sha256_of
 from nanomolmo2.config import read_json_object
-from nanomolmo2.data.packing import Packer, join
+from nanomolmo2.data.packing import Packer, Waiting, join
 from nanomolmo2.emoji import plans
 from nanomolmo2.emoji.exam import ExamPlan, evaluate
 from nanomolmo2.emoji.model import CONFIG, SCENES, WORD_DIRECTION, TinyForTraining
@@ -359,19 +359,8 @@ def packing_layouts(tiny: TinyForTraining, options: Options) -> Layouts:
 
 
 @dataclass(frozen=True)
-class Example:
+class Example(Waiting):
     """An encoded message tree, as `Packer` takes it."""
-
-    encoded: Encoded
-
-    @property
-    def tokens(self) -> int:
-        return len(self.encoded.input_ids)
-
-    @property
-    def crops(self) -> int:
-        pixels = self.encoded.pixel_values
-        return 0 if pixels is None else len(pixels)
 
     @property
     def branches(self) -> int:

@@ -17,7 +17,7 @@ from nanomolmo2.data.fields import RowLimits
 from nanomolmo2.data.inspect import Encode, read_record
 from nanomolmo2.data.loader import RowPlan
 from nanomolmo2.data.mixture import Mixture
-from nanomolmo2.data.packing import Packer
+from nanomolmo2.data.packing import Packer, count_crops
 from nanomolmo2.data.sources import RecordSource
 
 ENCODED = 48  # examples of a source, evenly spaced; of one that cannot jump, the first
@@ -129,7 +129,7 @@ def _needs(
         except BadExample:
             found[i] = None
             continue
-        crops = 0 if encoded.pixel_values is None else len(encoded.pixel_values)
+        crops = count_crops(encoded)
         fits = len(encoded.input_ids) <= rows.max_tokens and crops <= rows.max_crops
         found[i] = _Need(len(encoded.input_ids), crops) if fits else None
     return found

@@ -20,6 +20,7 @@ from nanomolmo2.data.example import BadExample, Branch, Example
 from nanomolmo2.data.fields import UNREAD_PICTURE, RowLimits
 from nanomolmo2.data.inspect import Encode, Read, learned, read_points, read_record
 from nanomolmo2.data.layouts import TAG_COUNT
+from nanomolmo2.data.packing import count_crops
 from nanomolmo2.data.placeholders import find_tag
 from nanomolmo2.data.sources import Source
 from nanomolmo2.processor import Encoded, Point, Processor
@@ -211,7 +212,7 @@ class _Auditor:
         size = f"{length} tokens, {report.max_tokens} fit"
         if not (labels & fits).any():
             self.note(record, NO_LABEL, f"{int(labels.sum())} labels, {size}")
-        crops = 0 if encoded.pixel_values is None else len(encoded.pixel_values)
+        crops = count_crops(encoded)
         if report.max_crops is not None and crops > report.max_crops:
             self.note(record, TOO_MANY_CROPS, f"{crops} crops, {report.max_crops} fit")
         expected, found = count_image_tokens(encoded, self.processor), int((is_image & fits).sum())
@@ -344,8 +345,7 @@ def count_image_tokens(encoded: Encoded, processor: Processor) -> int:
     """Image tokens that the images of an example need in its prompt."""
     if encoded.image_token_pooling is not None:
         return len(encoded.image_token_pooling)
-    images = 0 if encoded.pixel_values is None else len(encoded.pixel_values)
-    return images * (processor.config.image_tokens or 1)
+    return count_crops(encoded) * (processor.config.image_tokens or 1)
 
 
 def cause_of_problem(problem: str) -> str:

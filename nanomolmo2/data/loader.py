@@ -28,7 +28,7 @@ from nanomolmo2.data.example import BadExample
 from nanomolmo2.data.fields import RowLimits
 from nanomolmo2.data.inspect import Encode, read_record
 from nanomolmo2.data.mixture import Mixture, SlotStream
-from nanomolmo2.data.packing import PACKING_BUFFER, Packer, join
+from nanomolmo2.data.packing import PACKING_BUFFER, Packer, count_crops, join
 from nanomolmo2.data.preflight import preflight
 from nanomolmo2.data.worker import Failure, guarded, received
 from nanomolmo2.processor import Encoded, collate
@@ -346,7 +346,7 @@ class _StepMaker(IterableDataset[Step | Failure]):
                 out[: len(row.input_ids)] = _number_branches(row, pack, len(step.tasks))
                 step.tasks += [task for read in pack for task in read.tasks]
                 counts["tokens"] += len(row.input_ids)
-                counts["crops"] += _count_crops(row)
+                counts["crops"] += count_crops(row)
                 counts["examples"] += len(pack)
             counts["rows"] += len(rows)
             counts["padding"] += batch.input_ids.numel()
@@ -389,7 +389,7 @@ class _StepMaker(IterableDataset[Step | Failure]):
         try:
             read = self._read(source, index)
             waiting = _Waiting(
-                source, index, len(read.encoded.input_ids), _count_crops(read.encoded)
+                source, index, len(read.encoded.input_ids), count_crops(read.encoded)
             )
             slot.packer.add(waiting)
         except BadExample as bad:
@@ -410,7 +410,7 @@ class _StepMaker(IterableDataset[Step | Failure]):
         except BadExample as bad:
             self._leave_out(slot, waiting.source, waiting.index, bad)
             return None
-        found = len(read.encoded.input_ids), _count_crops(read.encoded)
+        found = len(read.encoded.input_ids), count_crops(read.encoded)
         if found != (waiting.tokens, waiting.crops):
             raise ValueError(
                 f"{self._name(waiting.source, waiting.index)} had {waiting.tokens} tokens and "
@@ -468,11 +468,6 @@ class _StepMaker(IterableDataset[Step | Failure]):
 
     def _name(self, source: int, index: int) -> str:
         return f"{self.mixture.sources[source].name}, example {index}"
-
-
-def _count_crops(encoded: Encoded) -> int:
-    """Crops, or images where they are not cut."""
-    return 0 if encoded.pixel_values is None else len(encoded.pixel_values)
 
 
 def _num_bytes(read: _Read) -> int:

@@ -9,6 +9,7 @@ A row that is half full costs nearly as much as a full one. M crops (or images) 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -30,6 +31,26 @@ class Sized(Protocol):
 
     @property
     def crops(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """An encoded example that waits for its row."""
+
+    encoded: Encoded
+
+    @property
+    def tokens(self) -> int:
+        return len(self.encoded.input_ids)
+
+    @property
+    def crops(self) -> int:
+        return count_crops(self.encoded)
+
+
+def count_crops(encoded: Encoded) -> int:
+    """Crops, or images where they are not cut."""
+    return 0 if encoded.pixel_values is None else len(encoded.pixel_values)
 
 
 Item = TypeVar("Item", bound=Sized)

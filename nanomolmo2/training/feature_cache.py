@@ -188,13 +188,14 @@ def _digest(tensors: Sequence[Tensor], head: str) -> str:
     """Hex digest of tensors' bytes behind a description."""
     hashed = hashlib.blake2b(head.encode(), digest_size=16)
     for tensor in tensors:
-        hashed.update(_bytes(tensor))
+        hashed.update(bytes_of(tensor))
     return hashed.hexdigest()
 
 
 def _checksum(tensor: Tensor) -> str:
-    return f"{zlib.crc32(_bytes(tensor)):08x}"
+    return f"{zlib.crc32(bytes_of(tensor)):08x}"
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The contents of a tensor on any device, whatever its type."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

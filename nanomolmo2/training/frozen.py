@@ -13,6 +13,7 @@ from nanomolmo2.convert.adapters import write_adapter
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.training.checkpoint import Start
 from nanomolmo2.training.distributed import NORMS, World, full_tensor
+from nanomolmo2.training.feature_cache import bytes_of
 from nanomolmo2.training.lora import (
     adapter_of,
     add_lora,
@@ -110,11 +111,5 @@ def start_of(model: NanoMolmo2, recipe: Recipe) -> Start:
     hashed = hashlib.blake2b(digest_size=16)
     for name, tensor in stays.items():
         hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        hashed.update(_bytes_of(tensor))
+        hashed.update(bytes_of(tensor))
     return Start(recipe.model, frozenset(stays), hashed.hexdigest())
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    view: memoryview = flat.view(torch.uint8).numpy().data
-    return view

@@ -14,7 +14,6 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -25,7 +24,7 @@ from nanomolmo2.data.fields import RowLimits
 from nanomolmo2.data.inspect import Encode, read_record
 from nanomolmo2.data.loader import RowPlan
 from nanomolmo2.data.mixture import Mixture
-from nanomolmo2.data.packing import join
+from nanomolmo2.data.packing import Waiting, join
 from nanomolmo2.generation.pipeline import Pipeline
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.processor import Encoded, Processor, collate
@@ -47,22 +46,6 @@ from nanomolmo2.training.watch import History, summary
 SummedLoss: TypeAlias = Callable[[Batch], tuple[float, float]]  # its labels' loss and weight
 Plain: TypeAlias = Callable[[], NanoMolmo2 | None]
 KEPT_BYTES = 2**30  # of batches that stay in memory from one measurement to the next
-
-
-@dataclass
-class _Waiting:
-    """An example that waits for its row."""
-
-    encoded: Encoded
-
-    @property
-    def tokens(self) -> int:
-        return len(self.encoded.input_ids)
-
-    @property
-    def crops(self) -> int:
-        pixels = self.encoded.pixel_values
-        return 0 if pixels is None else len(pixels)
 
 
 class ValidationRows:
@@ -133,7 +116,7 @@ class ValidationRows:
                 encoded = read_record(source, i, self.encode, self.limits).encoded
                 if (labels_of(encoded) == IGNORED_LABEL).all():
                     raise BadExample("no answer", "nothing in it is learned")
-                packer.add(_Waiting(encoded))
+                packer.add(Waiting(encoded))
             except BadExample as bad:
                 self.first_bad = self.first_bad or bad.detail
                 self.bad[bad.cause] += 1
