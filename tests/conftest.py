@@ -6,6 +6,11 @@ import os
 import signal
 
 import pytest
+from hypothesis import settings
+
+# The same inputs in every run: what passed here passes elsewhere. `make soak` looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 ON_REQUEST = {
     "weights": "needs the real checkpoints: run with --weights",

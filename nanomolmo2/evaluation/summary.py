@@ -331,7 +331,7 @@ def _truth_key(question: Question) -> str:
     truth, measure = question.truth, SCORERS[question.scorer]
     if measure.counted is not None:
         return str(truth["count"])
-    if "choices" in truth:
+    if question.scorer == "choice":
         return str(truth["answer"])
     if measure.kind in ("point", "track", "caption"):
         known = {name: truth[name] for name in _KNOWN if name in truth and name != "count"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanomolmo2.data.example import Branch, Example
@@ -70,6 +70,10 @@ class One:
     st.sampled_from([None, *ANSWERS[1:]]),
     st.sampled_from(ANSWERS),
 )
+# Fields of another kind of question stand beside those that are asked for.
+@example({"choices": None}, '<points coords="1 1 500 500">dog</points>', "")
+@example({"choices": ["a", "b"], "scorer": "points"}, ANSWERS[3], "")
+@example({"answer": 3, "scorer": "count", "count": 2}, "3", "3")
 def test_any_truth(truth: dict[str, Any], said: str | None, answer: str) -> None:
     try:
         found = find_questions([One(truth, said)])

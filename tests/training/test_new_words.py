@@ -300,7 +300,12 @@ def test_where_embeddings_do_not_learn_words_stay_spelled(tmp_path: Path, capsys
 
 def test_a_run_that_is_resumed_keeps_the_words_it_began_with(tmp_path: Path) -> None:
     """It goes on as one that was never stopped, and its recipe.json says them."""
-    recipe = recipe_of(tmp_path, *WALNUTS, steps=4)
+    # Rounding differs from call to call where several threads add up. AdamW turns the last bits of
+    # a gradient near zero into a step of up to the rate, so the rate is small here.
+    parts = ("connector", "llm", "embeddings")
+    recipe = recipe_of(
+        tmp_path, *WALNUTS, steps=4, optimisers=dict.fromkeys(parts, adamw(1e-3, 0))
+    )
     assert train_recipe(recipe, tmp_path / "whole", workers=0, quiet=True)
     assert not train_recipe(recipe, tmp_path / "run", workers=0, quiet=True, stop_after=2)
     stored = Recipe.load(tmp_path / "run" / "recipe.json")
@@ -310,6 +315,8 @@ def test_a_run_that_is_resumed_keeps_the_words_it_began_with(tmp_path: Path) -> 
     assert stored.differences(other) == ["new_words"]
     assert train_recipe(recipe, tmp_path / "run", workers=0, quiet=True, resume=True)
     ours, theirs = (load(str(tmp_path / n / "model"))[0].state_dict() for n in ("run", "whole"))
+    table = build(stored)[0].llm.embed_tokens.weight
+    assert (theirs["llm.embed_tokens.weight"] - table).abs().max() > 1e-3
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-5)
 
