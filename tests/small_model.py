@@ -84,6 +84,7 @@ class ScriptedLanguageModel(LanguageModel):
         self.texts: list[str] = []
         self._ids: list[int] = []
         self._last = 0  # position of the prompt's last token
+        self.norm = torch.nn.Identity()  # type: ignore[assignment]
 
     def start(self, position: int) -> None:
         """The next text stands behind this position."""

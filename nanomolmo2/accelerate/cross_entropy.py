@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanomolmo2.accelerate.linear import BF16MatmulLinear, OneDNNLinear, linear
 from nanomolmo2.accelerate.memory import trim
-from nanomolmo2.accelerate.new_rows import NewRowsEmbedding
+from nanomolmo2.accelerate.new_rows import NewRowsEmbedding, NewRowsTiedHead
 from nanomolmo2.accelerate.swap import swap
 from nanomolmo2.models import language_model
 from nanomolmo2.models.loss import NextTokenLoss, weighted_loss
@@ -107,17 +107,17 @@ class ChunkedLoss(NextTokenLoss):
         """``chunk_size``: logits that exist at a time, about; `CHUNK_SIZE` by default."""
         head = llm.embed_tokens if llm.lm_head is None else llm.lm_head
         options: dict[str, Any] = {
-            "vocab_size": llm.config.vocab_size,
+            "vocab_size": llm.config.num_logits,
             "z_loss": z_loss,
             "chunk_size": chunk_size or CHUNK_SIZE,
         }
-        if type(head) in _ONE_MATRIX:
+        if type(head) in _ONE_MATRIX and not isinstance(llm.tied_head, NewRowsTiedHead):
             matrix = head.table() if isinstance(head, TiedEmbedding) else head.weight
             return linear_cross_entropy(hidden, matrix, tokens, weights, **options)
-        return chunked_rows_loss(head, hidden, tokens, weights, **options)
+        return chunked_rows_loss(llm.head, hidden, tokens, weights, **options)
 
 
-# Heads that are a matrix; what learns of a `NewRowsEmbedding` are rows that no head reads.
+# Heads that are a matrix: of a `NewRowsEmbedding`, where no head reads the rows that learn.
 _ONE_MATRIX = (
     *(nn.Embedding, TiedEmbedding, NewRowsEmbedding),
     *(nn.Linear, OneDNNLinear, BF16MatmulLinear),

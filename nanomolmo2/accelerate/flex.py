@@ -46,12 +46,12 @@ class LongRowNanoMolmo2(NanoMolmo2):
 
     dense_length = DENSE_LENGTH
 
-    def hidden_states(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+    def states(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         parts, T = self.mask_parts(batch), batch.input_ids.shape[1]
         if cache is not None or self.dense_length >= T or all(p is None for p in parts.values()):
-            return super().hidden_states(batch, cache)
+            return super().states(batch, cache)
         whole = whole_sequence(T, **parts, device=batch.input_ids.device)
-        return self.llm.hidden_states(self.embed(batch), positions(batch), None, whole)
+        return self.llm.states(self.embed(batch), positions(batch), None, whole)
 
 
 class WholeSequence(ABC):

@@ -22,15 +22,29 @@ def last_hidden_state(
 ) -> Tensor:
     """`LanguageModel.hidden_states` of the last position alone: (B, 1, D).
 
-    The last block computes keys and values of all positions, and attention and MLP of one. For rows
-    without padding on the right; arguments as of ``hidden_states``.
+    For rows without padding on the right; arguments as of ``hidden_states``.
+    """
+    return llm.norm(last_state(llm, x, position_ids, mask, cache))
+
+
+def last_state(
+    llm: LanguageModel,
+    x: Tensor,
+    position_ids: Tensor,
+    mask: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Tensor:
+    """:func:`last_hidden_state` before the final norm.
+
+    The last block computes keys and values of all positions, and attention and MLP of one. Where
+    the last states of visual tokens are needed too, to point at them, it is `LanguageModel.states`.
     """
     rope = rope_table(position_ids, llm.config.head_dim, llm.config.rope_theta)
     *layers, last = llm.layers
     for layer in layers:
         x = layer(x, rope, mask, cache)
     assert isinstance(last, DecoderLayer)
-    return llm.norm(_last_position(last, x, rope, mask, cache))
+    return _last_position(last, x, rope, mask, cache)
 
 
 def _last_position(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from nanomolmo2.checks import save_image
 from nanomolmo2.cli.loading import load_pipeline, precision
@@ -38,9 +40,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from nanomolmo2.generation.pipeline import Answer, Pipeline
-    from nanomolmo2.processor import Point, Processor
+    from nanomolmo2.processor import Message, Point, Processor
+    from nanomolmo2.processor.chat import ContentItem
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
+LATE = 1.0  # seconds behind the last frame in which a place may still be of it
 # Words that end so are names of files, and no questions.
 FILE_SUFFIXES = (
     *(*IMAGE_SUFFIXES, ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jfif", ".jp2", ".pgm"),
@@ -53,7 +57,8 @@ class Ask(GenerationOptions):
     """Ask a question about one or more pictures, or about a video.
 
     The answer is printed as it is written. The points in an answer are in the model's own format
-    (thousandths of the picture's sides); --draw paints them, --json lists them in pixels.
+    (thousandths of the picture's sides, or what it selected); --draw paints them, --json lists them
+    in pixels.
     """
 
     inputs: Annotated[
@@ -90,6 +95,15 @@ class Ask(GenerationOptions):
         ),
         AtLeast(1),
     ] = None
+    at: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(
+            metavar="X,Y",
+            help="a place that the question is about, in pixels from the top-left corner; of "
+            "several pictures X,Y@2 is in the second, of a video X,Y@12.5s at that second; "
+            "several: --at X,Y --at X,Y",
+        ),
+    ] = ()
     draw: Annotated[
         Path | None,
         arg(
@@ -102,7 +116,8 @@ class Ask(GenerationOptions):
         bool,
         arg(
             help="print one JSON object instead: text, count, points (pixels, thousandths, "
-            "picture or time, label), picture sizes, tokens, timings in seconds"
+            "picture or time, label, confidence where it is known), picture sizes, tokens, "
+            "timings in seconds"
         ),
     ] = False
     no_lookup: Annotated[
@@ -123,6 +138,7 @@ class Ask(GenerationOptions):
         paths, question = self._split_inputs()
         generation = self.generation()
         shows_video = self._shows_video(paths)
+        places = [read_place(text, len(paths), shows_video) for text in self.at]
         from nanomolmo2.processor import load_image
         from nanomolmo2.processor.inputs import local_path
 
@@ -133,6 +149,9 @@ class Ask(GenerationOptions):
 
         # Images first: the model takes longer.
         images = [] if shows_video else [load_image(path) for path in paths]
+        for text, place in zip(self.at, places, strict=True):
+            if images:
+                check_inside(text, place, images[place["image"] - 1].size)
         start = time.perf_counter()
         options = precision(self.dtype, self.quantize, self.device, self.adapter)
         pipeline = load_pipeline(self.model, self.cache_dir, **options)
@@ -143,7 +162,7 @@ class Ask(GenerationOptions):
             set_max_crops(pipeline, self.max_crops, self.model)
         answer = pipeline.ask(
             images,
-            question,
+            with_places(question, places),
             video=paths[0] if shows_video else None,
             **generation,
             lookup=not self.no_lookup,
@@ -151,12 +170,19 @@ class Ask(GenerationOptions):
         )
         if self.json:
             answer.timings["load"] = load_seconds
-            report = {"model": self.model, "question": question, **answer_report(answer, paths)}
-            print_json(report)
+            asked: dict[str, Any] = {"model": self.model, "question": question}
+            if places:
+                asked["at"] = [
+                    {name: value for name, value in place.items() if name != "type"}
+                    for place in places
+                ]
+            print_json({**asked, **answer_report(answer, paths)})
         else:
             say("")
             for problem in answer.problems:
                 note(f"note: {problem}")
+        for text, place in zip(self.at, places, strict=True):
+            warn_if_late(text, place, answer.frame_times)
         for i, target in enumerate(targets):
             if shows_video:
                 write_video_overlay(paths[0], answer, pipeline.processor, target)
@@ -221,6 +247,70 @@ class Ask(GenerationOptions):
         if videos and not local_path(paths[0], "video").exists():
             raise FileNotFoundError(f"there is no file {paths[0]}: check the path of the video")
         return bool(videos)
+
+
+_PLACE = re.compile(
+    r"(?P<x>-?\d{1,9}(?:\.\d{1,9})?),(?P<y>-?\d{1,9}(?:\.\d{1,9})?)"
+    r"(?:@(?:(?P<image>\d{1,9})|(?P<time>\d{1,9}(?:\.\d{1,9})?)s))?"
+)
+
+
+def read_place(text: str, num_images: int, is_video: bool) -> ContentItem:
+    """The part of a question that a value of --at stands for.
+
+    Args:
+        text: ``120,80``, ``120,80@2`` in the second picture, ``120,80@12.5s`` in a video.
+    Raises: UsageError for anything else, and for a picture that is not shown.
+    """
+    found = _PLACE.fullmatch(text.replace(" ", ""))
+    if found is None:
+        raise UsageError(
+            f"--at is {text!r}, expected X,Y in pixels such as 120,80, X,Y@2 in the second "
+            f"picture, or X,Y@12.5s at a second of a video"
+        )
+    x, y = float(found["x"]), float(found["y"])
+    if is_video:
+        if found["time"] is None:
+            raise UsageError(f"--at {text} names no second of the video: write {text}@12.5s")
+        return {"type": "point", "x": x, "y": y, "time": float(found["time"])}
+    number = int(found["image"] or 1)
+    if found["time"] is not None:
+        raise UsageError(f"--at {text} names a second, but no video is shown: write X,Y or X,Y@2")
+    if not 1 <= number <= num_images:
+        shown = "1 picture is" if num_images == 1 else f"{num_images} pictures are"
+        raise UsageError(
+            f"--at {text} names picture {number}, but {shown} shown: they count from 1 in the "
+            f"order they are given"
+        )
+    return {"type": "point", "x": x, "y": y, "image": number}
+
+
+def check_inside(text: str, place: ContentItem, size: tuple[int, int]) -> None:
+    """Raises: UsageError for a place outside of its picture of (width, height) pixels."""
+    width, height = size
+    if not (0 <= place["x"] <= width and 0 <= place["y"] <= height):
+        raise UsageError(
+            f"--at {text} lies outside of picture {place['image']}, which is {width} x {height} "
+            f"pixels: give pixels from its top-left corner"
+        )
+
+
+def warn_if_late(text: str, place: ContentItem, frame_times: Sequence[float]) -> None:
+    """Say that a place is of a second that the video does not have.
+
+    Args:
+        frame_times: seconds of the frames that were shown, of pictures none.
+    """
+    last = max(frame_times, default=math.inf)
+    if place.get("time", 0.0) > last + LATE:
+        note(f"warning: --at {text} names a second after the last frame, which is at {last:g} s")
+
+
+def with_places(question: str, places: Sequence[ContentItem]) -> str | list[Message]:
+    """The question, and the places it is about behind it."""
+    if not places:
+        return question
+    return [{"role": "user", "content": [{"type": "text", "text": question}, *places]}]
 
 
 def print_piece(text: str) -> None:

@@ -25,14 +25,18 @@ from nanomolmo2.cli.output import check_model_folder, note, say
 class Export:
     """Write a model in a format that other programs serve.
 
-    There is one so far: molmo2-hf, the layout of the released Molmo2 checkpoints, which
-    transformers (5.23 or newer) and vLLM (with --trust-remote-code) read. Only models with the
-    attention-pooling connector fit into it.
+    molmo2-hf is the layout of the released Molmo2 checkpoints, which transformers (5.23 or newer)
+    and vLLM (with --trust-remote-code) read; only models with the attention-pooling connector fit
+    into it. molmo-point-hf is that of the released MolmoPoint checkpoints, for models that point by
+    selecting what they see; nothing but nanomolmo2 was tried on it.
     """
 
     model: Annotated[Positional[str], arg(metavar="MODEL", help=MODEL_HELP)]
     out: Annotated[Positional[Path], arg(metavar="OUT", help="folder to write")]
-    format: Annotated[Literal["molmo2-hf"], arg(help="layout of the folder")] = "molmo2-hf"
+    format: Annotated[
+        Literal["molmo2-hf", "molmo-point-hf"] | None,
+        arg(help="layout of the folder; none = the one of the model's design"),
+    ] = None
     max_shard_size: Annotated[
         str,
         arg(metavar="SIZE", help="largest weight file, such as 5GB or 500MB; more are split"),
@@ -50,13 +54,16 @@ class Export:
         check_model_folder(self.out, files_of(self.model))
         import warnings
 
-        from nanomolmo2.convert import export_molmo2
+        from nanomolmo2.convert import export_molmo2, export_molmo_point
 
         options = precision(self.dtype, device=self.device)
         model, processor = load_model(self.model, self.cache_dir, **options)
+        points = model.config.point_config is not None
+        format = self.format or ("molmo-point-hf" if points else "molmo2-hf")
+        export = export_molmo2 if format == "molmo2-hf" else export_molmo_point
         with warnings.catch_warnings(record=True) as remarks:
             warnings.simplefilter("always", UserWarning)
-            export_molmo2(model, self.out, processor, max_shard_size=self.max_shard_size)
+            export(model, self.out, processor, max_shard_size=self.max_shard_size)
         for remark in remarks:
             note(f"warning: {remark.message}")
         say(f"wrote {self.out}")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from nanomolmo2.cli.loading import load_module, precision, where
 from nanomolmo2.cli.options import MODEL_HELP, CacheDir, Debug, DeviceName, Precision, StoredDType
 from nanomolmo2.cli.output import say
+
+if TYPE_CHECKING:
+    from nanomolmo2.models import NanoMolmo2Config
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class Info:
         arg(
             metavar="MODEL",
             help=MODEL_HELP + "; also a SigLIP or Qwen3 folder, a .pt file that `nanomolmo2 "
-            "download` made, or the sizes alone of nanomolmo2, nanomolmo2-pooling, molmo2-4b or "
-            "molmo2-8b, which loads nothing",
+            "download` made, or the sizes alone of nanomolmo2, nanomolmo2-pooling, molmo2-4b, "
+            "molmo2-8b, molmo-point-8b, molmo-point-vid-4b or tiny-point, which loads nothing",
         ),
     ]
     device: DeviceName = None
@@ -49,6 +52,7 @@ class Info:
             say(
                 f"\npicture: {side} x {side} pixels, {config.num_visual_tokens} visual tokens"
                 f"\ncontext: {config.llm_config.max_position_embeddings:,} tokens"
+                f"{points_text(config)}"
             )
         else:
             say(f"{type(model).__name__}: {count:,} parameters\n")
@@ -62,3 +66,15 @@ class Info:
             say(where(model))
         say("configuration:")
         say(json.dumps(model.config.to_dict(), indent=2))
+
+
+def points_text(config: NanoMolmo2Config) -> str:
+    """How a model points, a line; of one that writes coordinates nothing."""
+    point = config.point_config
+    if point is None:
+        return ""
+    overview = "" if point.image_non_indexable_patch_id is None else " but those of an overview"
+    return (
+        f"\npoints: selects visual tokens{overview}, by the rule {point.rule!r}; keys of "
+        f"{point.patch_embed_dim} numbers; classes from {config.llm_config.num_embeddings:,} on"
+    )

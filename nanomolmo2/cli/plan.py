@@ -44,7 +44,8 @@ class Plan(RecipeOptions):
         arg(
             metavar="PRESET",
             help="sizes of the model where the recipe names a folder that is not there yet: "
-            "nanomolmo2, nanomolmo2-pooling, molmo2-4b, molmo2-8b, tiny",
+            "nanomolmo2, nanomolmo2-pooling, molmo2-4b, molmo2-8b, molmo-point-8b, "
+            "molmo-point-vid-4b, tiny, tiny-point",
         ),
     ] = None
     debug: Debug = False

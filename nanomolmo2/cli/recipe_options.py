@@ -37,7 +37,7 @@ RECIPE_FIELDS = {
         *("dtype", "replay"),
     )
 } | {"max_bad_share": "max_bad_fraction"}
-PARTS = ("vision", "connector", "llm", "embeddings", "lora")  # as training has them
+PARTS = ("vision", "connector", "llm", "embeddings", "points", "lora")  # as training has them
 SEEDS = 2**32  # as many as the generators know
 
 
@@ -50,8 +50,8 @@ class RecipeOptions:
         arg(
             metavar="RECIPE",
             help="smoke, tiny (the bundled model from scratch), base, stage1, stage2, stage3, "
-            "finetune (with --data it may be left out), or a .json file, such as the recipe.json "
-            "of another run",
+            "molmo_point_stage1, molmo_point_stage2, molmo_point_stage3, gui, finetune (with "
+            "--data it may be left out), or a .json file, such as the recipe.json of another run",
         ),
     ] = ""
 
@@ -115,8 +115,9 @@ class RecipeOptions:
         tuple[str, ...],
         arg(
             metavar="PART...",
-            help="what learns: vision, connector, llm, embeddings; none = the recipe's, and of own "
-            "data the connector and the llm, of models below 100 M weights all four",
+            help="what learns: vision, connector, llm, embeddings, and of models that point by "
+            "selecting what they see points; none = the recipe's, and of own data the connector, "
+            "the llm and points, of models below 100 M weights all of them",
         ),
     ] = ()
     lora: Annotated[
@@ -143,6 +144,14 @@ class RecipeOptions:
         Literal[4, 8] | None,
         arg(help="--qlora with so many bits a weight; none = 4 (nf4); 8 (int8) rounds less"),
     ] = None
+    points: Annotated[
+        bool,
+        arg(
+            help="with finetune: let a model that writes the coordinates of points as text learn "
+            "to point by selecting what it sees (docs/points.md); its point modules start at "
+            "random, so give it many points"
+        ),
+    ] = False
     feature_cache: Annotated[
         Path | None,
         arg(
@@ -350,8 +359,9 @@ class RecipeOptions:
                 raise UsageError(
                     f"--train names {part[:60]!r}, expected some of {', '.join(PARTS[:-1])}{hint}"
                 )
-        if self.wants_lora and self.recipe not in ("", "finetune"):
-            raise UsageError("--lora is for finetune: leave the recipe out")
+        for name, wanted in (("--lora", self.wants_lora), ("--points", self.points)):
+            if wanted and not self.is_finetune:
+                raise UsageError(f"{name} is for finetune: leave the recipe out")
         if self.wants_lora and "llm" in self.train:
             raise UsageError(
                 "LoRA leaves the llm as it is, and --train names it: leave llm out, or --lora, "
@@ -441,7 +451,9 @@ class RecipeOptions:
             raise UsageError("finetune needs data: give --data FILE")
         # Its length is found when the rows are known.
         start = self.model or "tiny"
-        return finetune(self.data, start, steps=FEWEST, lora=self.wants_lora, lr=self.lr)
+        return finetune(
+            self.data, start, steps=FEWEST, lora=self.wants_lora, lr=self.lr, points=self.points
+        )
 
     def _check_same_parts(self, began: Recipe) -> None:
         """Raises: ValueError for parts that a run which goes on does not have."""
@@ -464,6 +476,7 @@ class RecipeOptions:
             if (value := getattr(self, name)) is not None
         }
         changes |= self._data_changes() | self._model_changes()
+        changes |= {"point_head": True} if self.points else {}
         changes["validation"] = self._validation(recipe.validation)
         recipe = self._with_learning(dataclasses.replace(recipe, **changes))
         if self.feature_cache is not None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nanomolmo2.convert.export import export_molmo2
+    from nanomolmo2.convert.export_point import export_molmo_point
 
-__all__ = ["export_molmo2"]
+__all__ = ["export_molmo2", "export_molmo_point"]
+
+_HOMES = {"export_molmo2": "export", "export_molmo_point": "export_point"}
 
 
 def __getattr__(name: str) -> object:
-    """Import the public name on first use, so that the package itself stays light (PEP 562)."""
-    if name != "export_molmo2":
+    """Import a public name on first use, so that the package itself stays light (PEP 562)."""
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nanomolmo2.convert.export import export_molmo2
-
-    return export_molmo2
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

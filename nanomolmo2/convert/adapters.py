@@ -35,7 +35,9 @@ from nanomolmo2.terminal import visible
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 OTHERS_NAME = "other_weights.safetensors"
-NEW_ROWS = "llm.embed_tokens.new_rows"  # (A, D), see accelerate/new_rows.py
+# (A, D) each, see accelerate/new_rows.py.
+NEW_ROWS = "llm.embed_tokens.new_rows"
+NEW_HEAD_ROWS = "llm.lm_head.new_rows"
 OURS = "nanomolmo2"  # the key of the configuration that is not PEFT's, and that PEFT passes over
 PEFT_PREFIX = "base_model.model.model."  # PEFT's own, then that of Qwen3ForCausalLM
 
@@ -74,7 +76,7 @@ class Adapter:
     Attributes:
         source: the folder, for messages.
         matrices: such as ``layers.0.mlp.up_proj.lora_A`` (rank, K) and ``.lora_B`` (N, rank).
-        others: whole weights by their names in the model, and `NEW_ROWS`.
+        others: whole weights by their names in the model, `NEW_ROWS` and `NEW_HEAD_ROWS`.
         model: name of the base; base: fingerprint of its adapted layers; None = not known.
         rounded: what the decoder's layers were rounded to while the matrices learned, None = not.
     """
@@ -357,10 +359,11 @@ def add_others(model: NanoMolmo2, stack: Sequence[tuple[Adapter, float]]) -> Non
 
 
 def _target(model: NanoMolmo2, name: str) -> Tensor | None:
-    """The weight of that name; for `NEW_ROWS` the rows beyond the base vocabulary."""
-    if name == NEW_ROWS:
-        return model.llm.embed_tokens.weight.detach()[model.config.llm_config.vocab_size :]
+    """The weight of that name; for `NEW_ROWS` and `NEW_HEAD_ROWS` those of the table or head."""
     parameters = dict(model.named_parameters())
+    if name in (NEW_ROWS, NEW_HEAD_ROWS):
+        whole = parameters.get(f"{name.removesuffix('new_rows')}weight")
+        return None if whole is None else whole.detach()[model.config.llm_config.vocab_size :]
     return parameters[name].detach() if name in parameters else None
 
 

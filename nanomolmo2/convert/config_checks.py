@@ -77,16 +77,29 @@ _FIELDS: dict[str, tuple[Check, str]] = {
     **dict.fromkeys(("image_patch_id", "image_start_token_id", "image_end_token_id"), _COUNT),
     **dict.fromkeys(("image_col_id", "low_res_image_start_token_id", "image_low_res_id"), _COUNT),
     **dict.fromkeys(("frame_start_token_id", "frame_end_token_id"), _COUNT),
+    **dict.fromkeys(("patch_token_id", "subpatch_token_id", "location_token_id"), _COUNT),
+    "image_non_indexable_patch_id": _COUNT,
+    "patch_embed_dim": _SIZE,
+    "token_prediction_rotary_theta": _POSITIVE,
 }
 # Parts within a config, by its model_type; a part that is not read is not checked.
 _PARTS = {
     "siglip": ("vision_config",),
-    "molmo2": ("text_config", "vision_config", "vit_config", "adapter_config"),
+    **dict.fromkeys(
+        ("molmo2", "molmo_point"), ("text_config", "vision_config", "vit_config", "adapter_config")
+    ),
+}
+# Fields that the released files of a kind leave open.
+_NULL = {
+    "molmo_point": (
+        *("low_res_image_start_token_id", "image_non_indexable_patch_id"),
+        "token_prediction_rotary_theta",
+    ),
 }
 
 
 def check_fields(values: Mapping[str, Any]) -> None:
-    """Check the types and ranges in the config of a SigLIP, Qwen3 or Molmo2 checkpoint.
+    """Check the types and ranges in the config of a SigLIP, Qwen3, Molmo2 or MolmoPoint checkpoint.
 
     Raises: ValueError naming the field, such as ``text_config.hidden_size``.
     """
@@ -102,6 +115,8 @@ def check_fields(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{place[:-1]}: expected an object, found {describe(part)}")
         for name, value in part.items():
             check, expected = _FIELDS.get(name, (None, ""))
+            if value is None and name in _NULL.get(str(kind), ()):
+                continue
             if check is not None and not check(value):
                 raise ValueError(f"{place}{name}: expected {expected}, found {describe(value)}")
             if name in ("rope_parameters", "rope_scaling") and value is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanomolmo2.accelerate.quantization import is_quantized
+from nanomolmo2.convert.agreement import check_agreement
 from nanomolmo2.convert.folder import write_json, write_weights, written_aside
 from nanomolmo2.convert.model_card import MARK, write_card
 from nanomolmo2.convert.molmo2 import GENERATION_NAME, molmo2_tensors
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 # The first that has Molmo2. Without a version, others take the tokenizer for one of an older time
 # and warn of a mistake that those had.
 TRANSFORMERS_VERSION = "5.23.0"
+NO_PROCESSOR = (
+    "no processor was given, so the folder has no tokenizer and no processor files: other programs "
+    "need them to answer"
+)
 
 
 def export_molmo2(
@@ -53,20 +58,14 @@ def export_molmo2(
         quantised model; for a processor of another model; for a path that is a file.
     Source: Molmo2, olmo/hf_model/convert_molmo2_to_hf.py (which files, and what is in them).
     """
-    if is_quantized(model):
-        raise ValueError(
-            "the model is quantised, expected floating point weights: other programs do not read "
-            "our int8 and float16 layers, so export the model before it is quantised"
-        )
+    check_floating(model)
     tensors = molmo2_tensors(model.state_dict(), model.config)
     if processor is not None:
-        from nanomolmo2.convert.pretrained import check_agreement
-
         check_agreement(model.config, processor)
     notes = _notes(model, processor)
     with written_aside(out_dir, MODEL_TYPE) as aside:
         write_json(aside / CONFIG_NAME, _config(model, processor))
-        write_json(aside / GENERATION_NAME, _generation_config(model, processor))
+        write_json(aside / GENERATION_NAME, generation_config(model, processor))
         if processor is not None:
             from nanomolmo2.convert.molmo2_processor import write_molmo2_processor
 
@@ -78,17 +77,22 @@ def export_molmo2(
         warnings.warn(note, stacklevel=2)
 
 
+def check_floating(model: NanoMolmo2) -> None:
+    """Raises: ValueError for a quantised model."""
+    if is_quantized(model):
+        raise ValueError(
+            "the model is quantised, expected floating point weights: other programs do not read "
+            "our int8 and float16 layers, so export the model before it is quantised"
+        )
+
+
 def _config(model: NanoMolmo2, processor: Processor | None) -> dict[str, Any]:
     values = molmo2_config_to_reference(model.config)
-    values["dtype"] = _stored_dtype(model)
+    values["dtype"] = stored_dtype(model)
     values["transformers_version"] = TRANSFORMERS_VERSION
     values["auto_map"] = auto_map("AutoConfig", "AutoModelForImageTextToText")
     if processor is not None:
-        from nanomolmo2.processor.tokenizer import MOLMO2_TOKENS
-
-        known = processor.tokenizer.special_ids
-        tokens = {name: MOLMO2_TOKENS[offset] for name, offset in SPECIAL_IDS.items()}
-        values |= {name: known[t] for name, t in tokens.items() if t in known}
+        values |= ids_of_tokens(processor, SPECIAL_IDS)
         video = processor.config.video
         marked = video is not None and video.use_frame_special_tokens
         values["use_frame_special_tokens"] = marked
@@ -97,11 +101,24 @@ def _config(model: NanoMolmo2, processor: Processor | None) -> dict[str, Any]:
     return values
 
 
-def _stored_dtype(model: NanoMolmo2) -> str:
+def ids_of_tokens(processor: Processor, offsets: Mapping[str, int]) -> dict[str, int]:
+    """The ids of Molmo2's tokens that a processor has, by the names of their fields.
+
+    offsets: of each field's token behind the base vocabulary.
+    """
+    from nanomolmo2.processor.tokenizer import MOLMO2_TOKENS
+
+    known = processor.tokenizer.special_ids
+    tokens = {name: MOLMO2_TOKENS[offset] for name, offset in offsets.items()}
+    return {name: known[token] for name, token in tokens.items() if token in known}
+
+
+def stored_dtype(model: NanoMolmo2) -> str:
+    """The dtype of the weights, by torch's name."""
     return str(model.llm.embed_tokens.weight.dtype).removeprefix("torch.")
 
 
-def _generation_config(model: NanoMolmo2, processor: Processor | None) -> dict[str, Any]:
+def generation_config(model: NanoMolmo2, processor: Processor | None) -> dict[str, Any]:
     """The likeliest token each time; a prompt begins with the token that ends an answer.
 
     transformers is told by ``do_sample``, vLLM, which does not read that, by ``temperature``.
@@ -127,10 +144,7 @@ def _notes(model: NanoMolmo2, processor: Processor | None) -> list[str]:
     """What other programs will do differently, a sentence each."""
     notes = []
     if processor is None:
-        notes.append(
-            "no processor was given, so the folder has no tokenizer and no processor files: other "
-            "programs need them to answer"
-        )
+        notes.append(NO_PROCESSOR)
     else:
         from nanomolmo2.convert.molmo2_processor import (
             changed_layout,
@@ -165,6 +179,12 @@ def _notes(model: NanoMolmo2, processor: Processor | None) -> list[str]:
     return notes
 
 
+def remarks_of(notes: Sequence[str]) -> str:
+    """What a model card says of them, a section; nothing without any."""
+    remarks = "".join(f"- {note[0].upper()}{note[1:]}.\n" for note in notes)
+    return f"## Remarks\n\n{remarks}\n" if notes else ""
+
+
 def _masks_like_molmo2(config: NanoMolmo2Config) -> bool:
     """Whether the tokens that every image has see each other in both directions."""
     always = (IMAGE_START, IMAGE_END, IMAGE_COL, LOW_RES_START)
@@ -175,9 +195,8 @@ def _masks_like_molmo2(config: NanoMolmo2Config) -> bool:
 def _card(model: NanoMolmo2, notes: Sequence[str]) -> str:
     config = model.config
     count = sum(p.numel() for p in model.parameters())
-    remarks = "".join(f"- {note[0].upper()}{note[1:]}.\n" for note in notes)
-    remarks = f"## Remarks\n\n{remarks}\n" if notes else ""
-    dtype = _stored_dtype(model)
+    remarks = remarks_of(notes)
+    dtype = stored_dtype(model)
     return f"""{MARK}license: apache-2.0
 library_name: transformers
 pipeline_tag: image-text-to-text

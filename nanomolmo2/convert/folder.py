@@ -34,7 +34,7 @@ _MODEL_FILES = (
     *(CONFIG_NAME, UNFINISHED, *_WEIGHTS, "README.md", "LICENSE*", "NOTICE", ".gitattributes"),
     *("generation_config.json", "chat_template.*", "*processor_config.json", "*processor.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "*molmo2.py"),
+    *("vocab.json", "merges.txt", "*molmo2.py", "*molmo_point.py", "nanomolmo2_config.json"),
 )
 # Errors of a disk that has no room or takes no files: none of them names a file.
 NO_ROOM = (*FULL_DISK, errno.EROFS)

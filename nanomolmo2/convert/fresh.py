@@ -16,9 +16,8 @@ from typing import cast
 from nanomolmo2.config import Config
 from nanomolmo2.convert.config_checks import check_fields, in_file
 from nanomolmo2.convert.folder import QUANTIZATION
-from nanomolmo2.convert.molmo2_config import MODEL_TYPE as MOLMO2
 from nanomolmo2.convert.parts import CONFIG_NAME, LLM, VISION, Part, read_config
-from nanomolmo2.convert.pretrained import TOKENIZER_NAME, find_directory, load_config
+from nanomolmo2.convert.pretrained import RELEASED, TOKENIZER_NAME, find_directory, load_config
 from nanomolmo2.convert.quantization import MODEL_TYPE, own_type
 from nanomolmo2.convert.tensor_files import CacheFile
 from nanomolmo2.models import ConnectorConfig, LLMConfig, NanoMolmo2Config, VisionConfig
@@ -132,7 +131,7 @@ def _config(part: Part, name: str) -> Config:
         return part.config  # its sizes are known, and its weights may be in the cache
     values = read_config(directory)
     model_type = values.get("model_type")
-    if model_type in (MODEL_TYPE, MOLMO2):
+    if model_type in [MODEL_TYPE, *RELEASED]:
         whole = load_config(directory)
         return whole.vision_config if part.component == VISION.component else whole.llm_config
     with in_file(directory / CONFIG_NAME):

@@ -45,7 +45,7 @@ def open_molmo2(directory: str | Path) -> tuple[NanoMolmo2, Mapping[str, Readabl
         check_fields(generation)
     with in_file(directory / CONFIG_NAME):
         check_fields(values)
-        pooling_size = _pooling_size(directory)
+        pooling_size = pooling_size_of(directory)
         config = molmo2_config_from_reference(
             values, generation=generation, pooling_size=pooling_size
         )
@@ -103,7 +103,7 @@ def _embedding_heights(
     return dict.fromkeys(heights, first[0])
 
 
-def _pooling_size(directory: Path) -> int:
+def pooling_size_of(directory: Path) -> int:
     """Side of an image's windows, from the processor's files; 2 where they do not say."""
     for name in (OFFICIAL_PROCESSOR_NAME, PREPROCESSOR_NAME):
         values = read_if_there(directory / name)

@@ -83,7 +83,8 @@ _RENAMED: dict[str, dict[str, str]] = {
 
 _NO_DROPOUT = ((0, None), "no dropout is built")
 # What else a part may say, and what it has to be.
-_REQUIRED: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
+Requirements = Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]]
+REQUIRED: Requirements = {
     "text_config": {
         "qk_norm_type": (("qwen3", None), "query and key are normalised per head, as in Qwen3"),
         "use_qk_norm": ((True, None), "query and key are normalised"),
@@ -144,7 +145,7 @@ def _same(*names: str) -> dict[str, Callable[[Any], Any]]:
 
 # What is written, in the released spelling: a constant, or what gives the value from our config.
 _NO_DROPOUT_FIELDS = {"attention_dropout": 0.0, "residual_dropout": 0.0}
-_WRITTEN_TEXT: dict[str, Any] = {
+WRITTEN_TEXT: dict[str, Any] = {
     "model_type": "molmo2_text",
     **_same("vocab_size", "additional_vocab_size", "hidden_size", "intermediate_size"),
     **_same("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -162,7 +163,7 @@ _WRITTEN_TEXT: dict[str, Any] = {
     "tie_word_embeddings": False,
     **_NO_DROPOUT_FIELDS,
 }
-_WRITTEN_VISION: dict[str, Any] = {
+WRITTEN_VISION: dict[str, Any] = {
     "model_type": MODEL_TYPE,
     **_same("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     "num_key_value_heads": attrgetter("num_attention_heads"),
@@ -174,7 +175,7 @@ _WRITTEN_VISION: dict[str, Any] = {
     "initializer_range": 0.02,
     **_NO_DROPOUT_FIELDS,
 }
-_WRITTEN_ADAPTER: dict[str, Any] = {
+WRITTEN_ADAPTER: dict[str, Any] = {
     "model_type": MODEL_TYPE,
     "vit_layers": lambda connector: list(connector.vit_layers or ()),
     "pooling_attention_mask": True,
@@ -210,7 +211,7 @@ def molmo2_config_from_reference(
         raise ValueError(
             f"model_type {values.get('model_type')!r} is not Molmo2: expected {MODEL_TYPE!r}"
         )
-    parts, own = _parts(values)
+    parts, own = read_parts(values)
     flags = ("use_frame_special_tokens", _PREFIX_MASK)
     known = ("image_patch_id", "image_high_res_id", *flags, *SPECIAL_IDS)
     refuse_unknown(own, known, extra=("tie_word_embeddings", "attn_implementation"))
@@ -218,32 +219,23 @@ def molmo2_config_from_reference(
     require(own, _PREFIX_MASK, (True, False), "whether image tokens see each other")
     vision, adapter = parts["vision_config"], parts["adapter_config"]
     for name, part in (("vision_config", vision), ("adapter_config", adapter)):
-        _check_heads(name, part)
-    llm_config = _llm_config(parts["text_config"])
+        check_heads(name, part)
+    llm_config = llm_config_of(parts["text_config"])
     if "image_patch_id" not in own:
         raise ValueError("image_patch_id is missing: it is the id of the image token")
     patch = own["image_patch_id"]
     require(own, "image_high_res_id", (patch, None), "there is one kind of image token")
-    vision_config = _vision_config(vision)
-    if adapter["hidden_size"] != vision_config.hidden_size:
-        raise ValueError(
-            f"adapter_config.hidden_size is {adapter['hidden_size']}, expected that of the vision "
-            f"encoder, {vision_config.hidden_size}"
-        )
+    vision_config = vision_config_of(vision)
     return NanoMolmo2Config.from_dict(
         {
             "vision_config": vision_config,
-            "connector_config": {
-                "connector_type": "pooling",
-                "pooling_size": pooling_size,
-                **{ours: adapter[theirs] for ours, theirs in _CONNECTOR.items()},
-            },
+            "connector_config": connector_fields(adapter, vision_config, pooling_size),
             "llm_config": llm_config,
             "image_token_id": patch,
             "freeze_vision": False,
             "bidirectional_image_attention": own.get(_PREFIX_MASK, True),
-            "image_special_token_ids": _special_ids(own, llm_config.vocab_size),
-            **_end_ids(values, generation),
+            "image_special_token_ids": special_token_ids(own, llm_config.vocab_size, SPECIAL_IDS),
+            **end_ids(values, generation),
         }
     )
 
@@ -269,15 +261,21 @@ def molmo2_config_to_reference(config: NanoMolmo2Config) -> dict[str, Any]:
         **{frame: special[image] for frame, image in FRAME_MARKS.items()},
         "use_frame_special_tokens": False,
         _PREFIX_MASK: config.bidirectional_image_attention,
-        "text_config": from_table(_WRITTEN_TEXT, config.llm_config),
-        "vit_config": from_table(_WRITTEN_VISION, config.vision_config),
-        "adapter_config": from_table(_WRITTEN_ADAPTER, config.connector),
+        "text_config": from_table(WRITTEN_TEXT, config.llm_config),
+        "vit_config": from_table(WRITTEN_VISION, config.vision_config),
+        "adapter_config": from_table(WRITTEN_ADAPTER, config.connector),
     }
 
 
 def check_expressible(config: NanoMolmo2Config) -> None:
     """Raises: ValueError for a model that Molmo2's format has no words for."""
     connector, llm = config.connector, config.llm_config
+    if config.point_config is not None:
+        raise ValueError(
+            "Molmo2's format has no words for a model that points by selecting visual tokens "
+            "(point_config): export it in MolmoPoint's (export_molmo_point, nanomolmo2 export "
+            "--format molmo-point-hf)"
+        )
     if connector.connector_type != "pooling":
         raise ValueError(
             f"Molmo2's format can only express the attention-pooling connector, this model has the "
@@ -299,10 +297,21 @@ def check_expressible(config: NanoMolmo2Config) -> None:
             f"{llm.vocab_size}): keep it in our own format (NanoMolmo2.save_pretrained), or train "
             f"a model with such rows, such as the preset 'nanomolmo2-pooling'"
         )
+    if llm.predict_additional_vocab or not connector.attention_pooling_out_layer:
+        raise ValueError(
+            "Molmo2's format has a head of vocab_size rows and an output layer behind the pooling, "
+            "this model differs (predict_additional_vocab, attention_pooling_out_layer): keep it "
+            "in our own format (NanoMolmo2.save_pretrained)"
+        )
 
 
-def _parts(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The three parts in the spelling of transformers, checked, and what stands beside them."""
+def read_parts(
+    values: Mapping[str, Any], required: Requirements = REQUIRED
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The three parts in the spelling of transformers, checked, and what stands beside them.
+
+    required: what a part may say beside its sizes, and has to if it does.
+    """
     own = dict(values)
     if "vit_config" in own:
         if "vision_config" in own:
@@ -315,8 +324,8 @@ def _parts(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[s
             raise ValueError(f"{part}: expected an object, found {given!r}")
         fields = {names.get(str(name), str(name)): value for name, value in given.items()}
         try:
-            refuse_unknown(fields, _SIZES[part], extra=(*_REQUIRED[part], *_OTHERS[part]))
-            for name, (accepted, reason) in _REQUIRED[part].items():
+            refuse_unknown(fields, _SIZES[part], extra=(*required[part], *_OTHERS[part]))
+            for name, (accepted, reason) in required[part].items():
                 require(fields, name, accepted, reason)
         except ValueError as error:
             raise ValueError(f"{part}: {error}") from None
@@ -329,16 +338,22 @@ def _parts(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[s
     return parts, own
 
 
-def _special_ids(own: Mapping[str, Any], vocab_size: int) -> list[Any]:
-    """Ids of the tokens that the mask treats like image tokens."""
-    ids = {name: own.get(name, vocab_size + offset) for name, offset in SPECIAL_IDS.items()}
+def special_token_ids(
+    own: Mapping[str, Any], vocab_size: int, offsets: Mapping[str, int]
+) -> list[Any]:
+    """Ids of the tokens that the mask treats like image tokens; a file may leave some open.
+
+    offsets: of the token of each field behind ``vocab_size``.
+    """
+    ids = {name: own.get(name) for name in offsets}
     for frame, image in FRAME_MARKS.items():
         if ids[frame] == ids[image]:  # the tokens are there all the same, unused
-            ids[frame] = vocab_size + SPECIAL_IDS[frame]
-    return list(ids.values())
+            ids[frame] = None
+    return [vocab_size + offsets[name] if id is None else id for name, id in ids.items()]
 
 
-def _vision_config(vision: Mapping[str, Any]) -> VisionConfig:
+def vision_config_of(vision: Mapping[str, Any]) -> VisionConfig:
+    """Our config of a checked ``vision_config``."""
     fields = {name: vision[name] for name in _SIZES["vision_config"]}
     config = VisionConfig.from_dict(
         {**fields, "image_size": square("image_size", vision["image_size"])}
@@ -352,7 +367,15 @@ def _vision_config(vision: Mapping[str, Any]) -> VisionConfig:
     return config
 
 
-def _llm_config(text: Mapping[str, Any]) -> LLMConfig:
+def llm_config_of(
+    text: Mapping[str, Any], *, tied: bool = False, predict_additional_vocab: bool = False
+) -> LLMConfig:
+    """Our config of a checked ``text_config``.
+
+    Args:
+        tied: the head is the embedding table.
+        predict_additional_vocab: the head writes the additional tokens too.
+    """
     layers, depth = text.get("rope_scaling_layers"), text["num_hidden_layers"]
     if not (layers is None or (len(layers) == depth and layers == list(range(depth)))):
         raise ValueError(
@@ -365,10 +388,33 @@ def _llm_config(text: Mapping[str, Any]) -> LLMConfig:
         theta = read_rope_theta(text)
     except ValueError as error:
         raise ValueError(f"text_config: {error}") from None
-    return LLMConfig.from_dict({**fields, "rope_theta": theta, "tie_word_embeddings": False})
+    return LLMConfig.from_dict(
+        {
+            **fields,
+            "rope_theta": theta,
+            "tie_word_embeddings": tied,
+            "predict_additional_vocab": predict_additional_vocab,
+        }
+    )
 
 
-def _check_heads(name: str, part: Mapping[str, Any]) -> None:
+def connector_fields(
+    adapter: Mapping[str, Any], vision_config: VisionConfig, pooling_size: int
+) -> dict[str, Any]:
+    """Fields of our connector's config, from a checked ``adapter_config``."""
+    if adapter["hidden_size"] != vision_config.hidden_size:
+        raise ValueError(
+            f"adapter_config.hidden_size is {adapter['hidden_size']}, expected that of the vision "
+            f"encoder, {vision_config.hidden_size}"
+        )
+    return {
+        "connector_type": "pooling",
+        "pooling_size": pooling_size,
+        **{ours: adapter[theirs] for ours, theirs in _CONNECTOR.items()},
+    }
+
+
+def check_heads(name: str, part: Mapping[str, Any]) -> None:
     """Vision and connector have heads of one kind, which fill the width."""
     heads, width = part["num_attention_heads"], part["hidden_size"]
     keys, head = part.get("num_key_value_heads", heads), part.get("head_dim", width // heads)
@@ -379,7 +425,7 @@ def _check_heads(name: str, part: Mapping[str, Any]) -> None:
         )
 
 
-def _end_ids(values: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:
+def end_ids(values: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:
     """``eos_token_id`` and ``pad_token_id`` of the first file that has them."""
     found: dict[str, Any] = {"eos_token_id": None, "pad_token_id": None}
     places: Iterable[Mapping[str, Any]] = (generation or {}, values, values["text_config"])

@@ -6,7 +6,7 @@ first: Molmo2's files can not say everything that a processor of ours may do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -17,6 +17,7 @@ from nanomolmo2.convert.molmo2 import OFFICIAL_PROCESSOR_NAME, PREPROCESSOR_NAME
 from nanomolmo2.convert.reference_config import from_table, require, square
 from nanomolmo2.convert.remote_code import auto_map
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
+from nanomolmo2.processor.config import PointTokens
 from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.processor.processor import (
     TOKENIZER_FILE,
@@ -49,12 +50,18 @@ _LAYOUT_DEFAULTS = {
     "video_use_col_tokens": False,
     "use_frame_special_tokens": True,
 }
+# Whether the tokens of an overview are others than those of the tiles, as in MolmoPoint.
+OWN_OVERVIEW = "use_low_res_token_for_global_crops"
 _BILINEAR = 2  # PIL's number
 _STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
 
 
-def read_molmo2_processor(directory: str | Path) -> Processor:
+def read_molmo2_processor(
+    directory: str | Path, points_of: Callable[[Tokenizer], PointTokens] | None = None
+) -> Processor:
     """Read the processor of a Molmo2 folder, ours or an official one.
+
+    points_of: how the model of an official MolmoPoint folder writes points.
 
     Raises: FileNotFoundError; ValueError for settings that are not built here.
     """
@@ -62,6 +69,7 @@ def read_molmo2_processor(directory: str | Path) -> Processor:
     tokenizer = Tokenizer.from_file(directory / TOKENIZER_FILE)
     if (directory / OWN_NAME).exists():
         return Processor(ProcessorConfig.load(directory / OWN_NAME), tokenizer)
+    points = None if points_of is None else points_of(tokenizer)
     processor = read_if_there(directory / OFFICIAL_PROCESSOR_NAME)
     image = processor.get("image_processor") or read_if_there(directory / PREPROCESSOR_NAME)
     if not image:
@@ -71,7 +79,7 @@ def read_molmo2_processor(directory: str | Path) -> Processor:
         )
     video = processor.get("video_processor") or read_if_there(directory / VIDEO_NAME)
     try:
-        return Processor(_processor_config(processor, image, video), tokenizer)
+        return Processor(_processor_config(processor, image, video, points), tokenizer)
     except ValueError as error:
         raise ValueError(f"the processor's files in {directory}: {error}") from None
 
@@ -141,6 +149,7 @@ def write_molmo2_processor(processor: Processor, directory: Path, config: NanoMo
             "auto_map": auto_map("AutoProcessor"),
             **{name: accepted[0] for name, (accepted, _) in _LAYOUT.items()},
             "use_frame_special_tokens": video.use_frame_special_tokens,
+            **_overview(settings),
         },
         "tokenizer_config.json": {
             **from_table(_WRITTEN_TOKENIZER, settings),
@@ -152,6 +161,12 @@ def write_molmo2_processor(processor: Processor, directory: Path, config: NanoMo
     for name, values in files.items():
         write_json(directory / name, values)
     (directory / TEMPLATE_NAME).write_text(TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def _overview(settings: ProcessorConfig) -> dict[str, bool]:
+    """Molmo2's files do not know the setting."""
+    points = settings.points
+    return {} if points is None else {OWN_OVERVIEW: points.overview_token is not None}
 
 
 def _nearest_crops(settings: ProcessorConfig, config: NanoMolmo2Config) -> MultiCrop:
@@ -199,17 +214,24 @@ def changed_layout(settings: ProcessorConfig, config: NanoMolmo2Config) -> str |
 
 
 def _processor_config(
-    processor: Mapping[str, Any], image: Mapping[str, Any], video: Mapping[str, Any]
+    processor: Mapping[str, Any],
+    image: Mapping[str, Any],
+    video: Mapping[str, Any],
+    points: PointTokens | None,
 ) -> ProcessorConfig:
     layout = {**_LAYOUT_DEFAULTS, **processor}
     if not processor:
         layout = {name: accepted[0] for name, (accepted, _) in _LAYOUT.items()}
     for name, (accepted, reason) in _LAYOUT.items():
         require(layout, name, accepted, reason)
+    own_token = points is not None and points.overview_token is not None
+    require(
+        layout, OWN_OVERVIEW, (own_token, None), "config.json says which tokens an overview has"
+    )
     _check_images(image)
     size = _side(image.get("size", {"height": 378, "width": 378}))
     frames: dict[str, Any] = {
-        "use_frame_special_tokens": layout.get("use_frame_special_tokens", False)
+        "use_frame_special_tokens": layout.get("use_frame_special_tokens", points is not None)
     }
     if video:
         _check_images(video)
@@ -235,6 +257,7 @@ def _processor_config(
     return ProcessorConfig.molmo2(
         multicrop=MultiCrop.from_dict(crops),
         video=VideoConfig.from_dict(frames),
+        points=points,
         stop_tokens=(BOS,),
     )
 

@@ -2,7 +2,7 @@
 
 A name or path is looked up in this order:
 
-1. a folder: our own format, Molmo2's, or a Hugging Face checkpoint of the part;
+1. a folder: our own format, Molmo2's, MolmoPoint's, or a Hugging Face checkpoint of the part;
 2. ``"tiny"``: the bundled model;
 3. no name, or the name of a part's own repository: the converted file in ``cache_dir``, if there;
 4. ``owner/name`` on the Hugging Face hub.
@@ -25,11 +25,14 @@ from nanomolmo2.accelerate import defaults
 from nanomolmo2.accelerate.device import Device, choose_device
 from nanomolmo2.accelerate.quantization import Modes, fixed_dtypes
 from nanomolmo2.convert.adapters import merge_adapters
+from nanomolmo2.convert.agreement import TOKENIZER_NAME, check_agreement
 from nanomolmo2.convert.folder import kind_of, write_json, write_weights, written_aside
 from nanomolmo2.convert.hub import WEIGHT_FILES, cache_matches, fetch
 from nanomolmo2.convert.model_card import model_card, write_card
 from nanomolmo2.convert.molmo2 import open_molmo2
 from nanomolmo2.convert.molmo2_config import MODEL_TYPE as MOLMO2
+from nanomolmo2.convert.molmo_point import open_molmo_point
+from nanomolmo2.convert.molmo_point_config import MODEL_TYPE as MOLMO_POINT
 from nanomolmo2.convert.parts import (
     CONFIG_NAME,
     LLM,
@@ -63,8 +66,8 @@ from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 if TYPE_CHECKING:
     from nanomolmo2.processor import Processor
 
-PROCESSOR_NAME = "processor_config.json"
-TOKENIZER_NAME = "tokenizer.json"
+# Whole models in the formats of AI2, by the model_type of their configs.
+RELEASED = {MOLMO2: open_molmo2, MOLMO_POINT: open_molmo_point}
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
 
 # Everything a repository in our own format may hold.
@@ -125,7 +128,7 @@ def load_nanomolmo2(
     adapter_weights: Sequence[float] | None = None,
 ) -> NanoMolmo2:
     """Load a whole model: a folder that ``save_pretrained`` wrote, a Molmo2 checkpoint (released or
-    transformers' own names), ``"tiny"``, or one of both kinds on the hub.
+    transformers' own names), a MolmoPoint checkpoint, ``"tiny"``, or one of these on the hub.
 
     Without a name: SigLIP 2 and Qwen3-0.6B-Base, joined by a fresh connector.
     Arguments as :func:`load_vision_encoder`, and:
@@ -195,10 +198,15 @@ def load_processor(
 
     if name_or_path is not None:
         directory = find_directory(name_or_path, revision)
-        if read_config(directory).get("model_type") == MOLMO2:
+        model_type = _model_type(directory)
+        if model_type == MOLMO2:
             from nanomolmo2.convert.molmo2_processor import read_molmo2_processor
 
             return read_molmo2_processor(directory)
+        if model_type == MOLMO_POINT:
+            from nanomolmo2.convert.molmo_point_processor import read_molmo_point_processor
+
+            return read_molmo_point_processor(directory)
         return Processor.load(directory)
     directory = fetch(LLM.repository, allow_patterns=(TOKENIZER_NAME,)).directory
     return Processor(ProcessorConfig(), Tokenizer.from_file(directory / TOKENIZER_NAME))
@@ -310,10 +318,10 @@ def _open_part(
     if Path(name).is_file():
         return _open_cache(part, CacheFile(name))
     directory = find_directory(name, revision)
-    model_type = read_config(directory).get("model_type")
+    model_type = _model_type(directory)
     if model_type == own_type(part):
         return _open_own_part(directory, part)
-    if model_type not in (MODEL_TYPE, MOLMO2):
+    if model_type not in (MODEL_TYPE, *RELEASED):
         return open_reference(directory, part)
     model, tensors = _open_whole(directory)
     start = f"{part.component}."
@@ -322,15 +330,15 @@ def _open_part(
 
 
 def _open_whole(directory: Path) -> tuple[NanoMolmo2, Mapping[str, Readable]]:
-    """A whole model in our or Molmo2's format: on the meta device, and its tensors, not read."""
-    model_type = read_config(directory).get("model_type")
-    if model_type == MOLMO2:
-        return open_molmo2(directory)
+    """A whole model in any format: on the meta device, and its tensors, not read."""
+    model_type = _model_type(directory)
+    if model_type in RELEASED:
+        return RELEASED[model_type](directory)
     if model_type != MODEL_TYPE:
         raise ValueError(
             f"{directory} holds a checkpoint of type (model_type in {CONFIG_NAME}) "
-            f"{model_type!r:.60}, expected {MODEL_TYPE!r} or {MOLMO2!r}: a vision encoder or "
-            f"language model alone loads with VisionEncoder.from_pretrained or "
+            f"{model_type!r:.60}, expected {MODEL_TYPE!r}, {MOLMO2!r} or {MOLMO_POINT!r}: a vision "
+            f"encoder or language model alone loads with VisionEncoder.from_pretrained or "
             f"LanguageModel.from_pretrained"
         )
     config = NanoMolmo2Config.load(directory / CONFIG_NAME, ignore=("model_type", QUANTIZATION))
@@ -341,6 +349,11 @@ def _open_whole(directory: Path) -> tuple[NanoMolmo2, Mapping[str, Readable]]:
     prepare_parts(dict(model.named_children()), entry, directory)
     _check_fit(model, tensors, str(directory))
     return model, tensors
+
+
+def _model_type(directory: Path) -> str | None:
+    found = read_config(directory).get("model_type")
+    return None if found is None else str(found)  # a file may hold anything
 
 
 def _open_own_part(directory: Path, part: Part) -> tuple[nn.Module, Mapping[str, Readable]]:
@@ -472,45 +485,6 @@ def _check_fit(module: nn.Module, tensors: Mapping[str, Shaped], source: str) ->
             raise ValueError(
                 f"{source}: {name} is stored as {tensors[name].dtype}, but {CONFIG_NAME} says that "  # type: ignore[attr-defined]
                 f"it is {fixed}: the two are of different checkpoints"
-            )
-
-
-def check_agreement(config: NanoMolmo2Config, processor: Processor) -> None:
-    """Model and processor were made apart and meet here.
-
-    Raises: ValueError naming what differs.
-    """
-    vision, settings, connector = config.vision_config, processor.config, config.connector
-    vocabulary, rows = processor.tokenizer.vocab_size, config.llm_config.num_embeddings
-    pairs: list[tuple[str, int, int]]
-    if (crops := settings.multicrop) is not None:
-        pairs = [
-            ("pixels a side of a crop", crops.image_size, vision.image_size),
-            ("pixels a side of a patch", crops.patch_size, vision.patch_size),
-            ("patches a side of a window", crops.pooling_size, connector.pooling_size),
-        ]
-        if connector.connector_type != "pooling":
-            raise ValueError(
-                f"the processor cuts pictures into crops and names the patches that are pooled, "
-                f"but the model has the {connector.connector_type!r} connector, expected 'pooling'"
-            )
-    else:
-        side, tokens = settings.image_size // vision.patch_size, settings.image_tokens
-        expected = config.num_visual_tokens
-        pairs = [
-            ("patches a side", side, vision.patches_per_side),
-            ("image_tokens", tokens or expected, expected),
-        ]
-    pairs += [
-        ("the id of its image token", processor.image_token_id, config.image_token_id),
-        ("tokens", vocabulary, min(vocabulary, rows)),  # rows that no token uses are fine
-    ]
-    for what, found, expected in pairs:
-        if found != expected:
-            raise ValueError(
-                f"the processor does not belong to the model: {what}: {found}, the model expects "
-                f"{expected}; use the {PROCESSOR_NAME} and {TOKENIZER_NAME} that were saved with "
-                f"the weights"
             )
 
 

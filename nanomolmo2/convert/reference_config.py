@@ -140,7 +140,7 @@ def llm_config_to_reference(config: LLMConfig) -> dict[str, Any]:
             f"rows without a logit: save the whole model with NanoMolmo2.save_pretrained"
         )
     values = config.to_dict()
-    del values["additional_vocab_size"]
+    del values["additional_vocab_size"], values["predict_additional_vocab"]
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

@@ -108,57 +108,110 @@ _BLOCK = "llm.layers.{}"
 _VIT_BLOCK = "vision_encoder.layers.{}"
 _POOLING = "connector.layers.image_pooling_2d"
 _PROJECTOR = "connector.layers.image_projector"
+_POINTS = "point_predictor"
 
-# The released files of Molmo2. Their halves of ff_proj are up, then gate: swapped they would load
-# just as well. The connector's w1 is its gate, w3 its up.
+
+def _pooling(home: str) -> RowTable:
+    """The connector of released files: ``w1`` of its MLP is the gate, ``w3`` up.
+
+    MolmoPoint has no ``wo``: a rule is asked for only where our model has its tensors.
+    """
+    return (
+        *_same(
+            *(f"{home}.image_pooling_2d", _POOLING),
+            *_both("wq=q_proj", "wk=k_proj", "wv=v_proj", "wo=o_proj"),
+        ),
+        *_same(
+            *(f"{home}.image_projector", _PROJECTOR),
+            *("w1.weight=gate_proj.weight", "w2.weight=down_proj.weight"),
+            "w3.weight=up_proj.weight",
+        ),
+    )
+
+
+def _released_vision(home: str) -> RowTable:
+    """The vision encoder of released files."""
+    return (
+        Rows(
+            (f"{home}.patch_embedding.weight",),
+            ("vision_encoder.patch_embedding.weight",),
+            patches=True,
+        ),
+        *_same(
+            *(home, "vision_encoder"),
+            "patch_embedding.bias",
+            "positional_embedding=position_embedding.weight",
+        ),
+        *_same(
+            *(f"{home}.transformer.resblocks.{{}}", _VIT_BLOCK),
+            *_both("attention_norm=layer_norm1", "ffn_norm=layer_norm2"),
+            *_both("attention.wq=self_attn.q_proj", "attention.wk=self_attn.k_proj"),
+            *_both("attention.wv=self_attn.v_proj", "attention.wo=self_attn.out_proj"),
+            *_both("feed_forward.w1=mlp.fc1", "feed_forward.w2=mlp.fc2"),
+        ),
+    )
+
+
+def _released_decoder(home: str, attention: str = "self_attn.", mlp: str = "mlp.") -> RowTable:
+    """The decoder of released files, without its head.
+
+    Their halves of ``ff_proj`` are up, then gate: swapped they would load just as well.
+    """
+    block = f"{home}.blocks.{{}}"
+    return (
+        Rows((f"{home}.wte.embedding", f"{home}.wte.new_embedding"), ("llm.embed_tokens.weight",)),
+        *_same(home, "llm", "ln_f.weight=norm.weight"),
+        *_same(
+            *(block, _BLOCK),
+            "attn_norm.weight=input_layernorm.weight",
+            "ff_norm.weight=post_attention_layernorm.weight",
+            f"{attention}attn_out.weight=self_attn.o_proj.weight",
+            f"{attention}q_norm.weight=self_attn.q_norm.weight",
+            f"{attention}k_norm.weight=self_attn.k_norm.weight",
+            f"{mlp}ff_out.weight=mlp.down_proj.weight",
+        ),
+        Rows(
+            (f"{block}.{attention}att_proj.weight",),
+            tuple(f"{_BLOCK}.self_attn.{p}_proj.weight" for p in "qkv"),
+        ),
+        Rows(
+            (f"{block}.{mlp}ff_proj.weight",),
+            (f"{_BLOCK}.mlp.up_proj.weight", f"{_BLOCK}.mlp.gate_proj.weight"),
+        ),
+    )
+
+
 MOLMO2_LEGACY: RowTable = (
-    Rows(
-        ("model.transformer.wte.embedding", "model.transformer.wte.new_embedding"),
-        ("llm.embed_tokens.weight",),
-    ),
-    *_same("model.transformer", "llm", "ln_f.weight=norm.weight"),
+    *_released_decoder("model.transformer"),
     *_HEAD,
-    *_same(
-        *("model.transformer.blocks.{}", _BLOCK),
-        "attn_norm.weight=input_layernorm.weight",
-        "ff_norm.weight=post_attention_layernorm.weight",
-        "self_attn.attn_out.weight=self_attn.o_proj.weight",
-        *("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
-        "mlp.ff_out.weight=mlp.down_proj.weight",
-    ),
-    Rows(
-        ("model.transformer.blocks.{}.self_attn.att_proj.weight",),
-        tuple(f"{_BLOCK}.self_attn.{p}_proj.weight" for p in "qkv"),
-    ),
-    Rows(
-        ("model.transformer.blocks.{}.mlp.ff_proj.weight",),
-        (f"{_BLOCK}.mlp.up_proj.weight", f"{_BLOCK}.mlp.gate_proj.weight"),
-    ),
-    Rows(
-        ("model.vision_backbone.image_vit.patch_embedding.weight",),
-        ("vision_encoder.patch_embedding.weight",),
-        patches=True,
-    ),
-    *_same(
-        *("model.vision_backbone.image_vit", "vision_encoder"),
-        "patch_embedding.bias",
-        "positional_embedding=position_embedding.weight",
-    ),
-    *_same(
-        *("model.vision_backbone.image_vit.transformer.resblocks.{}", _VIT_BLOCK),
-        *_both("attention_norm=layer_norm1", "ffn_norm=layer_norm2"),
-        *_both("attention.wq=self_attn.q_proj", "attention.wk=self_attn.k_proj"),
-        *_both("attention.wv=self_attn.v_proj", "attention.wo=self_attn.out_proj"),
-        *_both("feed_forward.w1=mlp.fc1", "feed_forward.w2=mlp.fc2"),
-    ),
-    *_same(
-        *("model.vision_backbone.image_pooling_2d", _POOLING),
-        *_both("wq=q_proj", "wk=k_proj", "wv=v_proj", "wo=o_proj"),
-    ),
-    *_same(
-        *("model.vision_backbone.image_projector", _PROJECTOR),
-        *("w1.weight=gate_proj.weight", "w2.weight=down_proj.weight", "w3.weight=up_proj.weight"),
-    ),
+    *_released_vision("model.vision_backbone.image_vit"),
+    *_pooling("model.vision_backbone"),
+)
+
+_SELECTORS = (
+    *("x_norm.weight", "add_no_point_class_embed.vector"),
+    *_both("patch_q", "patch_k", "subpatch_q", "subpatch_k", "subpatch_loc_k"),
+)
+_VIT_EMBEDDING = _both("build_vit_embedding")
+
+# The released files of MolmoPoint. The head is two tensors, without ".weight"; tied models have
+# neither.
+MOLMO_POINT: RowTable = (
+    *_released_decoder("model.transformer"),
+    Rows(("lm_head.output_embeddings", "lm_head.new_output_embeddings"), ("llm.lm_head.weight",)),
+    *_released_vision("model.vit"),
+    *_pooling("model.connector"),
+    *_same("model", _POINTS, *_VIT_EMBEDDING),
+    *_same("model.point_predictor", _POINTS, *_SELECTORS),
+)
+
+# What AI2's training code calls them.
+MOLMO_POINT_TRAINING: RowTable = (
+    *_released_decoder("transformer", attention="", mlp=""),
+    Rows(("transformer.ff_out.weight", "transformer.ff_out.new_weight"), ("llm.lm_head.weight",)),
+    *_released_vision("vit"),
+    *_pooling("connector"),
+    *(Rows((name,), (f"{_POINTS}.{name}",)) for name in (*_VIT_EMBEDDING, *_SELECTORS)),
 )
 
 # What transformers itself (5.23) calls them.

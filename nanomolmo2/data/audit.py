@@ -202,7 +202,7 @@ class _Auditor:
 
     def _check_length(self, record: int, encoded: Encoded) -> None:
         report = self._report
-        is_image = encoded.input_ids == self.processor.image_token_id
+        is_image = np.isin(encoded.input_ids, self.processor.image_token_ids)
         ends = np.cumsum(np.where(is_image, self.visual_tokens, 1))
         fits = ends <= report.max_tokens
         length, labels = int(ends[-1]), learned(encoded)

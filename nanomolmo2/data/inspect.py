@@ -278,7 +278,7 @@ def _tokens(encoded: Encoded, processor: Processor) -> list[Token]:
         if "�" in text:  # a part of a character
             text = tokenizer.backend.id_to_token(id) or text
         role: Role
-        if id == processor.image_token_id:
+        if id in processor.image_token_ids:
             role = "image"
         elif id in special:
             role = "special"

@@ -16,7 +16,8 @@ from nanomolmo2.data.fields import TRUTH
 from nanomolmo2.data.placeholders import place_tags
 from nanomolmo2.data.record import PointsScale, Prompts, Record, address_key, short
 from nanomolmo2.processor.chat import read_messages
-from nanomolmo2.processor.points import SCALE, Point, PointMode, Size, format_points
+from nanomolmo2.processor.point import Point, Size, join_points
+from nanomolmo2.processor.points import SCALE, PointMode, format_points
 
 __all__ = ["LAYOUTS", "PointsScale", "Prompts", "Record", "address_key", "layout_of"]
 
@@ -71,7 +72,7 @@ def _join_system(record: Record, messages: Sequence[Any]) -> list[Any]:
     texts = [content for content in contents if isinstance(content, str)]
     if len(texts) < 2:
         record.bad("a system message and the question after it must both be plain text")
-    return [{**rest[0], "content": "\n\n".join(texts)}, *rest[1:]]
+    return [{**rest[0], "content": join_points(texts, "\n\n")}, *rest[1:]]
 
 
 def exchange(question: str, answer: str) -> list[Message]:
@@ -125,11 +126,7 @@ def points_text(
             "bad points",
         )
     default = value.get("label") or "point"
-    stated = (value.get("points_scale"), record.values.get("points_scale"), record.points_scale)
-    scale = next(scale for scale in stated if scale is not None)
-    if scale not in get_args(PointsScale):
-        known = ", ".join(get_args(PointsScale))
-        record.bad(f"points_scale is {short(scale)}, expected one of {known}", "bad points")
+    scale = _scale_of(record, value)
     sizes = [image.size for image in images]
     video_size = record.video_size(video) if points else None
     labels = [point.get("label") or default for point in points]
@@ -145,7 +142,34 @@ def points_text(
         x, y = _in_pixels(record, point, scale, size)
         groups.setdefault(label, []).append(Point(x, y, number, time=point.get("time")))
     mode = value.get("mode", "point")
-    return ", ".join(_format(record, *group, sizes, mode, video_size) for group in groups.items())
+    tags = [_format(record, *group, sizes, mode, video_size) for group in groups.items()]
+    return join_points(tags, ", ")
+
+
+def _scale_of(record: Record, value: Mapping[str, Any]) -> str:
+    """The scale that points have by their own word, by that of the record, or of the source."""
+    stated = (value.get("points_scale"), record.values.get("points_scale"), record.points_scale)
+    scale: str = next(scale for scale in stated if scale is not None)
+    if scale not in get_args(PointsScale):
+        known = ", ".join(get_args(PointsScale))
+        record.bad(f"points_scale is {short(scale)}, expected one of {known}", "bad points")
+    return scale
+
+
+def _point_part(
+    record: Record, part: Any, value: Mapping[str, Any], sizes: Sequence[Size], video: Any
+) -> Any:
+    """A part ``{"type": "point", "x", "y", "image"? or "time"?}`` in pixels; others as they are."""
+    if not isinstance(part, Mapping) or part.get("type") != "point":
+        return part
+    if not _is_point(part):
+        record.bad(f"found the point {short(part)}, expected 'x' and 'y' in pixels", "bad points")
+    number = _number_of(record, part, video)
+    size = record.video_size(video) if video is not None else None
+    if size is None and 1 <= number <= len(sizes):
+        size = sizes[number - 1]
+    x, y = _in_pixels(record, part, _scale_of(record, value), size)
+    return {**part, "x": x, "y": y}
 
 
 def _number_of(record: Record, point: Mapping[str, Any], video: Any) -> int:
@@ -242,9 +266,12 @@ def _own_branch(record: Record, values: Any, images: list[Image.Image], video: A
     truth = {**_truth_beside(values, record.points_scale), **(truth or {})}
 
     def content(value: Any) -> Any:
+        inherited = {"points_scale": values.get("points_scale")}
         if isinstance(value, Mapping) and "points" in value:
-            inherited = {"points_scale": values.get("points_scale")}
             return points_text(record, {**inherited, **value}, images, video)
+        if isinstance(value, list):
+            sizes = [image.size for image in images]
+            return [_point_part(record, part, inherited, sizes, video) for part in value]
         return value
 
     if values.get("messages") is not None:
@@ -277,6 +304,7 @@ def _own_branch(record: Record, values: Any, images: list[Image.Image], video: A
         )
     if answer is None and (record.needs_answer or not truth):
         record.bad("its question has no answer", "no answer")
+    question = content(question) if isinstance(question, list) else question
     asked: list[Message] = [{"role": "user", "content": question}]
     messages = asked if answer is None else exchange(question, content(answer))
     return check_branch(record, without_tags(record, messages, len(images), video), task, truth)

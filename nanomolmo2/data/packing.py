@@ -17,7 +17,14 @@ import numpy as np
 from nanomolmo2.batch import IGNORED_LABEL, PACK_SUBSEGMENT
 from nanomolmo2.data.example import BadExample
 from nanomolmo2.processor import Encoded
-from nanomolmo2.processor.collate import join_windows, labels_of, subsegments_of, weights_of
+from nanomolmo2.processor.collate import (
+    check_targets,
+    join_targets,
+    join_windows,
+    labels_of,
+    subsegments_of,
+    weights_of,
+)
 
 PACKING_BUFFER = 48  # examples that wait for a row
 STEPS = 512  # at least so many different lengths are told apart when a row is chosen
@@ -186,21 +193,24 @@ def join(examples: Sequence[Encoded]) -> Encoded:
     """Several examples as one row, in which the model computes for each what it does alone.
 
     Subsegments grow by 100000 an example, which keeps both text and images apart; positions go on
-    restarting; crops are counted through the row. For designs that write out one image token a
-    visual token; the model refuses others.
+    restarting; crops, and the rows and lists of points, are counted through the row. For designs
+    that write out one image token a visual token; the model refuses others.
 
     What only describes the images (sizes, grids, times) stays with the examples.
 
-    Raises: ValueError for no examples.
+    Raises: ValueError for no examples, and for markers of points that do not fit their targets.
     """
     if not examples:
         raise ValueError("there is nothing to join: give at least one encoded example")
+    for example in examples:
+        check_targets(example)
     labels = np.concatenate([labels_of(e) for e in examples])
     weights = np.concatenate([weights_of(e) for e in examples])
     # Nothing is predicted at the beginning of an example, so not by the example before it either.
     firsts = np.cumsum([0, *(len(e.input_ids) for e in examples[:-1])])
     labels[firsts], weights[firsts] = IGNORED_LABEL, 0
     images = [e.pixel_values for e in examples if e.pixel_values is not None]
+    targets, lists = join_targets(examples)
     return Encoded(
         input_ids=np.concatenate([e.input_ids for e in examples]),
         position_ids=np.concatenate([e.position_ids for e in examples]),
@@ -211,4 +221,6 @@ def join(examples: Sequence[Encoded]) -> Encoded:
         ),
         pixel_values=np.concatenate(images) if images else None,
         image_token_pooling=join_windows(examples),
+        point_targets=targets,
+        point_lists=lists,
     )

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nanomolmo2.processor.point import PointsText, tags_of
+
 _TAG = re.compile(r"<(image|video)(?:[ _-]?(\d{1,4}))?>", re.IGNORECASE)
 _OPENING = re.compile(rf"\s*(?:{_TAG.pattern}\s*)*", re.IGNORECASE)
 # What other programs write in place of a picture; none of it may reach a prompt or an answer.
@@ -62,9 +64,22 @@ def place_tags(
     for turn, (content, tags) in enumerate(zip(contents, found, strict=True)):
         number = 0 if repeats else number
         opens = turn == 0 or repeats
-        placed.append(_Placer(num_images, opens, number).place(content) if tags else content)
+        text = _Placer(num_images, opens, number).place(content) if tags else content
+        placed.append(_with_points(content, text) if isinstance(text, str) else text)
         number += counts[turn]
     return placed, problem
+
+
+def _with_points(before: Any, after: str) -> str:
+    """What became of a text, with the points that it remembers."""
+    kept, at = [], 0
+    for tag in tags_of(before) if isinstance(before, str) else ():
+        written = before[tag.start : tag.stop]
+        if (at := after.find(written, at)) < 0:  # its label holds a tag of a picture
+            return after
+        kept.append(tag._replace(start=at, stop=at + len(written)))
+        at += len(written)
+    return PointsText(after, kept) if kept else after
 
 
 def _tags_of(content: Any) -> Iterator[tuple[str, int]]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from nanomolmo2.config import Config
 from nanomolmo2.data.example import Branch, Example
-from nanomolmo2.emoji.questions import PLURAL, exchange
+from nanomolmo2.emoji.questions import PLURAL, exchange, with_exact_points
 from nanomolmo2.emoji.scenes import (
     TEST_STREAM,
     Drawing,
@@ -183,14 +183,12 @@ def ask_about_clip(
         return wording(task).format(a=f"{article(noun)} {noun}", one=noun, many=PLURAL[noun], at=at)
 
     def points(noun: str, chosen: list[int]) -> list[Point]:
-        found = []
-        for number, o in enumerate(clip.named(noun)):
-            for frame in chosen:
-                center = o.center(frame)
-                if center is not None:
-                    x, y = _snapped(center, size, snap)
-                    found.append(Point(x, y, id=number, time=clip.video.times[frame]))
-        return found
+        return [
+            Point(*center, id=number, time=clip.video.times[frame])
+            for number, o in enumerate(clip.named(noun))
+            for frame in chosen
+            if (center := o.center(frame)) is not None
+        ]
 
     every = list(range(len(clip.video.frames)))
     branches = []
@@ -200,7 +198,8 @@ def ask_about_clip(
             {"time": clip.video.times[i], "boxes": [_listed(o.boxes[i]) for o in clip.named(noun)]}
             for i in every
         ]
-        answer = format_tracks(points(noun, every), noun, size)
+        places = points(noun, every)
+        answer = with_exact_points(format_tracks(_snapped(places, size, snap), noun, size), places)
         branches.append(exchange("track", ask("track", noun), answer, noun=noun, frames=truth))
     for _ in range(config.appears):
         noun = draw_noun()
@@ -210,7 +209,9 @@ def ask_about_clip(
     for _ in range(config.video_point):
         noun, frame = draw_noun(), int(rng.integers(len(every)))
         boxes = [_listed(o.boxes[frame]) for o in clip.named(noun)]
-        answer = format_points(points(noun, [frame]), noun, video_size=size)
+        places = points(noun, [frame])
+        answer = format_points(_snapped(places, size, snap), noun, video_size=size)
+        answer = with_exact_points(answer, places)
         time = clip.video.times[frame]
         question = ask("video_point", noun, time)
         boxes = [box for box in boxes if box is not None]
@@ -224,9 +225,11 @@ def _listed(box: Box | None) -> list[float] | None:
     return None if box is None else list(box)
 
 
-def _snapped(center: tuple[float, float], size: tuple[int, int], snap: int) -> tuple[float, float]:
+def _snapped(points: Sequence[Point], size: tuple[int, int], snap: int) -> list[Point]:
     step_x, step_y = (snap * side / SCALE for side in size)
-    return round(center[0] / step_x) * step_x, round(center[1] / step_y) * step_y
+    return [
+        replace(p, x=round(p.x / step_x) * step_x, y=round(p.y / step_y) * step_y) for p in points
+    ]
 
 
 def test_clip(

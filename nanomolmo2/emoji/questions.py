@@ -47,7 +47,8 @@ from nanomolmo2.emoji.wordings import (
     Task,
     Wordings,
 )
-from nanomolmo2.processor.points import SCALE, Point, format_points
+from nanomolmo2.processor.point import Point, PointsText, join_points, tags_of
+from nanomolmo2.processor.points import SCALE, format_points
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NONE_ANSWER, NOTHING_ANSWER = "There are none.", "Nothing."
@@ -305,7 +306,7 @@ class _Asker:
             list=" and ".join([", ".join(named[:-1]), named[-1]])
         )
         there = [n for n in nouns if n in self.objects]
-        answer = " ".join(self._points(noun, "point") for noun in there) or NONE_ANSWER
+        answer = join_points([self._points(noun, "point") for noun in there], " ") or NONE_ANSWER
         groups = [self._group(noun, self.objects[noun]) for noun in there]
         return exchange("points", question, answer, nouns=nouns, groups=groups)
 
@@ -391,7 +392,8 @@ class _Asker:
         mode: Literal["point", "point_count"],
     ) -> str:
         points = [Point(*self._snapped(center)) for center in centres]
-        return format_points(points, label, [self.image_size], mode=mode)
+        text = format_points(points, label, [self.image_size], mode=mode)
+        return with_exact_points(text, [Point(*center) for center in centres])
 
     def _snapped(self, center: tuple[float, float]) -> tuple[float, float]:
         step_x, step_y = (self.snap * side / SCALE for side in self.image_size)
@@ -413,6 +415,12 @@ class _Asker:
             points=[list(o.center) for o in objects],
             boxes=[list(o.box) for o in objects],
         )
+
+
+def with_exact_points(text: str, points: Sequence[Point]) -> str:
+    """An answer whose coordinates are rounded, remembering where its points really are."""
+    tags = [tag._replace(points=tuple(points)) for tag in tags_of(text)]
+    return PointsText(text, tags) if tags else text
 
 
 def exchange(task: Task, question: str, answer: str, **truth: Any) -> Branch:

@@ -21,6 +21,7 @@ from nanomolmo2.data.example import Branch, Example
 from nanomolmo2.evaluation.intervals import bootstrap_interval
 from nanomolmo2.evaluation.questions import shown_in as shown_in
 from nanomolmo2.evaluation.scorers import Scorer, Shown
+from nanomolmo2.generation.answer import in_coordinates
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.processor.chat import Message
 from nanomolmo2.processor.collate import collate
@@ -169,10 +170,11 @@ def answer_all(
 ) -> None:
     """Fill in the answers. Questions of one kind share a batch.
 
-    Every image and frame is encoded once, unless the processor cuts images into crops.
+    Every image and frame is encoded once, unless the processor cuts images into crops, or the model
+    points by selecting what it sees.
     """
     visual = None
-    if processor.config.multicrop is None:
+    if processor.config.multicrop is None and processor.config.points is None:
         visual = _encode_examples(model, processor, exam.examples, batch_size)
     device = next(model.parameters()).device
     tasks = list(exam.benchmark.scorers)
@@ -192,8 +194,9 @@ def answer_all(
             max_new_tokens=max(limits),
             lookup=False,  # a batch this large has nothing to gain from guesses
         )
-        for row, new, limit in zip(rows, ids[:, batch.input_ids.shape[1] :], limits, strict=True):
-            row.answer = processor.decode(new[:limit])
+        answers = ids[:, batch.input_ids.shape[1] :]
+        for row, prompt, new, limit in zip(rows, encoded, answers, limits, strict=True):
+            row.answer = in_coordinates(processor.decode(new[:limit]), prompt.point_space)
         done += len(rows)
         if on_progress is not None:
             on_progress(done, len(order))

@@ -97,7 +97,7 @@ class Requests:
                 self._questions(asked), batch_size=self.batch_size, options=options
             )
             for request, answer in zip(asked, found, strict=True):
-                text = "" if isinstance(answer, ValueError) else answer.text
+                text = "" if isinstance(answer, ValueError) else answer.coordinates
                 if isinstance(answer, ValueError):
                     where = f"{request.args[4]}, record {request.args[3]}"
                     warnings.warn(f"{where} counts as not answered: {answer}", stacklevel=2)

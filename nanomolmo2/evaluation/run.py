@@ -198,7 +198,7 @@ def _ask_all(
             if isinstance(found, ValueError):
                 one = Refused(str(found))
             else:
-                one = judge(question, found.text, found.finish_reason == "stop")
+                one = judge(question, found.coordinates, found.finish_reason == "stop")
             answers.append(one)
             if store is not None:
                 store.add(question, one)

@@ -7,7 +7,8 @@ A step computes the new positions of all rows behind one another, as one row of 
 no padding. Keys and values of a row are its own, and so is its attention.
 
 A decoding step sends one tensor of ids and positions to the device and waits for one that comes
-back: what the samplers need of the logits.
+back: what the samplers need of the logits. Only a part of a point that is being selected waits for
+one more, see `nanomolmo2.generation.pointing`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -24,10 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanomolmo2.accelerate.prefill import last_hidden_state
+from nanomolmo2.accelerate.prefill import last_state
 from nanomolmo2.accelerate.quantization import cache_dtype
 from nanomolmo2.generation.invariant import FixedBlocks
 from nanomolmo2.generation.kv_cache import RaggedStep, RowCache
+from nanomolmo2.generation.pointing import Pointing, fetch_scores
 from nanomolmo2.generation.prefix_cache import Prefix, PrefixCache, lookahead_of
 from nanomolmo2.generation.request import Event as Event
 from nanomolmo2.generation.request import Request as Request
@@ -100,13 +102,23 @@ class _Row:
         positions = request.position_ids
         self.positions = torch.arange(self.T) if positions is None else positions.flatten().cpu()
         self.next_position = int(self.positions.max()) + 1
-        self.sampler = Sampler(request.sampling, self.ids or ())
+        written = self.ids or []  # what the repetition penalty counts
+        if request.points is not None:
+            written = [id for id in written if id not in request.points.rule.marker_ids]
+        self.sampler = Sampler(request.sampling, written)
+        self.pointing: Pointing | None = None
+        if request.points is not None:
+            self.pointing = Pointing(request.points, self.ids or [], self.keys, self.sampler)
         self.stop_ids = {*request.eos_token_ids, *request.sampling.stop_token_ids}
         self.cache = RowCache(0)
         self.drafter: Drafter | None = None
         self.tokens: list[int] = []
+        self.content: list[int] = []  # of the tokens, for the prefix cache
+        self.settled = 0  # tokens of the steps before
         self.sampled: list[Sampled] = []
         self.reused = 0
+        self.reason: str | None = None  # why the answer ended
+        self.at_point: tuple[int, Sampled] | None = None  # a position of this step, and its PATCH
 
     def _check_length(self, context: int) -> None:
         T, new = self.T, self.request.max_new_tokens
@@ -131,16 +143,42 @@ class _Row:
     def prefix(self) -> Prefix:
         """What the row's cache holds, the answer included."""
         assert self.keys is not None
-        keys = np.concatenate([self.keys, np.array(self.tokens, dtype=np.int64)])
-        return Prefix(keys[: self.cache.length], self.lookahead, self.cache)
+        keys = np.concatenate([self.keys, np.array(self.content, dtype=np.int64)])
+        point_keys = None if self.pointing is None else self.pointing.keys
+        return Prefix(keys[: self.cache.length], self.lookahead, self.cache, point_keys)
 
-    def choose(self, logits: Likeliest | Tensor) -> Sampled:
-        """The next token."""
-        sampled = self.sampler.choose(logits)
-        self.tokens.append(sampled.token)
+    @property
+    def selects(self) -> bool:
+        """Whether the next token is a part of a point that has begun, and needs no head."""
+        return self.pointing is not None and self.pointing.grammar.expects != "text"
+
+    def forbid(self, logits: Tensor) -> None:
+        """Exclude from logits (n, V) of the next text tokens what cannot come: markers, mostly."""
+        if self.pointing is not None:
+            for marker in self.pointing.forbidden(first=not self.tokens):
+                logits[:, marker] = -torch.inf
+
+    @property
+    def newest(self) -> int:
+        """The newest token, as the embedding knows it."""
+        token = self.tokens[-1]
+        return token if self.pointing is None else self.pointing.marker(token)
+
+    def symbols(self, tokens: list[int]) -> list[int]:
+        """Tokens of the answer as other answers can know them."""
+        return tokens if self.pointing is None else self.pointing.symbols(tokens)
+
+    def write(self, sampled: Sampled) -> Event:
+        """Append the next token."""
+        token = sampled.token
+        is_class = self.pointing is not None and token >= self.pointing.classes.first
+        self.tokens.append(token)
+        self.sampler.take(self.newest, repeats=not is_class)
+        self.content.append(token if self.pointing is None else self.pointing.take(token))
         if self.request.sampling.logprobs is not None:
             self.sampled.append(sampled)
-        return sampled
+        self.reason = self.finish_reason()
+        return Event(self.id, sampled, None if self.reason is None else self.result(self.reason))
 
     def finish_reason(self) -> str | None:
         """Why the answer ends with the newest token; None if it goes on."""
@@ -151,7 +189,8 @@ class _Row:
         return "length" if len(self.tokens) >= self.request.max_new_tokens else None
 
     def result(self, reason: str) -> Result:
-        return Result(self.tokens, reason, self.T, self.reused, tuple(self.sampled))
+        confidences = () if self.pointing is None else tuple(self.pointing.confidences)
+        return Result(self.tokens, reason, self.T, self.reused, tuple(self.sampled), confidences)
 
 
 class Engine:
@@ -261,30 +300,45 @@ class Engine:
         if not row.request.max_new_tokens:
             events.append(Event(row.id, None, row.result("length")))
             return
+        known = self._begin(row)
+        points = row.pointing
+        # The keys of points are made of the last states of the visual tokens.
+        new_keys = points is not None and not points.knows_all(row.reused)
+        states = self._transform(
+            [row],
+            [row.T - row.reused],
+            row.positions[row.reused :].to(self._device, non_blocking=True),
+            self._prompt_embeds(row),
+            row.mask(self._device),
+            last_only=not new_keys,
+        )
+        if points is not None:
+            with self._blocks():
+                points.make_keys(states, row.reused, known)
+        row.embeds = None  # not needed any more
+        self._rows.append(row)
+        if self.lookup and row.ids is not None:
+            width = AdaptiveWidth(self._costs, acceptance=self._acceptance)
+            row.drafter = Drafter([*self._answers, *row.ids], width, proposer=row.request.proposer)
+        self._next([row], [1], states[-1:], [[]], events)
+
+    def _begin(self, row: _Row) -> Tensor | None:
+        """Give a row its cache, with what is known of its prompt. Returns: keys of points there."""
         capacity = row.T + min(row.request.max_new_tokens, _ANSWER_SLOTS)
         cache = self.prefix_cache
         if cache is not None and row.keys is not None:
             cache.check("llm", self.llm)
             running = (other.prefix() for other in self._rows if other.keys is not None)
             prefix, row.reused = cache.find(row.keys, row.lookahead, running)
-            row.cache = prefix.row.fork(row.reused, capacity) if row.reused else self._new(capacity)
-        else:
-            row.cache = self._new(capacity)
-        hidden = self._transform(
-            [row],
-            [row.T - row.reused],
-            row.positions[row.reused :].to(self._device, non_blocking=True),
-            self._prompt_embeds(row),
-            row.mask(self._device),
-            last_only=True,
-        )
-        row.embeds = None  # not needed any more
-        self._rows.append(row)
-        logits = fetch(self._head(hidden), [row.sampler])
-        if self.lookup and row.ids is not None:
-            width = AdaptiveWidth(self._costs, acceptance=self._acceptance)
-            row.drafter = Drafter([*self._answers, *row.ids], width, proposer=row.request.proposer)
-        self._take(row, logits, [], events)
+            points = row.pointing
+            known = 0 if points is None else points.num_known(row.reused)
+            if known and prefix.point_keys is None:
+                row.reused = 0  # kept by a request that could not point: no key was made
+            if row.reused:
+                row.cache = prefix.row.fork(row.reused, capacity)
+                return prefix.point_keys
+        row.cache = RowCache(self.llm.config.num_hidden_layers, capacity, cache_dtype(self.llm))
+        return None
 
     def _continue(self, rows: list[_Row], events: list[Event]) -> None:
         """Decode: the last token of every row, and behind it its draft."""
@@ -295,7 +349,7 @@ class Engine:
             drafts.append(self._draft(row, others))
             others += len(drafts[-1])
         counts = [1 + len(draft) for draft in drafts]
-        ids = [id for row, d in zip(rows, drafts, strict=True) for id in (row.tokens[-1], *d)]
+        ids = [id for row, d in zip(rows, drafts, strict=True) for id in (row.newest, *d)]
         positions = [
             row.next_position + len(row.tokens) - 1 + i
             for row, count in zip(rows, counts, strict=True)
@@ -304,19 +358,50 @@ class Engine:
         on_host = torch.tensor([ids, positions])
         check_ids(on_host[:1], self.llm.config.num_embeddings)  # a proposer may say anything
         new = on_host.to(self._device, non_blocking=True)
-        hidden = self._transform(rows, counts, new[1], self._embed(new[0]))
-        samplers = [row.sampler for row, n in zip(rows, counts, strict=True) for _ in range(n)]
-        logits = iter(fetch(self._head(hidden), samplers))
-        for row, draft, n in zip(rows, drafts, counts, strict=True):
-            self._take(row, list(itertools.islice(logits, n)), draft, events)
+        embeds = self._embed(new[0])
+        for row, own in zip(rows, embeds.split(counts), strict=True):
+            if row.pointing is not None and row.selects:
+                own[0] = row.pointing.read_back(own[0])
+        states = self._transform(rows, counts, new[1], embeds)
+        self._next(rows, counts, states, drafts, events)
         self._costs.record(len(ids), time.perf_counter() - start)
 
     @staticmethod
     def _draft(row: _Row, others: int) -> list[int]:
-        if row.drafter is None:
+        if row.drafter is None or row.selects:
             return []
         room = row.request.max_new_tokens - len(row.tokens) - 1
-        return row.drafter.draft(room, other_positions=others)
+        draft = row.drafter.draft(room, other_positions=others)
+        return draft if row.pointing is None else row.pointing.drafted(draft)
+
+    def _next(
+        self,
+        rows: list[_Row],
+        counts: list[int],
+        states: Tensor,
+        drafts: list[list[int]],
+        events: list[Event],
+    ) -> None:
+        """Choose from the states (N, D) of the rows' new positions, before the final norm."""
+        of_row = {row.id: own for row, own in zip(rows, states.split(counts), strict=True)}
+        pending = [row for row in rows if row.selects]
+        text = [(row, draft) for row, draft in zip(rows, drafts, strict=True) if not row.selects]
+        logits: dict[int, Tensor] = {}
+        if text:
+            if pending:
+                states = torch.cat([of_row[row.id] for row, _ in text])
+            of_all = self._head(states)
+            own_logits = of_all.split([1 + len(draft) for _, draft in text])
+            for (row, _), own in zip(text, own_logits, strict=True):
+                logits[row.id] = own
+                row.forbid(own)
+            samplers = [row.sampler for row, draft in text for _ in range(1 + len(draft))]
+            fetched = iter(fetch(of_all, samplers))
+            for row, draft in text:
+                self._take(row, list(itertools.islice(fetched, 1 + len(draft))), draft, events)
+        pending += [row for row, _ in text if row.at_point is not None]
+        if pending:
+            self._select(pending, of_row, logits, events)
 
     def _take(
         self, row: _Row, logits: list[Likeliest | Tensor], draft: list[int], events: list[Event]
@@ -324,34 +409,71 @@ class Engine:
         """Choose from the logits of n positions as long as the draft holds; forget the rest.
 
         Penalty, constraint and generator of the row see only tokens that stay: nothing is chosen
-        behind the first one that differs from the draft.
+        behind the first one that differs from the draft. Nor behind the beginning of a point:
+        ``at_point`` of the row says where it is, and what it selects is still to be chosen.
         """
-        new: list[int] = []
-        reason: str | None = None
-        for i in range(len(logits)):
-            sampled = row.choose(logits[i])
-            new.append(sampled.token)
-            reason = row.finish_reason()
-            result = None if reason is None else row.result(reason)
-            events.append(Event(row.id, sampled, result))
-            if reason is not None or i == len(draft) or draft[i] != new[-1]:
+        for i, of_position in enumerate(logits):
+            sampled = row.sampler.pick(of_position)
+            if row.pointing is not None and sampled.token == row.pointing.patch:
+                row.at_point = i, sampled
+                return
+            events.append(row.write(sampled))
+            if row.reason is not None or i == len(draft) or draft[i] != sampled.token:
                 break
+        self._settle(row)
+
+    def _select(
+        self,
+        rows: list[_Row],
+        states: dict[int, Tensor],
+        logits: dict[int, Tensor],
+        events: list[Event],
+    ) -> None:
+        """Choose the next part of rows that write a point.
+
+        Args:
+            states, logits: (n, D) and (n, V) of the new positions, by row.
+        """
+        scores = []
+        with self._blocks():
+            for row in rows:
+                assert row.pointing is not None
+                at = 0 if row.at_point is None else row.at_point[0]
+                scores.append(row.pointing.scores(states[row.id][at]))
+        refused: list[tuple[_Row, Tensor]] = []
+        for row, of_classes in zip(rows, fetch_scores(scores), strict=True):
+            assert row.pointing is not None
+            at, marker = row.at_point or (0, None)
+            sampled = row.pointing.choose(of_classes, marker)
+            if sampled is None:
+                logits[row.id][at, row.pointing.patch] = -torch.inf
+                refused.append((row, logits[row.id][at]))
+            else:
+                events.append(row.write(sampled))
+                self._settle(row)
+        if refused:  # text goes on in place of a point
+            again = fetch(torch.stack([own for _, own in refused]), [r.sampler for r, _ in refused])
+            for (row, _), of_text in zip(refused, again, strict=True):
+                events.append(row.write(row.sampler.pick(of_text)))
+                self._settle(row)
+
+    def _settle(self, row: _Row) -> None:
+        """A row's step is over: forget positions of a draft that did not hold."""
+        row.at_point = None
         row.cache.truncate(row.T + len(row.tokens) - 1)  # all but the newest token
         if row.drafter is not None:
-            row.drafter.accept(new)
-        if reason is not None:
+            row.drafter.accept(row.symbols(row.tokens[row.settled :]))
+        row.settled = len(row.tokens)
+        if row.reason is not None:
             self._leave(row)
 
     def _leave(self, row: _Row) -> None:
         self._rows.remove(row)
         if row.drafter is not None:
             assert row.ids is not None
-            self._answers.extend([*row.ids[-MAX_NGRAM:], *row.tokens])
+            self._answers.extend([*row.ids[-MAX_NGRAM:], *row.symbols(row.tokens)])
         if self.prefix_cache is not None and row.keys is not None:
             self.prefix_cache.keep(row.prefix())
-
-    def _new(self, capacity: int) -> RowCache:
-        return RowCache(self.llm.config.num_hidden_layers, capacity, cache_dtype(self.llm))
 
     # ---- all calls into the language model ----
 
@@ -379,19 +501,23 @@ class Engine:
         mask: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """(N, D) embeddings of the rows' new positions -> (N, D) states, or (1, D) of the last."""
+        """(N, D) embeddings of new positions -> their states before the final norm, or the last."""
         step = RaggedStep(
             [row.cache for row in rows], counts, mask=mask, fixed_blocks=self.batch_invariant
         )
-        with FixedBlocks() if self.batch_invariant else nullcontext():
-            run = partial(last_hidden_state, self.llm) if last_only else self.llm.hidden_states
-            hidden = run(embeds[None], positions[None], cache=step)
+        with self._blocks():
+            run = partial(last_state, self.llm) if last_only else self.llm.states
+            states = run(embeds[None], positions[None], cache=step)
         step.advance()
-        return hidden[0]
+        return states[0]
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        with FixedBlocks() if self.batch_invariant else nullcontext():
-            return self.llm.head(hidden)
+    def _head(self, states: Tensor) -> Tensor:
+        with self._blocks():
+            return self.llm.head(self.llm.norm(states))
+
+    def _blocks(self) -> AbstractContextManager[object]:
+        """What makes results batch-invariant, if they are to be."""
+        return FixedBlocks() if self.batch_invariant else nullcontext()
 
 
 def _more_than_causal(mask: Tensor | None, T: int) -> Tensor | None:

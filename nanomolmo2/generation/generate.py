@@ -40,6 +40,7 @@ class ImageKeywords(RowKeywords, total=False):
 
     visual_tokens: Tensor | None
     image_token_pooling: Tensor | None
+    point_targets: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def generate(
     *,
     visual_tokens: Tensor | None = None,
     image_token_pooling: Tensor | None = None,
+    point_targets: Tensor | None = None,
     **keywords: Unpack[RowKeywords],
 ) -> Tensor:
     """See :meth:`NanoMolmo2.generate`."""
@@ -82,6 +84,7 @@ def generate(
         attention_mask,
         visual_tokens=visual_tokens,
         image_token_pooling=image_token_pooling,
+        point_targets=point_targets,
         cache=rows.prefix_cache,
     )
     config = model.config

@@ -47,11 +47,16 @@ class SamplingParams:
         logit_bias: id -> what is added to its logit; -inf forbids the token.
         logprobs: how many of the likeliest tokens are reported with their log-probabilities; 0 =
             only the chosen one's; None = nothing. They are the model's own, in front of all of the
-            above, so they do not depend on the settings.
+            above, so they do not depend on the settings. Those of a point that is selected: of a
+            visual token, that of its marker in the text plus its own among the visual tokens; of a
+            patch or a place in it, its own among those there are.
         stop: texts that end the answer; they are no part of it. For a layer that knows text, such
             as `Pipeline`.
         stop_token_ids: tokens that end the answer, besides the model's own.
         constraint: a grammar of the answer, such as `PointsConstraint`; None = off.
+        sample_points: at a temperature, also draw the parts of a point that a model selects
+            (MolmoPoint: visual token, patch, place in it), each by its own scores; by default only
+            whether a point comes is drawn, and where it is are the likeliest parts.
     """
 
     temperature: float = 0.0
@@ -65,6 +70,7 @@ class SamplingParams:
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     constraint: Constraint | None = None
+    sample_points: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -156,6 +162,7 @@ class GenerateKeywords(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     constraint: Constraint | None
+    sample_points: bool
 
 
 @dataclass(frozen=True)

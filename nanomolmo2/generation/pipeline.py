@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, Unpack
 
@@ -12,56 +13,19 @@ import torch
 
 from nanomolmo2.accelerate.device import Device, choose_device, usual_dtype
 from nanomolmo2.accelerate.quantization import Modes
+from nanomolmo2.batch import NO_MORE_POINTS
+from nanomolmo2.generation.answer import SELECTED, read_answer
+from nanomolmo2.generation.answer import Answer as Answer
 from nanomolmo2.generation.constraint import PointsConstraint, PointsProposer
 from nanomolmo2.generation.engine import Engine, Event, Request, Result
 from nanomolmo2.generation.options import GenerateKeywords, GenerateOptions
 from nanomolmo2.generation.prefix_cache import DEFAULT_BYTES, PrefixCache
 from nanomolmo2.generation.prompt import request_of
-from nanomolmo2.generation.sampling import Sampled
 from nanomolmo2.generation.stopping import StopText
 from nanomolmo2.models import NanoMolmo2
-from nanomolmo2.processor import Encoded, Message, Point, Processor, parse_count, parse_points
+from nanomolmo2.processor import Encoded, Message, Processor
 from nanomolmo2.processor.image import ImageSource
 from nanomolmo2.processor.video import VideoSource
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model wrote, and what it says.
-
-    Attributes:
-        text: the answer as written, points in the model's own format.
-        points: points of the answer in pixels of the images, or of the video, they belong to.
-        count: the number that the answer gives; None if it gives none.
-        problems: what of the answer's points could not be read, one line each.
-        image_sizes: (width, height) of the images, pixels.
-        video_size: (width, height) of the video, pixels; None without one.
-        frame_times: seconds of the frames that the model saw.
-        input_tokens: length of the prompt; an image that the model expands counts as one token.
-        output_tokens: length of the answer with its end token, or the tokens of a stop text.
-        timings: seconds: ``prepare`` (images and text to tensors), then ``first_token`` (to the
-            first token of the answer) and ``generate`` (to the last).
-        reused_tokens: positions of the prompt that were known from an earlier question; an image
-            that the model expands counts with all its visual tokens.
-        finish_reason: ``stop`` (an end token or a stop text), ``length`` (cut off at
-            max_new_tokens).
-        logprobs: every one of the ``output_tokens`` with its log-probabilities, if they were asked
-            for.
-    """
-
-    text: str
-    points: tuple[Point, ...]
-    count: int | None
-    problems: tuple[str, ...]
-    image_sizes: tuple[tuple[int, int], ...]
-    video_size: tuple[int, int] | None
-    frame_times: tuple[float, ...]
-    input_tokens: int
-    output_tokens: int
-    timings: dict[str, float]
-    reused_tokens: int = 0
-    finish_reason: str = "stop"
-    logprobs: tuple[Sampled, ...] = ()
 
 
 class Question(NamedTuple):
@@ -89,7 +53,17 @@ class Pipeline:
         """
         Args:
             reuse_bytes: most memory to hold for later questions; 0 = computes everything anew.
+        Raises: ValueError for a processor that writes points in another way than the model.
         """
+        ways = "coordinates as text", "selections of what is seen"
+        ours, found = (
+            ways[x is not None] for x in (model.config.point_config, processor.config.points)
+        )
+        if ours != found:
+            raise ValueError(
+                f"the processor does not belong to the model: it writes points as {found}, the "
+                f"model as {ours}; use the processor that was saved with the weights"
+            )
         self.model = model.eval()
         self.processor = processor
         self.prefix_cache = PrefixCache(reuse_bytes)
@@ -159,6 +133,7 @@ class Pipeline:
             options: how to answer; by default greedy, at most 256 tokens.
             well_formed_points: let the model write only points that can be read, of images that
                 there are. The first such question takes about a second with a large vocabulary.
+                Point models never write others.
             reuse: take what earlier questions computed, and keep this for later ones.
             on_text: called with each piece of the answer as it is written; the pieces together are
                 ``Answer.text``.
@@ -212,13 +187,14 @@ class Pipeline:
                 "the conversation ends with an answer, expected a question: leave the last "
                 "assistant message out"
             )
-        if well_formed_points:
+        if well_formed_points and self.processor.config.points is None:
             constraint = PointsConstraint(
                 self.processor.tokenizer,
                 len(encoded.image_sizes),
                 video=encoded.video_size is not None,
             )
             options = options.updated(constraint=constraint)
+        self._warn_of_earlier_points(encoded)
         prepared = time.perf_counter()
         cache = self.prefix_cache if reuse and self.prefix_cache.max_bytes else None
         text = TextStream(self.processor, stop=options.sampling.stop)
@@ -270,7 +246,8 @@ class Pipeline:
                 if more:
                     asked += 1
                     try:
-                        self._submit(engine, number, question, options, cache, running)
+                        asked_for = Question(*question)  # a plain tuple is one too
+                        self._submit(engine, number, asked_for, options, cache, running)
                     except ValueError as error:
                         done[number] = error
             for event in engine.step() if engine.busy else ():
@@ -296,6 +273,7 @@ class Pipeline:
         messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
         _check_texts(messages, context)
         encoded = self.processor.encode(messages, _as_list(question.images), video=question.video)
+        self._warn_of_earlier_points(encoded)
         text = TextStream(self.processor, stop=options.sampling.stop)
         request = self._request(encoded, options, cache, text)
         length = request.max_new_tokens
@@ -311,6 +289,19 @@ class Pipeline:
         id = engine.submit(replace(request, max_new_tokens=min(length, room)))
         running[id] = (number, text, encoded, start)
 
+    def _warn_of_earlier_points(self, encoded: Encoded) -> None:
+        """Say it where a conversation has its points already, and can get no more."""
+        rule, targets = self.model.config.point_config, encoded.point_targets
+        if rule is None or rule.several_lists or targets is None:
+            return
+        if (targets[:, 0] == NO_MORE_POINTS).any():
+            warnings.warn(
+                "an earlier answer of this conversation has points, and this model points once a "
+                "conversation, as its original code: the answer will have none; ask in a new "
+                "conversation, or leave the earlier points out",
+                stacklevel=3,
+            )
+
     def _request(
         self,
         encoded: Encoded,
@@ -321,7 +312,7 @@ class Pipeline:
         processor = self.processor
         ends = sorted({*processor.stop_token_ids, *self.model.config.eos_token_ids})
         proposer = None
-        if options.lookup:
+        if options.lookup and processor.config.points is None:
             proposer = PointsProposer(
                 processor.tokenizer,
                 len(encoded.image_sizes),
@@ -369,15 +360,12 @@ def _answer(
     """What was written until now, as a whole."""
     whole = text.end()
     done = time.perf_counter()
-    problems: list[str] = []
-    points = parse_points(
-        whole, encoded.image_sizes, video_size=encoded.video_size, problems=problems
-    )
+    read = read_answer(whole, encoded, result.confidences)
     return Answer(
         text=whole,
-        points=tuple(points),
-        count=parse_count(whole),
-        problems=tuple(problems),
+        points=read.points,
+        count=read.count,
+        problems=read.problems,
         image_sizes=encoded.image_sizes,
         video_size=encoded.video_size,
         frame_times=tuple(encoded.frame_times),
@@ -391,6 +379,8 @@ def _answer(
         reused_tokens=result.reused_tokens,
         finish_reason="stop" if text.stopped else result.finish_reason,
         logprobs=result.sampled,
+        coordinates=read.coordinates,
+        confidences=read.confidences,
     )
 
 
@@ -399,7 +389,8 @@ class TextStream:
 
     A character may take several tokens; until it is whole, decoding gives U+FFFD, so a piece that
     ends with it is held back. Only the ids since the last piece are decoded, together with those of
-    that piece: how a token reads can depend on the one before.
+    that piece: how a token reads can depend on the one before. What a point model selects,
+    ``<POINT_k>``, is never cut, and stop texts are looked for between such.
     """
 
     def __init__(
@@ -417,6 +408,7 @@ class TextStream:
         self._processor = processor
         self._on_text = on_text
         self._stop = StopText(stop)
+        self._selects = processor.config.points is not None
         self._pieces: list[str] = []
         self._taken = 0  # pieces before this were taken by new_pieces
         self._context = 0  # ids from here on are decoded
@@ -454,7 +446,14 @@ class TextStream:
 
     def _write(self, text: str) -> None:
         self._context, self._written = self._written, len(self.ids)
-        self._show(self._stop.put(text))
+        if not self._selects:
+            self._show(self._stop.put(text))
+            return
+        for number, part in enumerate(SELECTED.split(text)):
+            if self.stopped:
+                break
+            # What was held back cannot go on behind a class, which every second part is.
+            self._show(self._stop.end() + part if number % 2 else self._stop.put(part))
 
     def _show(self, piece: str) -> None:
         if not piece:

@@ -15,8 +15,8 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from nanomolmo2.generation.kv_cache import RowCache
 
 Keys = NDArray[np.int64]
+
+Encoded = TypeVar("Encoded", Tensor, tuple[Tensor, ...])
 
 DEFAULT_BYTES = 1 << 30
 # Free slots that an entry may keep, as a share of its size; more are cut off by a copy.
@@ -39,6 +41,12 @@ class Prefix:
     keys: Keys  # (T,), a number of every position
     lookahead: int  # no position sees ahead of itself from here on, nor further than this
     row: RowCache
+    point_keys: Tensor | None = None  # (k, E) of its first visual tokens, where points select them
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it keeps."""
+        return self.row.nbytes + (0 if self.point_keys is None else self.point_keys.nbytes)
 
     def shared(self, keys: Keys, lookahead: int) -> int:
         """Positions that a prompt can take from here."""
@@ -131,18 +139,19 @@ class PrefixCache:
                         self._touch(key)
                         return  # it is the beginning of one that is held
                     self._drop(key)  # the other way round
-            self._put(object(), Prefix(keys, prefix.lookahead, row), row.nbytes)
+            kept = replace(prefix, keys=keys, row=row)
+            self._put(object(), kept, kept.nbytes)
 
     def visual_tokens(
-        self, digests: Sequence[str], encode: Callable[[list[int]], Iterable[Tensor]]
-    ) -> list[Tensor]:
+        self, digests: Sequence[str], encode: Callable[[list[int]], Iterable[Encoded]]
+    ) -> list[Encoded]:
         """Features of images, encoded together where they are new.
 
         Args:
             digests: of each image.
-            encode: gives the features of those with these numbers.
+            encode: gives the features of those with these numbers, each a tensor or several.
         """
-        features: dict[str, Tensor] = {}
+        features: dict[str, Encoded] = {}
         with self._lock:
             for name in digests:
                 if name in self._entries:
@@ -152,9 +161,11 @@ class PrefixCache:
         new = {name: i for i, name in enumerate(digests) if name not in features}
         if new:
             for name, encoded in zip(new, encode(list(new.values())), strict=True):
-                features[name] = encoded.detach().clone()
+                given = encoded if isinstance(encoded, tuple) else (encoded,)
+                parts = tuple(part.detach().clone() for part in given)
+                features[name] = parts if isinstance(encoded, tuple) else parts[0]
                 with self._lock:
-                    self._put(name, features[name], features[name].nbytes)
+                    self._put(name, features[name], sum(part.nbytes for part in parts))
         return [features[name] for name in digests]
 
     # ---- the entries: call these with the lock ----
@@ -205,6 +216,17 @@ def visual_keys(digests: Sequence[str], images: NDArray[np.int64], offsets: Keys
     for hashes, places in zip(halves[images].T, offsets.T, strict=True):
         keys = _mixed(keys ^ _mixed(hashes + _mixed(places.astype(np.uint64))))
     return -1 - (keys >> np.uint64(1)).astype(np.int64)
+
+
+def point_key(visual: int, *places: int) -> int:
+    """A negative number for a part of a point: the same for the same place in the same image.
+
+    Args:
+        visual: number of the visual token that was selected. places: in it.
+    """
+    content = b"point" + b"".join(n.to_bytes(8, "little", signed=True) for n in (visual, *places))
+    hashed = hashlib.blake2b(content, digest_size=8).digest()
+    return -1 - (int.from_bytes(hashed, "little") >> 1)
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nanomolmo2.generation.pointing import PointPrompt
 from nanomolmo2.generation.prefix_cache import Keys
 from nanomolmo2.generation.sampling import Sampled, SamplingParams
 from nanomolmo2.generation.speculative import DraftProposer
@@ -37,7 +38,10 @@ class Request:
         eos_token_ids: any of them, or of ``sampling.stop_token_ids``, ends the answer and is its
             last token.
         stops: called with every new id, in order; True ends the answer there.
-        proposer: knows likely continuations, for drafts; it belongs to this request alone.
+        proposer: knows likely continuations, for drafts; it belongs to this request alone. Parts of
+            points come to it as their markers, and are not drafted.
+        points: what can be pointed at by selecting it (MolmoPoint); with it ``inputs_embeds`` and
+            ``input_ids`` with markers in place of the prompt's own points.
     """
 
     input_ids: Sequence[int] | Tensor | NDArray[np.int64] | None = None
@@ -51,6 +55,7 @@ class Request:
     stops: Callable[[int], bool] | None = None
     proposer: DraftProposer | None = None
     bidirectional: NDArray[np.bool_] | None = None
+    points: PointPrompt | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,14 @@ class Result:
     """An answer.
 
     Attributes:
-        token_ids: with the id that ended it.
+        token_ids: with the id that ended it; parts of points are ids behind the vocabulary, see
+            `nanomolmo2.generation.pointing`.
         finish_reason: ``stop`` (an end token, or ``stops``), ``length`` (max_new_tokens).
         prompt_tokens: T.
         reused_tokens: those of them whose keys and values were there already.
         sampled: every token with its log-probabilities, if ``sampling.logprobs`` asks for them.
+        confidences: of every complete point, in order, the probabilities of its visual token, of
+            the patch in it and of the place in the patch, each among those it was chosen from.
     """
 
     token_ids: list[int]
@@ -70,6 +78,7 @@ class Result:
     prompt_tokens: int
     reused_tokens: int
     sampled: tuple[Sampled, ...] = ()
+    confidences: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,14 @@ class Sampler:
 
     def choose(self, logits: Likeliest | Tensor) -> Sampled:
         """`sample` from what `fetch` brought to the host."""
+        sampled = self.pick(logits)
+        self.take(sampled.token)
+        return sampled
+
+    def pick(self, logits: Likeliest | Tensor) -> Sampled:
+        """`choose` a token that counts only once :meth:`take` is told."""
         if isinstance(logits, Likeliest):
             _check_best(logits.value)
-            self.take(logits.token)
             return Sampled(logits.token)
         row = self._process(logits)
         if self.params.temperature == 0:
@@ -86,15 +91,24 @@ class Sampler:
             _check_best(float(row[token]))
         else:
             token = _draw(row, self.params, self._generator)
-        self.take(token)
         return Sampled(token, *_logprobs(logits, token, self.params.logprobs))
 
-    def take(self, token: int) -> None:
-        """Count a token as chosen, without choosing it."""
-        if self.params.repetition_penalty != 1:
+    def take(self, token: int, *, repeats: bool = True) -> None:
+        """Count a token as chosen. ``repeats``: the repetition penalty counts it too."""
+        if repeats and self.params.repetition_penalty != 1:
             self._seen.add(token)
         if self._state is not None:
             self._state.advance(token)
+
+    def select(self, scores: Tensor) -> int:
+        """The class of a point, from the scores (classes,) of all, those excluded far below.
+
+        The likeliest, the first of equals; with ``sample_points`` a draw at the temperature.
+        """
+        _check_best(float(scores.max()))
+        if self.params.temperature == 0 or not self.params.sample_points:
+            return int(scores.argmax())
+        return _draw(scores, SamplingParams(self.params.temperature), self._generator)
 
     def _process(self, row: Tensor) -> Tensor:
         """(V,) -> (V,): everything in front of the temperature."""
@@ -244,6 +258,7 @@ def _likeliest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _logprobs(
     raw: Tensor, token: int, number: int | None
 ) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    """The log-probability of a token, and the likeliest tokens with theirs."""
     if number is None:
         return None, ()
     logprobs = raw.log_softmax(dim=-1)

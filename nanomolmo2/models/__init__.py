@@ -8,6 +8,7 @@ from nanomolmo2.models.connector import ConnectorConfig, MultimodalConnector
 from nanomolmo2.models.face import LanguageModel, NanoMolmo2, VisionEncoder
 from nanomolmo2.models.language_model import LLMConfig
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config, Output
+from nanomolmo2.models.point_config import PointConfig
 from nanomolmo2.models.presets import PRESETS, preset
 from nanomolmo2.models.vision_encoder import VisionConfig
 
@@ -20,6 +21,7 @@ __all__ = [
     "NanoMolmo2",
     "NanoMolmo2Config",
     "Output",
+    "PointConfig",
     "VisionConfig",
     "VisionEncoder",
     "preset",

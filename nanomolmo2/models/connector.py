@@ -29,6 +29,7 @@ class ConnectorConfig(Config):
     hidden_dim: inner width of ``mlp`` and of the resampler's MLP.
     intermediate_size: inner width of the pooling connector's SwiGLU.
     vit_layers: vision blocks whose outputs are joined, in this order; None = the final features.
+    attention_pooling_out_layer: the pooling attention has an output projection; MolmoPoint's not.
     """
 
     vision_dim: int = 1152
@@ -40,6 +41,7 @@ class ConnectorConfig(Config):
     pooling_size: int = 2
     intermediate_size: int = 3072
     vit_layers: tuple[int, ...] | None = None
+    attention_pooling_out_layer: bool = True
 
     def __post_init__(self) -> None:
         self.check_positive()
@@ -95,7 +97,7 @@ class CrossAttention(nn.Module):
         self.q_proj = nn.Linear(query_dim, width)
         self.k_proj = nn.Linear(key_dim, width)
         self.v_proj = nn.Linear(key_dim, width)
-        self.o_proj = nn.Linear(width, width)
+        self.o_proj: nn.Module = nn.Linear(width, width)
 
     def forward(self, query: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, query_dim), (B, S, key_dim), (B, 1, 1, S) True = attend -> (B, T, width)."""
@@ -161,6 +163,8 @@ class PoolingConnector(nn.Module):
         self.image_pooling_2d = CrossAttention(
             config.feature_dim, config.feature_dim, config.vision_dim, config.num_attention_heads
         )
+        if not config.attention_pooling_out_layer:
+            self.image_pooling_2d.o_proj = nn.Identity()
         self.image_projector = SwiGLU(config.vision_dim, config.intermediate_size, config.llm_dim)
 
     def forward(self, features: Tensor, image_token_pooling: Tensor | None = None) -> Tensor:
@@ -171,7 +175,7 @@ class PoolingConnector(nn.Module):
         """
         index = image_token_pooling
         if index is None:
-            index = self._square_windows(features)
+            index = self.square_windows(features)
         valid = index >= 0
         windows = features.flatten(0, 1)[index.clamp(min=0)] * valid[:, :, None]  # (n, W, F)
         query = windows.sum(dim=1) / valid.sum(dim=1).clamp(min=1)[:, None]  # (n, F)
@@ -181,7 +185,7 @@ class PoolingConnector(nn.Module):
             return tokens
         return tokens.unflatten(0, (len(features), -1))
 
-    def _square_windows(self, features: Tensor) -> Tensor:
+    def square_windows(self, features: Tensor) -> Tensor:
         """(B * n, W): the windows of B images, each a square grid of N patches."""
         B, N, _ = features.shape
         side = math.isqrt(N)

@@ -16,8 +16,8 @@ image, D width, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overload
@@ -25,18 +25,24 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overloa
 import torch
 from torch import Tensor, nn
 
-from nanomolmo2.batch import IGNORED_LABEL, Batch, expand_image_tokens, place
-from nanomolmo2.models import language_model, nanomolmo2, vision_encoder
+from nanomolmo2.batch import IGNORED_LABEL, Batch
+from nanomolmo2.models import language_model, pointing, vision_encoder
 from nanomolmo2.models.attention import Cache, causal_mask
 from nanomolmo2.models.connector import checked_pooling
 from nanomolmo2.models.forms import (
+    POINT_PARTS,
     Images,
     check_ids,
     check_labels,
+    check_points,
+    collect_states,
+    expand_image_tokens,
     full_mask,
     key_mask_of,
     list_images,
     new_positions,
+    over_all_crops,
+    place,
 )
 from nanomolmo2.models.loss import Reduction, next_tokens
 from nanomolmo2.models.nanomolmo2 import Output
@@ -117,7 +123,7 @@ class LanguageModel(Quantizable, language_model.LanguageModel):
         if cache is not None:
             step = PaddedStep(cache, mask)
         states: list[Tensor] = []
-        with _collect(self, states) if output_hidden_states else nullcontext():
+        with collect_states(self, states) if output_hidden_states else nullcontext():
             hidden = self.hidden_states(x, position_ids, mask, step)
         if cache is not None:
             last = position_ids.amax(dim=1, keepdim=True).expand(len(x), 1)
@@ -160,7 +166,7 @@ class LanguageModel(Quantizable, language_model.LanguageModel):
                 f"labels {tuple(labels.shape)} must have the shape of the text "
                 f"{tuple(given.shape[:2])}: one for every position"
             )
-        check_labels(labels, self.config.vocab_size)
+        check_labels(labels, self.config.num_logits)
         x = self._embeddings(input_ids, inputs_embeds)
         given_mask, _, position_ids = self._places(x, attention_mask, position_ids, None)
         mask, step = _attention_of(given_mask)
@@ -259,10 +265,12 @@ class MoreParts(TypedDict, total=False):
     visual_tokens: Tensor | Sequence[Tensor] | None
     image_token_pooling: Tensor | None
     visual_features: Tensor | None
+    point_targets: Tensor | None
+    point_lists: Tensor | None
     loss_rows: Tensor | None
 
 
-class NanoMolmo2(Quantizable, nanomolmo2.NanoMolmo2):
+class NanoMolmo2(Quantizable, pointing.PointingNanoMolmo2):
     """Token ids and images, in any of their forms, to logits and losses."""
 
     vision_class: type[VisionEncoder] = VisionEncoder
@@ -329,6 +337,7 @@ class NanoMolmo2(Quantizable, nanomolmo2.NanoMolmo2):
                 M * N, -1 = empty slot; one row for every image token in reading order.
             visual_features: (I, N, F) or (M, N, F), what the vision encoder's ``features`` gave for
                 ``pixel_values``, in their place: the connector still learns from them.
+            point_targets, point_lists: (P, 3), (P,), see `Batch` and `check_points`.
         Returns: logits (B, T, V), T = L + n - 1 for one image a row; with labels (logits, loss):
             the weighted mean cross-entropy over all labelled tokens of the batch. Of a `Batch` an
             `Output`.
@@ -338,7 +347,7 @@ class NanoMolmo2(Quantizable, nanomolmo2.NanoMolmo2):
             return super().forward(input_ids)
         batch = self.batch_of(input_ids, pixel_values, labels, attention_mask, **more)
         states: list[Tensor] = []
-        with _collect(self.llm, states) if output_hidden_states else nullcontext():
+        with collect_states(self.llm, states) if output_hidden_states else nullcontext():
             output = super().forward(batch)
         results: list[Any] = [output.logits]
         if labels is not None:
@@ -387,22 +396,26 @@ class NanoMolmo2(Quantizable, nanomolmo2.NanoMolmo2):
         index = more.pop("image_token_pooling", None)
         beside = {"labels": labels, "attention_mask": attention_mask, **more}
         for name, value in beside.items():
-            if isinstance(value, Tensor) and name != "loss_rows" and value.shape != input_ids.shape:
+            if not isinstance(value, Tensor) or name in ("loss_rows", *POINT_PARTS):
+                continue
+            if value.shape != input_ids.shape:
                 raise ValueError(
                     f"{name} {tuple(value.shape)} must have the shape of input_ids "
                     f"{tuple(input_ids.shape)}: one value for every token, pictures not counted"
                 )
         check_ids(input_ids, llm_config.num_embeddings)
         if labels is not None:
-            check_labels(labels, llm_config.vocab_size)
+            check_labels(labels, llm_config.num_logits)
         if sum(x is not None for x in (pixel_values, given, features)) > 1:
             raise ValueError(
                 "pass pixel_values or visual_tokens, not both; or visual_features alone"
             )
         batch = Batch(input_ids, attention_mask, labels=labels, **more)  # type: ignore[arg-type]
-        counts = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
+        is_visual = self.config.is_visual(input_ids)
+        counts = is_visual.sum(dim=1).tolist()
         if index is not None:
-            index, pixel_values = self._check_crops(pixel_values, features, index, sum(counts))
+            visual = input_ids[is_visual]
+            index, pixel_values = self._check_crops(pixel_values, features, index, visual)
             batch = replace(batch, image_token_pooling=index, visual_features=features)
             batch = replace(batch, pixel_values=pixel_values)
             visual_counts, by_row = [1] * len(index), None
@@ -410,9 +423,13 @@ class NanoMolmo2(Quantizable, nanomolmo2.NanoMolmo2):
             batch, visual_counts, by_row = self._with_images(
                 batch, pixel_values, features, given, counts
             )
+        one_kind = input_ids.masked_fill(is_visual, self.config.image_token_id)
         batch, places = expand_image_tokens(
-            batch, self.config.image_token_id, visual_counts, by_row
+            replace(batch, input_ids=one_kind), self.config.image_token_id, visual_counts, by_row
         )
+        if places.source.shape == input_ids.shape:
+            batch = replace(batch, input_ids=input_ids)
+        check_points(batch, self.config)
         T, limit = batch.input_ids.shape[1], llm_config.max_position_embeddings
         if limit < T:
             raise ValueError(
@@ -427,12 +444,9 @@ class NanoMolmo2(Quantizable, nanomolmo2.NanoMolmo2):
         """Print, and return, the table of parts: what trains, parameters, gradient memory."""
         from nanomolmo2.accelerate.quantization import count_weights
 
-        rows = []
-        for name, part in (
-            ("Vision Encoder", self.vision_encoder),
-            ("Connector", self.connector),
-            ("Language Model", self.llm),
-        ):
+        rows, names = [], {"llm": "Language Model", "point_predictor": "Pointing"}
+        for key, part in self.named_children():
+            name = names.get(key, key.replace("_", " ").title())
             trainable = [p for p in part.parameters() if p.requires_grad]
             gradient = sum(p.numel() * p.element_size() for p in trainable)
             rows.append((name, "yes" if trainable else "no", count_weights(part), gradient))
@@ -511,7 +525,7 @@ class NanoMolmo2(Quantizable, nanomolmo2.NanoMolmo2):
         images, by_row = list_images(pixel_values, counts, self._tokens_of(pixel_values))
         visual_counts = [self._tokens_of(image) for image in images]
         if len({image.shape for image in images}) > 1:
-            place(batch.input_ids == self.config.image_token_id, visual_counts, None, by_row)
+            place(self.config.is_visual(batch.input_ids), visual_counts, None, by_row)
             return replace(batch, visual_tokens=self._encode_by_size(images)), visual_counts, by_row
         whole = isinstance(pixel_values, Tensor) and pixel_values.ndim == 4
         if images:
@@ -539,9 +553,9 @@ class NanoMolmo2(Quantizable, nanomolmo2.NanoMolmo2):
         return torch.cat(tokens)
 
     def _check_crops(
-        self, pixel_values: Images, features: Tensor | None, index: Tensor, image_tokens: int
+        self, pixel_values: Images, features: Tensor | None, index: Tensor, visual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """The index without empty rows, and the crops, as many as the image tokens want."""
+        """The index without empty rows, and the crops, as many as the image tokens (n,) want."""
         crops = features if features is not None else pixel_values
         if not isinstance(crops, Tensor) or crops.ndim < 3:
             found = None if crops is None else type(crops).__name__
@@ -553,13 +567,16 @@ class NanoMolmo2(Quantizable, nanomolmo2.NanoMolmo2):
             )
         if features is None:
             self.vision_encoder.check(crops)
-        index = checked_pooling(index, *crops.shape[:2])
-        if len(index) != image_tokens:
+        N = crops.shape[1] if crops.ndim == 3 else self.config.vision_config.num_patches
+        index = checked_pooling(index, len(crops), N)
+        if len(index) != len(visual):
             raise ValueError(
-                f"the prompt holds {image_tokens} image tokens, but image_token_pooling makes "
+                f"the prompt holds {len(visual)} image tokens, but image_token_pooling makes "
                 f"{len(index)} visual tokens: was the prompt cut off, or made with another "
                 f"max_crops?"
             )
+        if self.config.point_config is not None:
+            index = over_all_crops(index, visual != self.config.image_token_id, len(crops), N)
         return index, None if features is not None else crops
 
     def _warn_of_unlabelled(self, labels: Tensor) -> None:
@@ -580,20 +597,3 @@ def _attention_of(mask: Tensor | BlockMask | None) -> tuple[Tensor | None, Cache
     from nanomolmo2.accelerate.flex import FlexAttention
 
     return None, FlexAttention(mask)
-
-
-@contextmanager
-def _collect(llm: language_model.LanguageModel, states: list[Tensor]) -> Iterator[None]:
-    """Collect what goes into the first block, and what every block and the last norm give."""
-    handles = [
-        llm.layers[0].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])),
-        *(
-            module.register_forward_hook(lambda _, inputs, y: states.append(y))
-            for module in (*llm.layers, llm.norm)
-        ),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

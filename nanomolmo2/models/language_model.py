@@ -1,6 +1,6 @@
 """The Qwen3 decoder.
 
-B rows, T positions, D hidden_size, H heads, K key/value heads, Dh head width, V vocab_size.
+B rows, T positions, D hidden_size, H heads, K key/value heads, Dh head width, V num_logits.
 
 Source: Qwen/Qwen3-0.6B-Base (and the other dense Qwen3 sizes).
 """
@@ -23,7 +23,7 @@ class LLMConfig(Config):
     """Sizes of the decoder; the defaults are Qwen3-0.6B-Base.
 
     ``additional_vocab_size`` rows of the embedding follow the ``vocab_size`` base rows: tokens that
-    can be read but never written (Molmo2's image tokens).
+    can be read, but written (MolmoPoint's markers) only with ``predict_additional_vocab``.
     """
 
     vocab_size: int = 151936
@@ -38,6 +38,7 @@ class LLMConfig(Config):
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     additional_vocab_size: int = 0
+    predict_additional_vocab: bool = False
 
     def __post_init__(self) -> None:
         self.check_positive(but=("additional_vocab_size",))
@@ -58,6 +59,11 @@ class LLMConfig(Config):
     def num_embeddings(self) -> int:
         """Rows of the embedding: every id that can be read."""
         return self.vocab_size + self.additional_vocab_size
+
+    @property
+    def num_logits(self) -> int:
+        """Tokens that can be written: the ids below it."""
+        return self.num_embeddings if self.predict_additional_vocab else self.vocab_size
 
 
 class Attention(nn.Module):
@@ -142,7 +148,7 @@ class LanguageModel(nn.Module):
         )
         self.norm = RMSNorm(D, config.rms_norm_eps)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nn.Linear(D, config.vocab_size, bias=False)
+        self.lm_head = None if tied else nn.Linear(D, config.num_logits, bias=False)
         self.tied_head = TiedHead()
         self.criterion = NextTokenLoss()
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
@@ -160,16 +166,26 @@ class LanguageModel(nn.Module):
             mask: (B or 1, 1, T, T), True = may attend; None = causal.
             cache: attends in place of the layers; it knows its mask and what came before.
         """
+        return self.norm(self.states(x, position_ids, mask, cache))
+
+    def states(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """:meth:`hidden_states` before the final norm."""
         rope = rope_table(position_ids, self.config.head_dim, self.config.rope_theta)
         for layer in self.layers:
             x = layer(x, rope, mask, cache)
-        return self.norm(x)
+        return x
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)."""
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        return self.tied_head(hidden, self.embed_tokens.weight[: self.config.vocab_size])
+        return self.tied_head(hidden, self.embed_tokens.weight[: self.config.num_logits])
 
     def targets_loss(
         self,

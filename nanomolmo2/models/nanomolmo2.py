@@ -7,11 +7,10 @@ V vocabulary. A `Batch` holds one image token for every visual token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomolmo2.batch import Batch
@@ -20,6 +19,7 @@ from nanomolmo2.models.attention import Cache, sequence_mask, tree_positions
 from nanomolmo2.models.connector import ConnectorConfig, MultimodalConnector
 from nanomolmo2.models.language_model import LanguageModel, LLMConfig
 from nanomolmo2.models.loss import Reduction, next_tokens, reduce, weighted_loss
+from nanomolmo2.models.point_config import PointConfig
 from nanomolmo2.models.vision_encoder import VisionConfig, VisionEncoder
 
 
@@ -31,6 +31,7 @@ class NanoMolmo2Config(Config):
     eos_token_id: ends a generated row, one id or several; None = nothing does.
     bidirectional_image_attention: image tokens attend to each other in both directions (Molmo2).
     image_special_token_ids: start, end and column tokens that count as image tokens in that mask.
+    point_config: pointing by selecting visual tokens (MolmoPoint); None = coordinates as text.
     """
 
     vision_config: VisionConfig = field(default_factory=VisionConfig)
@@ -42,6 +43,7 @@ class NanoMolmo2Config(Config):
     pad_token_id: int = 151643
     bidirectional_image_attention: bool = False
     image_special_token_ids: tuple[int, ...] = ()
+    point_config: PointConfig | None = None
 
     def __post_init__(self) -> None:
         if self.connector_config is None:
@@ -68,11 +70,13 @@ class NanoMolmo2Config(Config):
                 f"connector_config.vit_layers is {layers}, but the vision encoder has {depth} "
                 f"blocks: name at least one of {-depth}..{depth - 1}, or None for the last"
             )
-        if not 0 <= self.image_token_id < self.llm_config.num_embeddings:
+        size = self.llm_config.num_embeddings
+        if not all(0 <= token_id < size for token_id in self.visual_token_ids):
             raise ValueError(
-                f"image_token_id {self.image_token_id} is outside the vocabulary of "
-                f"{self.llm_config.num_embeddings} tokens"
+                f"image_token_id {self.image_token_id} is outside the vocabulary of {size} tokens"
             )
+        if self.point_config is not None:
+            self.point_config.check(self.llm_config.num_logits, connector.connector_type)
 
     @property
     def connector(self) -> ConnectorConfig:
@@ -84,6 +88,17 @@ class NanoMolmo2Config(Config):
     def num_visual_tokens(self) -> int:
         """n of an image at the configured size."""
         return self.connector.num_visual_tokens(self.vision_config.num_patches)
+
+    @property
+    def visual_token_ids(self) -> tuple[int, int]:
+        """What stands for a visual token, and for one that cannot be selected (or the same id)."""
+        low = None if self.point_config is None else self.point_config.image_non_indexable_patch_id
+        return self.image_token_id, self.image_token_id if low is None else low
+
+    def is_visual(self, input_ids: Tensor) -> Tensor:
+        """Which ids stand for a visual token, bool."""
+        image, low = self.visual_token_ids
+        return (input_ids == image) | (input_ids == low)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -152,8 +167,12 @@ class NanoMolmo2(nn.Module):
 
     def hidden_states(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Everything but the head: (B, T, D)."""
+        return self.llm.norm(self.states(batch, cache))
+
+    def states(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """:meth:`hidden_states` before the final norm."""
         mask = self.attention_mask(batch) if cache is None else None
-        return self.llm.hidden_states(self.embed(batch), positions(batch), mask, cache)
+        return self.llm.states(self.embed(batch), positions(batch), mask, cache)
 
     def embed(self, batch: Batch) -> Tensor:
         """Token embeddings (B, T, D), with the visual tokens in their places."""
@@ -161,7 +180,7 @@ class NanoMolmo2(nn.Module):
         visual = self.visual_tokens(batch)  # (n, D)
         if visual is None or not len(visual):
             return x
-        places = batch.input_ids == self.config.image_token_id  # (B, T), n of them
+        places = self.config.is_visual(batch.input_ids)  # (B, T), n of them
         number = places.flatten().cumsum(dim=0).sub(1).clamp(min=0)  # of a place in reading order
         visual = visual.to(x.dtype).index_select(0, number).view_as(x)
         if self.config.connector.connector_type == "pooling":
@@ -204,7 +223,7 @@ class NanoMolmo2(nn.Module):
         """What the mask follows from, each (B, T) or None; see `sequence_mask`."""
         image_tokens = None
         if self.config.bidirectional_image_attention:
-            image_tokens = batch.input_ids == self.config.image_token_id
+            image_tokens = self.config.is_visual(batch.input_ids)
             for token_id in self.config.image_special_token_ids:
                 image_tokens = image_tokens | (batch.input_ids == token_id)
             if batch.attention_mask is not None:
@@ -214,23 +233,6 @@ class NanoMolmo2(nn.Module):
             "image_tokens": image_tokens,
             "subsegment_ids": batch.subsegment_ids,
         }
-
-    @torch.no_grad()
-    def generate_naively(self, batch: Batch, max_new_tokens: int) -> Tensor:
-        """Greedy, without any cache: everything again for every token. The oracle of the tests.
-
-        Args:
-            batch: without padding on the right.
-        Returns: (B, max_new_tokens) new ids.
-        """
-        ids, prompt = batch.input_ids, batch.input_ids.shape[1]
-        for _ in range(max_new_tokens):
-            newest = self.llm.head(self.hidden_states(batch)[:, -1]).argmax(-1, keepdim=True)
-            ids, mask = torch.cat([ids, newest], dim=1), batch.attention_mask
-            if mask is not None:
-                mask = F.pad(mask, (0, 1), value=True)
-            batch = replace(batch, input_ids=ids, attention_mask=mask)
-        return ids[:, prompt:]
 
 
 def positions(batch: Batch) -> Tensor:

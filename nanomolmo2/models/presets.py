@@ -1,15 +1,19 @@
-"""Named sizes: the base design, the Molmo2 design in three sizes, and the bundled model."""
+"""Named sizes: the base design, the Molmo2 design, MolmoPoint, and the bundled model."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from nanomolmo2.models.connector import ConnectorConfig
 from nanomolmo2.models.language_model import LLMConfig
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
+from nanomolmo2.models.point_config import PointConfig
 from nanomolmo2.models.vision_encoder import VisionConfig
 
 # Offsets from vocab_size of the tokens that are read but never written.
 IMAGE_START, IMAGE_END, IMAGE_PATCH, IMAGE_COL, LOW_RES_START = 0, 1, 2, 3, 4
 IMAGE_LOW, FRAME_START, FRAME_END = 6, 7, 8
+POINT_PATCH, POINT_SUBPATCH, POINT_LOCATION = 11, 12, 13  # MolmoPoint writes these three
 IMAGE_SPECIAL = (
     *(IMAGE_START, IMAGE_END, IMAGE_COL, LOW_RES_START, IMAGE_LOW),
     *(FRAME_START, FRAME_END),
@@ -48,6 +52,42 @@ def molmo2_config(
         bidirectional_image_attention=True,
         image_special_token_ids=tuple(base + offset for offset in IMAGE_SPECIAL),
     )
+
+
+def molmo_point_config(molmo2: NanoMolmo2Config) -> NanoMolmo2Config:
+    """MolmoPoint around the parts of a Molmo2 configuration, with the released rule.
+
+    The pooling connector loses its output projection, the head gains rows for the additional
+    tokens, overviews have tokens of their own.
+
+    Source: config.json of allenai/MolmoPoint-GUI-8B, olmo/model_configs.py.
+    """
+    base = molmo2.llm_config.vocab_size
+    return replace(
+        molmo2,
+        connector_config=replace(molmo2.connector, attention_pooling_out_layer=False),
+        llm_config=replace(molmo2.llm_config, predict_additional_vocab=True),
+        point_config=PointConfig(
+            patch_token_id=base + POINT_PATCH,
+            subpatch_token_id=base + POINT_SUBPATCH,
+            location_token_id=base + POINT_LOCATION,
+            image_non_indexable_patch_id=base + IMAGE_LOW,
+        ),
+    )
+
+
+def _tiny_point() -> NanoMolmo2Config:
+    """`tiny`'s sizes; its one view has no overview, so every visual token can be selected."""
+    tiny = molmo_point_config(_tiny())
+    assert tiny.point_config is not None
+    patch, subpatch, location = tiny.point_config.marker_ids
+    points = PointConfig.consistent(
+        patch_token_id=patch,
+        subpatch_token_id=subpatch,
+        location_token_id=location,
+        patch_embed_dim=64,
+    )
+    return replace(tiny, point_config=points)
 
 
 def _tiny() -> NanoMolmo2Config:
@@ -116,7 +156,14 @@ PRESETS: dict[str, NanoMolmo2Config] = {
     "nanomolmo2-pooling": molmo2_config(LLMConfig(additional_vocab_size=128)),
     "molmo2-4b": molmo2_config(_QWEN3_4B),
     "molmo2-8b": molmo2_config(_QWEN3_8B),
+    "molmo-point-8b": molmo_point_config(
+        molmo2_config(replace(_QWEN3_8B, max_position_embeddings=37376))
+    ),
+    "molmo-point-vid-4b": molmo_point_config(
+        molmo2_config(replace(_QWEN3_4B, max_position_embeddings=37376, tie_word_embeddings=True))
+    ),
     "tiny": _tiny(),
+    "tiny-point": _tiny_point(),
 }
 
 

@@ -2,8 +2,12 @@
 
 from nanomolmo2.processor.chat import Message
 from nanomolmo2.processor.collate import collate
+from nanomolmo2.processor.config import PointTokens
 from nanomolmo2.processor.crops import MultiCrop
+from nanomolmo2.processor.grounding import points_from_ids, points_from_text
 from nanomolmo2.processor.image import load_image, preprocess
+from nanomolmo2.processor.point import PointsText, join_points
+from nanomolmo2.processor.point_space import PointSpace
 from nanomolmo2.processor.points import (
     Point,
     format_points,
@@ -18,6 +22,7 @@ from nanomolmo2.processor.processor import (
     ProcessorConfig,
     VideoConfig,
     molmo2_processor,
+    molmo_point_processor,
 )
 from nanomolmo2.processor.tokenizer import Tokenizer
 from nanomolmo2.processor.video import Video, load_video
@@ -27,6 +32,9 @@ __all__ = [
     "Message",
     "MultiCrop",
     "Point",
+    "PointSpace",
+    "PointTokens",
+    "PointsText",
     "Processor",
     "ProcessorConfig",
     "Tokenizer",
@@ -35,11 +43,15 @@ __all__ = [
     "collate",
     "format_points",
     "format_tracks",
+    "join_points",
     "load_image",
     "load_video",
     "molmo2_processor",
+    "molmo_point_processor",
     "parse_count",
     "parse_points",
+    "points_from_ids",
+    "points_from_text",
     "points_to_json",
     "preprocess",
 ]

@@ -39,6 +39,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
+from nanomolmo2.processor.point import Point, PointsTag, PointsText, join_points, tags_of
+
 ChatFormat = Literal["qwen3", "molmo2"]
 
 TURN_START = "<|im_start|>"
@@ -68,7 +70,7 @@ STYLES_WITHOUT_PREFIX = frozenset({
 
 
 class ContentItem(TypedDict):
-    """A part of a message: of ``type`` text, image or video.
+    """A part of a message: of ``type`` text, image, video or point.
 
     Parts as servers take them are read too: ``{"type": "image_url", "image_url": {"url": ...}}``,
     ``video_url``, ``input_text``, ``input_image``, and ``{"type": "image", "url": ...}``. Their
@@ -78,10 +80,26 @@ class ContentItem(TypedDict):
     `processor.video.load_video` takes; without it the item stands for the next of the images, or
     for the video, given beside the messages. ``style`` is one of Molmo2's names for kinds of
     answers, such as ``vqa2`` for short ones.
+
+    A point of a question is ``{"type": "point", "x": .., "y": .., "image": 1}``, in pixels of the
+    original picture, or with ``time`` (seconds) in place of ``image``; ``label`` says what it is.
     """
 
-    type: Literal["text", "image", "video", "image_url", "video_url", "input_text", "input_image"]
+    type: Literal[
+        "text",
+        "image",
+        "video",
+        "point",
+        "image_url",
+        "video_url",
+        "input_text",
+        "input_image",
+    ]
     text: NotRequired[str]
+    x: NotRequired[float]
+    y: NotRequired[float]
+    time: NotRequired[float]
+    label: NotRequired[str]
     style: NotRequired[str]
     image: NotRequired[Any]
     video: NotRequired[Any]
@@ -104,16 +122,23 @@ class Segment(NamedTuple):
         text: the characters.
         is_control: special tokens in ``text`` are meant; otherwise all of it is plain text.
         is_answer: the model learns to write it.
+        targets: (row, slot, cell) of the selection that the markers in ``text`` mean.
+        ends_list: whether a list of points ends with them.
     """
 
     text: str
     is_control: bool
     is_answer: bool
+    targets: tuple[tuple[int, int, int], ...] = ()
+    ends_list: bool = False
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A checked message: its text in one piece, its images and videos (None: given beside)."""
+    """A checked message: its text in one piece, its images and videos (None: given beside).
+
+    Points of a question are tags of the text (`PointsText`) that take no letters of it.
+    """
 
     role: str
     text: str
@@ -309,15 +334,18 @@ def _read_message(message: Message, number: int, styled: bool) -> Turn:
         if part.get("type") == "text" and isinstance(part.get("text"), str):
             style = part.get("style") if styled else None
             has_prefix = style is not None and style not in STYLES_WITHOUT_PREFIX
-            texts.append(f"{style}: {part['text']}" if has_prefix else part["text"])
+            texts.append(join_points([f"{style}: " if has_prefix else "", part["text"]]))
         elif part.get("type") == "image":
             images.append(part.get("image"))
         elif part.get("type") == "video":
             videos.append(part.get("video"))
+        elif part.get("type") == "point" and role == "user":
+            texts.append(_read_point(part, where))
         else:
             raise ValueError(
                 f"{where} holds {_describe(item)}: expected {{'type': 'text', 'text': a string}}, "
                 f"{{'type': 'image', 'image': a picture}} or {{'type': 'video', 'video': a video}}"
+                + (", and points only in questions" if part.get("type") == "point" else "")
             )
     if (images or videos) and role != "user":
         raise ValueError(
@@ -376,12 +404,28 @@ def _from_address(address: str, kind: str, where: str) -> bytes | str:
     )
 
 
+def _read_point(part: Mapping[str, Any], where: str) -> PointsText:
+    """A point of a question: an empty text that remembers it."""
+    numbers = [part.get("x"), part.get("y"), part.get("time", 0)]
+    image, label = part.get("image", 1), part.get("label", "point")
+    is_whole = all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers)
+    is_place = isinstance(image, int) and not isinstance(image, bool) and isinstance(label, str)
+    if not is_whole or not is_place or ("image" in part and "time" in part):
+        raise ValueError(
+            f"{where} holds {_describe(part)}: expected {{'type': 'point', 'x': pixels, 'y': "
+            f"pixels, 'image': its number, from 1}}, or 'time' in seconds in place of 'image'"
+        )
+    point = Point(float(part["x"]), float(part["y"]), image, time=part.get("time"), label=label)
+    return PointsText("", [PointsTag(0, 0, "point", label, (point,))])
+
+
 def _join(texts: Sequence[str], styled: bool) -> str:
     """The released template has a space before a text that does not begin the message."""
-    joined = ""
+    pieces: list[str] = []
     for text in texts:
-        joined += f" {text}" if styled and joined else text
-    return joined
+        has_begun = any(piece or tags_of(piece) for piece in pieces)
+        pieces += [" ", text] if styled and has_begun else [text]
+    return join_points(pieces)
 
 
 def _describe(value: Any) -> str:

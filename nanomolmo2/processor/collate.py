@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nanomolmo2.batch import IGNORED_LABEL, Batch
+from nanomolmo2.batch import IGNORED_LABEL, NO_MORE_POINTS, Batch
 from nanomolmo2.processor.crops import shift_windows
 from nanomolmo2.processor.processor import Encoded
 
@@ -29,11 +29,15 @@ def collate(
     trees also subsegments and positions, which then follow from the mask. If only some rows have
     it, the others get labels -100, weight 1 a label, subsegment 0.
 
+    Rows of point targets are counted through the batch too, and so are lists of points.
+
     Args:
         padding_side: ``right`` for training, ``left`` or ``right`` for generation.
     """
     if not encoded:
         raise ValueError("there is nothing to collate: give at least one encoded example")
+    for example in encoded:
+        check_targets(example)
     if padding_side not in ("right", "left"):
         raise ValueError(f"padding_side is {padding_side!r}, expected 'right' or 'left'")
     has_labels = any(e.labels is not None for e in encoded)
@@ -52,6 +56,7 @@ def collate(
 
     images = [e.pixel_values for e in encoded if e.pixel_values is not None]
     windows = join_windows(encoded)
+    targets, lists = join_targets(encoded)
     return Batch(
         input_ids=pad([e.input_ids for e in encoded], pad_token_id),
         attention_mask=pad([np.ones(len(e.input_ids), dtype=bool) for e in encoded], False),
@@ -61,6 +66,8 @@ def collate(
         subsegment_ids=pad([subsegments_of(e) for e in encoded], -1) if has_trees else None,
         pixel_values=torch.from_numpy(np.concatenate(images)) if images else None,
         image_token_pooling=None if windows is None else torch.from_numpy(windows),
+        point_targets=None if targets is None else torch.from_numpy(targets),
+        point_lists=None if lists is None else torch.from_numpy(lists),
     )
 
 
@@ -72,7 +79,9 @@ def join_windows(encoded: Sequence[Encoded]) -> NDArray[np.int64] | None:  # (n,
         if index is None or crops is None:
             continue
         windows.append(shift_windows(index, num_before))
-        num_before += crops.shape[0] * crops.shape[1]
+        # Of an image that is not cut every patch is in one window; its pixels are not patches yet.
+        is_cropped = crops.ndim == 3
+        num_before += crops.shape[0] * crops.shape[1] if is_cropped else int((index >= 0).sum())
     if not windows:
         return None
     width = max(index.shape[1] for index in windows)
@@ -82,6 +91,78 @@ def join_windows(encoded: Sequence[Encoded]) -> NDArray[np.int64] | None:  # (n,
             for index in windows
         ]
     )
+
+
+def join_targets(
+    encoded: Sequence[Encoded],
+) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
+    """(``point_targets``, ``point_lists``) of all examples; None if no example has any.
+
+    Rows are moved behind the rows of the examples before, the end of a list stays what it is.
+    """
+    targets, lists = [], []
+    rows_before = lists_before = 0
+    for example in encoded:
+        if example.point_targets is not None:
+            moved = example.point_targets.copy()
+            moved[moved[:, 0] != NO_MORE_POINTS, 0] += rows_before
+            targets.append(moved)
+            lists.append(lists_of(example) + lists_before)
+            lists_before = int(lists[-1].max(initial=lists_before - 1)) + 1
+        if example.image_token_pooling is not None:
+            rows_before += int((example.image_token_pooling >= 0).any(axis=1).sum())
+    if not targets:
+        return None, None
+    return np.concatenate(targets), np.concatenate(lists)
+
+
+def lists_of(example: Encoded) -> NDArray[np.int64]:
+    """(P,); a new list after every end of one, if nothing else is said."""
+    if example.point_lists is not None:
+        return example.point_lists
+    assert example.point_targets is not None
+    ends = example.point_targets[:, 0] == NO_MORE_POINTS
+    numbers: NDArray[np.int64] = np.cumsum(ends) - ends
+    return numbers
+
+
+def check_targets(example: Encoded) -> None:
+    """Check that the markers of an example and its ``point_targets`` go together.
+
+    An example that is cut may end inside a point; then its targets are cut in step, with -1 for the
+    slot and the cell whose marker is gone.
+
+    Raises: ValueError saying what does not.
+    """
+    if (space := example.point_space) is None:
+        return
+    found = example.point_targets
+    targets = np.zeros((0, 3), dtype=np.int64) if found is None else found
+    ids = example.input_ids
+    places = np.flatnonzero(ids == space.markers[0])
+    if len(places) != len(targets):
+        raise ValueError(
+            f"an example holds {len(places)} markers of rows and {len(targets)} point_targets: it "
+            f"needs one for each; an example that was cut needs its targets cut in step"
+        )
+    ends = targets[:, 0] == NO_MORE_POINTS
+    if ((targets[:, 0] < 0) | (targets[:, 0] >= space.num_rows))[~ends].any():
+        raise ValueError(
+            f"point_targets select row {targets[~ends, 0].max()}, but the prompt has "
+            f"{space.num_rows} rows: they belong to another prompt"
+        )
+    following = np.append(ids, [-1, -1])
+    for step, name in ((1, "slot"), (2, "cell")):
+        has_marker = following[places + step] == space.markers[step]
+        if step == 2:
+            has_marker &= following[places + 1] == space.markers[1]
+        total = int((ids == space.markers[step]).sum())
+        if (has_marker != (targets[:, step] >= 0)).any() or total != int(has_marker.sum()):
+            raise ValueError(
+                f"an example holds a point without its {name}, or a {name} without its point: a "
+                f"point is three markers one after the other; where it is cut off, its "
+                f"point_targets have -1"
+            )
 
 
 def labels_of(example: Encoded) -> NDArray[np.int64]:

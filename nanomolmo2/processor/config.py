@@ -54,6 +54,48 @@ class VideoConfig(Config):
 
 
 @dataclass(frozen=True)
+class PointTokens(Config):
+    """How a model that points by selecting what it sees (MolmoPoint) writes its points.
+
+    A point is three marker tokens: one that selects a row (a visual token), one a slot (a patch in
+    the row's window), and one a cell of the patch's 3 x 3.
+
+    Attributes:
+        patch_token, subpatch_token, location_token: special tokens, the markers of row, slot, cell.
+        overview_token: special token of the overview's visual tokens, which cannot be selected; of
+            processors with crops. None: written like others.
+        num_embeddings: V, ids that have an embedding, which is the id of the first class of a
+            point. None: as many as the tokenizer has.
+        points_in_prompt: a point in a question is written as three markers too; otherwise as text
+            coordinates, which is what the released models learned.
+        patch_size, pooling_size: sides of a patch, pixels, and of a pooling window, patches, where
+            images are not cut into crops; with crops `MultiCrop` says both.
+    """
+
+    patch_token: str = "<|token_index|>"
+    subpatch_token: str = "<|vit_index|>"
+    location_token: str = "<|vit_loc|>"
+    overview_token: str | None = "<im_low>"
+    num_embeddings: int | None = None
+    points_in_prompt: bool = False
+    patch_size: int = 14
+    pooling_size: int = 2
+
+    def __post_init__(self) -> None:
+        self.check_positive()
+        if len({*self.markers}) < 3:
+            raise ValueError(
+                f"the markers of row, slot and cell are {', '.join(self.markers)}, expected three "
+                f"different tokens"
+            )
+
+    @property
+    def markers(self) -> tuple[str, str, str]:
+        """The tokens of row, slot and cell."""
+        return self.patch_token, self.subpatch_token, self.location_token
+
+
+@dataclass(frozen=True)
 class ProcessorConfig(Config):
     """How images and messages become numbers; saved beside the weights.
 
@@ -71,6 +113,7 @@ class ProcessorConfig(Config):
             its own, and image tokens are written as it says. None: one view of an image.
         video: take videos too, each frame as one crop of ``multicrop``, or, without crops, as a
             image of ``image_tokens``; None: images only.
+        points: write points as selections of what is seen; None: as text coordinates.
         image_token, image_start_token, image_end_token: special tokens of an image; with crops
             the start token is the overview's.
         pad_token: special token that fills up rows.
@@ -88,6 +131,7 @@ class ProcessorConfig(Config):
     image_tokens: int | None = None
     multicrop: MultiCrop | None = None
     video: VideoConfig | None = None
+    points: PointTokens | None = None
     image_token: str = "<|image_pad|>"
     image_start_token: str = "<|vision_start|>"
     image_end_token: str = "<|vision_end|>"
@@ -132,6 +176,8 @@ class ProcessorConfig(Config):
                 "video is set, and neither multicrop nor image_tokens is: say how many tokens a "
                 "frame has"
             )
+        if self.points is not None and self.multicrop is None:
+            self._check_windows(self.points)
         for name in self.trained_on:
             if not re.fullmatch(_SOURCE_NAME, name):
                 raise ValueError(
@@ -140,6 +186,22 @@ class ProcessorConfig(Config):
                 )
         if not self.stop_tokens:
             raise ValueError("stop_tokens is empty, so no answer would end: name at least one")
+
+    def _check_windows(self, points: PointTokens) -> None:
+        """Without crops an image is one square of patches, pooled in square windows."""
+        side, rest = divmod(self.image_size, points.patch_size)
+        if rest:
+            raise ValueError(
+                f"image_size ({self.image_size}) must be a multiple of the patch_size of points "
+                f"({points.patch_size}): a point selects a whole patch"
+            )
+        windows = (-(-side // points.pooling_size)) ** 2
+        if self.image_tokens not in (None, windows):
+            raise ValueError(
+                f"image_tokens is {self.image_tokens}, but {side} x {side} patches in windows of "
+                f"{points.pooling_size} x {points.pooling_size}, which points say, are {windows}: "
+                f"give points the patch_size and pooling_size of the model"
+            )
 
     @classmethod
     def molmo2(cls, **fields: Any) -> Self:

@@ -140,6 +140,13 @@ class MultiCrop(Config):
             return tilings[int(scales.argmax())]
         return tilings[int(np.where(scales < 1, np.float32(10e9), scales).argmin())]
 
+    def patch_grid(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns of patches in the detailed view of an image of this size."""
+        rows, cols = self.tiling(width, height)
+        margins = sum(self.overlap_margins)
+        window = self.patches_per_side - margins
+        return rows * window + margins, cols * window + margins
+
     def image_grid(self, width: int, height: int) -> tuple[int, int, int, int]:
         """``image_grid`` of an image of this size without cutting it."""
         return _pooling_index(

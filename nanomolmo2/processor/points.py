@@ -18,7 +18,7 @@
                     Molmo 1, which is read but not written: percent of the width and height
 
 Source: Molmo2, olmo/preprocessing/point_formatter.py (html-v2 joins groups with ``;``, html-v1 with
-a tab). The grammar of the tags (`_join_groups`, `_scan_tags`) does not know what a key means.
+a tab). The grammar of the tags (`_join_groups`, `scan_tags`) does not know what a key means.
 """
 
 from __future__ import annotations
@@ -27,39 +27,29 @@ import html
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from nanomolmo2.processor.counts import stated_count
+from nanomolmo2.processor.point import Point, PointsTag, PointsText, Size, join_points
+
+__all__ = [
+    "Point",
+    "PointMode",
+    "PointsText",
+    "Size",
+    "format_points",
+    "format_tracks",
+    "join_points",
+    "parse_count",
+    "parse_points",
+    "points_to_json",
+]
 
 SCALE = 1000  # coordinates are written in thousandths of the image's side
 NOTHING_THERE = "There are none."
 NO_TRACKS = "No tracks available."
 
 PointMode = Literal["point", "point_count", "count_point", "count"]
-Size = tuple[int, int]  # (width, height), pixels
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point in pixels of an original image or of a video's frames.
-
-    Attributes:
-        x: 0 .. width of the image, pixels; right from the top-left corner.
-        y: 0 .. height of the image, pixels; down from the top-left corner.
-        image: number of the image in the prompt, from 1; says nothing where there is a time.
-        id: number of the point in its answer, from 1, or of the object that a track follows; None
-            before it was written.
-        label: what the point marks, as the answer says it; None if the answer broke off before it.
-        time: seconds from the start of the video; None for a point in an image.
-    """
-
-    x: float
-    y: float
-    image: int = 1
-    id: int | None = None
-    label: str | None = None
-    time: float | None = None
 
 
 def format_points(
@@ -82,7 +72,7 @@ def format_points(
             ``count_point``: ``There are N <tag>.``; ``count``: ``N``
         video_size: (width, height) of the video, pixels; for points with a time, which is written
             with one decimal.
-    Returns: the answer; ``There are none.`` for no points, in every mode.
+    Returns: the answer, a `PointsText`; ``There are none.`` for no points, in every mode.
     Raises: ValueError if a point lies outside its image, names an image that is not there or has
         an impossible time, if the label holds a tag, or if the mode is unknown.
     """
@@ -91,6 +81,7 @@ def format_points(
             f"unknown mode {mode!r} for points: use one of {', '.join(get_args(PointMode))}"
         )
     _check_label(label)
+    points = list(points)
     groups = []
     count = 0
     for key, group in _by_key(points, image_sizes, video_size):
@@ -101,13 +92,14 @@ def format_points(
         groups.append((key, triples))
     if not groups:
         return NOTHING_THERE
-    tag = f'<points coords="{_join_groups(groups)}">{label}</points>'
-    return {
-        "point": tag,
-        "point_count": f"Counting the {tag} shows a total of {count}.",
-        "count_point": f"There are {count} {tag}.",
-        "count": str(count),
+    if mode == "count":
+        return str(count)
+    before, after = {
+        "point": ("", ""),
+        "point_count": ("Counting the ", f" shows a total of {count}."),
+        "count_point": (f"There are {count} ", "."),
     }[mode]
+    return join_points([before, _tag("points", groups, label, points), after])
 
 
 def format_tracks(points: Iterable[Point], label: str, video_size: Size) -> str:
@@ -120,7 +112,7 @@ def format_tracks(points: Iterable[Point], label: str, video_size: Size) -> str:
             rounding. The points of one time are sorted by that number.
         label: what the objects are, such as ``dancers``.
         video_size: (width, height) of the video, pixels.
-    Returns: the tag; ``No tracks available.`` for no points.
+    Returns: the tag, a `PointsText`; ``No tracks available.`` for no points.
     Raises: ValueError as `format_points`, and for a point without time or id, and an object with
         two points at the same tenth of a second.
     """
@@ -146,7 +138,7 @@ def format_tracks(points: Iterable[Point], label: str, video_size: Size) -> str:
         groups.append((key, sorted((numbers[id], x, y) for x, y, id in group)))
     if not groups:
         return NO_TRACKS
-    return f'<tracks coords="{_join_groups(groups)}">{label}</tracks>'
+    return _tag("tracks", groups, label, points)
 
 
 def parse_points(
@@ -179,7 +171,7 @@ def parse_points(
     points = []
     all_times = video_size is not None and not image_sizes
     noted = [] if problems is None else problems
-    for tag in _scan_tags(text):
+    for tag in scan_tags(text):
         noted += tag.problems
         for key, triples in tag.groups:
             if not triples:
@@ -227,7 +219,7 @@ def parse_count(text: str) -> int | None:
     if stated is not None:
         return stated
     count = 0
-    for tag in _scan_tags(text):
+    for tag in scan_tags(text):
         ids = [triple.id for _, triples in tag.groups for triple in triples]
         count += len(set(ids) if tag.name == "tracks" else ids)
     return count or None
@@ -242,7 +234,8 @@ def points_to_json(
     """Points as dicts that `json.dumps` takes.
 
     Each has ``image`` (number of its image, from 1) or ``time`` (seconds), ``id``, ``label``,
-    ``x`` and ``y`` in pixels, ``x_thousandths`` and ``y_thousandths`` of the width and height.
+    ``x`` and ``y`` in pixels, ``x_thousandths`` and ``y_thousandths`` of the width and height, and
+    ``confidence`` where it is known.
 
     Raises: ValueError for a point without its image, or with a time and without ``video_size``.
     """
@@ -258,6 +251,7 @@ def points_to_json(
                 "y": point.y,
                 "x_thousandths": round(SCALE * point.x / width),
                 "y_thousandths": round(SCALE * point.y / height),
+                **({} if point.confidence is None else {"confidence": point.confidence}),
             }
         )
     return dicts
@@ -310,12 +304,28 @@ class _Opening(NamedTuple):
     is_empty: bool  # />
 
 
-class _Tag(NamedTuple):
+class Tag(NamedTuple):
+    """A points, tracks or point tag as it stands in a text."""
+
+    start: int  # of its first character
+    stop: int  # behind its last character; where it is not closed, behind what was read
     name: str  # points, tracks or point
     where: str  # for messages
     label: str | None  # None where the tag is not closed and has no alt
     groups: list[tuple[str, list[_Triple]]]  # [(key, triples), ...]
     problems: list[str]  # what was left out
+    says_nothing: bool  # it names no place at all, so it may be a word of another language
+
+
+def _tag(
+    name: str,
+    groups: Iterable[tuple[str, Iterable[tuple[int, int, int]]]],
+    label: str,
+    points: Sequence[Point],
+) -> PointsText:
+    """A whole tag, which remembers its points."""
+    text = f'<{name} coords="{_join_groups(groups)}">{label}</{name}>'
+    return PointsText(text, [PointsTag(0, len(text), name, label, tuple(points))])
 
 
 def _join_groups(groups: Iterable[tuple[str, Iterable[tuple[int, int, int]]]]) -> str:
@@ -326,7 +336,7 @@ def _join_groups(groups: Iterable[tuple[str, Iterable[tuple[int, int, int]]]]) -
     )
 
 
-def _scan_tags(text: str) -> Iterator[_Tag]:
+def scan_tags(text: str) -> Iterator[Tag]:
     """Each points, tracks and point tag of a text."""
     openings = list(_TAG.finditer(text))
     limits = [*(opening.start() for opening in openings[1:]), len(text)]
@@ -339,7 +349,8 @@ def _scan_tags(text: str) -> Iterator[_Tag]:
         if start and text[start - 1] in "\"'":
             stop = _DIGITS.match(text, start).end()  # type: ignore[union-attr]  # may be empty
             groups, problems = _scan_coords(text, start, stop, where)
-            label, problem = _read_label(text, name, head, limit)
+            says_nothing = start == stop and text[stop : stop + 1] == text[start - 1]
+            label, end, problem = _read_label(text, name, head, limit)
             if stop == len(text):
                 tail = text[max(start, stop - 20) : stop]
                 problems.append(f"{where}: the answer breaks off after {tail!r}")
@@ -358,8 +369,9 @@ def _scan_tags(text: str) -> Iterator[_Tag]:
             pairs += len(triples) + len(problems)
             key, problem = _read_time(values)
             groups = [(key, triples)]
-            label, unclosed = _read_label(text, name, head, limit)
-            if not triples and not problems and head.unclosed is None:
+            label, end, unclosed = _read_label(text, name, head, limit)
+            says_nothing = not triples and not problems and head.unclosed is None
+            if says_nothing:
                 problem = f"has no {'x and y' if name == 'point' else 'coords'}"
             elif head.unclosed is not None:
                 problem = f"breaks off in its {head.unclosed[:40]}"
@@ -368,7 +380,7 @@ def _scan_tags(text: str) -> Iterator[_Tag]:
         if label is None and (alt := head.attributes.get("alt")):
             value = re.sub(r"\\(.)", r"\1", text[slice(*alt)], flags=re.DOTALL)
             label = None if head.unclosed == "alt" else html.unescape(value)
-        yield _Tag(name, where, label, groups, problems)
+        yield Tag(opening.start(), end, name, where, label, groups, problems, says_nothing)
 
 
 def _read_opening(text: str, start: int, limit: int) -> _Opening:
@@ -390,16 +402,18 @@ def _read_opening(text: str, start: int, limit: int) -> _Opening:
     return _Opening(attributes, None, None, False)
 
 
-def _read_label(text: str, name: str, head: _Opening, limit: int) -> tuple[str | None, str | None]:
-    """(text between the tags or None, what is wrong or None)."""
+def _read_label(
+    text: str, name: str, head: _Opening, limit: int
+) -> tuple[str | None, int, str | None]:
+    """(text between the tags or None, end of the whole tag, what is wrong or None)."""
     if head.is_empty:
-        return None, None
+        return None, head.stop or limit, None
     if head.stop is not None:
         # After the limit it would close a later tag.
         closing = _CLOSING[name].match(text, head.stop, limit)
         if closing is not None:
-            return closing["label"], None
-    return None, f"is not closed with </{name}>"
+            return closing["label"], closing.end(), None
+    return None, head.stop or limit, f"is not closed with </{name}>"
 
 
 def _read_percents(

@@ -6,8 +6,8 @@ prompt. P below is the length of the prefix: what all branches of a message tree
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -26,10 +26,18 @@ from nanomolmo2.processor.chat import (
     render_prefix,
     render_turns,
 )
-from nanomolmo2.processor.config import ProcessorConfig, VideoConfig
+from nanomolmo2.processor.config import PointTokens, ProcessorConfig, VideoConfig
 from nanomolmo2.processor.crops import MultiCrop
+from nanomolmo2.processor.grounding import Markers, ground, write_question
 from nanomolmo2.processor.inputs import is_file
-from nanomolmo2.processor.tokenizer import MOLMO2_TOKENS, Tokenizer, molmo2_tokenizer
+from nanomolmo2.processor.point import tags_of
+from nanomolmo2.processor.point_space import PointSpace, decode_classes
+from nanomolmo2.processor.tokenizer import (
+    MOLMO2_TOKENS,
+    Tokenizer,
+    molmo2_tokenizer,
+    molmo_point_tokenizer,
+)
 from nanomolmo2.processor.video import VideoSource
 from nanomolmo2.processor.visual import DETAILS_START, FRAME_MARKS, ROW_END, VisualLoader
 
@@ -48,6 +56,7 @@ class Encoded:
 
     ``labels`` are not shifted: the label at t is the token at t, -100 where nothing is learned.
     With crops, M crops (or frames) of N patches stand behind n image tokens of K patches each.
+    Models that point by selecting have P row markers, and always ``image_token_pooling``.
     """
 
     input_ids: NDArray[np.int64]  # (T,)
@@ -63,6 +72,19 @@ class Encoded:
     video_grids: NDArray[np.int64] | None = None  # (1, 3) frames, rows and columns of each
     frame_times: tuple[float, ...] = ()  # seconds
     video_size: tuple[int, int] | None = None  # (width, height) of every frame, pixels
+    point_targets: NDArray[np.int64] | None = None  # (P, 3) row, slot, cell; -1 what is cut off
+    point_lists: NDArray[np.int64] | None = None  # (P,) number of the list that each is part of
+    point_space: PointSpace | None = None  # where points lie; None without anything shown
+
+
+@dataclass
+class _Tokens:
+    """Segments as ids."""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    targets: list[tuple[int, int, int]] = field(default_factory=list)  # of the row markers
+    ends: list[bool] = field(default_factory=list)  # whether a list ends with each of them
 
 
 class Processor:
@@ -73,6 +95,7 @@ class Processor:
         self.config = config
         self.tokenizer = tokenizer
         self.image_token_id = tokenizer.special_id(config.image_token)
+        self.image_token_ids: tuple[int, ...] = (self.image_token_id,)  # of the overview too
         self.pad_token_id = tokenizer.special_id(config.pad_token)
         self.stop_token_ids = tuple(tokenizer.special_id(name) for name in config.stop_tokens)
         names = [config.image_start_token, config.image_end_token, "<|im_start|>", "<|im_end|>"]
@@ -82,6 +105,8 @@ class Processor:
             names += FRAME_MARKS
         for name in names:
             tokenizer.special_id(name)
+        self._markers = None if config.points is None else Markers(*config.points.markers)
+        self._blank = None if config.points is None else self._blank_space(config.points)
         typed = {config.image_token, config.image_start_token, config.image_end_token}
         typed |= {*MOLMO2_TOKENS} & {*tokenizer.special_ids} - {*_NOT_TYPED}
         self._typed_ids = sorted(tokenizer.special_ids[name] for name in typed)
@@ -120,23 +145,25 @@ class Processor:
         has_crops = self.config.multicrop is not None
         turns = read_messages(messages, styled=has_crops)
         visual = self._visual.load(_gather_images(turns, images), _gather_video(turns, video))
+        space = self._space(visual.fields)
         segments = render(
             self.config.chat_format,
-            turns,
+            self._write_questions(turns, visual.fields),
             visual.segments,
             add_generation_prompt,
             released=has_crops,
         )
-        ids, labels = self._encode_segments(segments)
+        tokens = self._encode_segments(self._ground(segments, space))
         return Encoded(
-            input_ids=np.array(ids, dtype=np.int64),
-            position_ids=np.arange(len(ids)),
+            input_ids=np.array(tokens.ids, dtype=np.int64),
+            position_ids=np.arange(len(tokens.ids)),
             labels=(
-                np.array(labels, dtype=np.int64)
+                np.array(tokens.labels, dtype=np.int64)
                 if any(turn.role == "assistant" for turn in turns)
                 else None
             ),
             **visual.fields,
+            **_point_fields([tokens], space),
         )
 
     def apply(
@@ -212,22 +239,23 @@ class Processor:
                 f"one each"
             )
         visual = self._visual.load(_several(images), video)
+        space = self._space(visual.fields)
         prefix = self._prefix(visual.segments)
         num_prefix = len(prefix)
 
         ids, labels, weights = list(prefix), [IGNORED_LABEL] * num_prefix, [0.0] * num_prefix
-        lengths = []
+        read = []
         for number, messages in enumerate(branches):
-            segments = self._render_branch(messages, number)
-            branch_ids, branch_labels = self._encode_segments(segments)
-            num_labels = len(branch_labels) - branch_labels.count(IGNORED_LABEL)
+            tokens = self._encode_branch(messages, number, visual.fields, space)
+            num_labels = len(tokens.labels) - tokens.labels.count(IGNORED_LABEL)
             weight = _label_weight(loss_weighting, num_labels, len(branches))
             if branch_weights is not None:
                 weight *= branch_weights[number]
-            ids += branch_ids
-            labels += branch_labels
-            weights += [0.0 if label == IGNORED_LABEL else weight for label in branch_labels]
-            lengths.append(len(branch_ids))
+            ids += tokens.ids
+            labels += tokens.labels
+            weights += [0.0 if label == IGNORED_LABEL else weight for label in tokens.labels]
+            read.append(tokens)
+        lengths = [len(tokens.ids) for tokens in read]
 
         # Position within the branch = index - start of the branch + P; the prefix starts at -P + P.
         starts = np.cumsum([0, *lengths[:-1]])
@@ -242,6 +270,7 @@ class Processor:
                 [PREFIX_SUBSEGMENT, *range(len(lengths))], [num_prefix, *lengths]
             ),
             **visual.fields,
+            **_point_fields(read, space),
         )
 
     def load_images(
@@ -256,9 +285,24 @@ class Processor:
 
     def _encode_prefix(self, visual: tuple[Segment, ...]) -> tuple[int, ...]:
         segments = render_prefix(self.config.chat_format, visual)
-        return tuple(self._encode_segments(segments)[0])
+        return tuple(self._encode_segments(segments).ids)
 
-    def _render_branch(self, messages: Sequence[Message], number: int) -> list[Segment]:
+    def _encode_branch(
+        self,
+        messages: Sequence[Message],
+        number: int,
+        fields: Mapping[str, Any],
+        space: PointSpace | None,
+    ) -> _Tokens:
+        turns = self._read_branch(messages, number)
+        try:
+            turns = self._write_questions(turns, fields)
+            segments = self._ground(render_turns(self.config.chat_format, turns), space)
+        except ValueError as error:
+            raise ValueError(f"branch {number}: {error}") from None
+        return self._encode_segments(segments)
+
+    def _read_branch(self, messages: Sequence[Message], number: int) -> list[Turn]:
         try:
             turns = read_messages(messages, styled=self.config.multicrop is not None)
         except ValueError as error:
@@ -273,14 +317,13 @@ class Processor:
                 f"branch {number} ends with a question: every branch of a message tree is learned, "
                 f"so give its answer"
             )
-        return render_turns(self.config.chat_format, turns)
+        return turns
 
-    def _encode_segments(self, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
-        """(ids, labels) of segments; the only place where a label is made."""
-        ids: list[int] = []
-        labels: list[int] = []
+    def _encode_segments(self, segments: Sequence[Segment]) -> _Tokens:
+        """Segments as tokens; the only place where a label is made."""
+        tokens = _Tokens()
         rest = ""  # plain end of a control string, to be encoded in one piece with the text after
-        for number, (text, is_control, is_answer) in enumerate(segments):
+        for number, (text, is_control, is_answer, targets, ends_list) in enumerate(segments):
             if is_control:
                 following = segments[number + 1] if number + 1 < len(segments) else None
                 if following is not None and not following.is_control and not following.is_answer:
@@ -291,15 +334,88 @@ class Processor:
             else:
                 new = self.tokenizer.encode_text(rest + text)
                 rest = ""
-            ids += new
-            labels += new if is_answer else [IGNORED_LABEL] * len(new)
-        return ids, labels
+            tokens.ids += new
+            tokens.labels += new if is_answer else [IGNORED_LABEL] * len(new)
+            tokens.targets += targets
+            tokens.ends += [ends_list] * len(targets)
+        return tokens
+
+    # ---- points ----
+
+    def _blank_space(self, points: PointTokens) -> PointSpace:
+        """What all prompts have in common, as far as points need it."""
+        known = self.tokenizer.special_ids
+        if missing := [name for name in points.markers if name not in known]:
+            raise ValueError(
+                f"the tokenizer has no special token {missing[0]!r}, one of the three markers that "
+                f"points are written with: use the tokenizer.json that belongs to the model, or "
+                f"add them (processor.tokenizer.molmo_point_tokenizer)"
+            )
+        if self.config.multicrop is not None and points.overview_token is not None:
+            self.image_token_ids += (self.tokenizer.special_id(points.overview_token),)
+        row, slot, cell = (known[name] for name in points.markers)
+        first_class = points.num_embeddings or self.tokenizer.vocab_size
+        if first_class < self.tokenizer.vocab_size:
+            raise ValueError(
+                f"num_embeddings of points is {first_class}, but the tokenizer has "
+                f"{self.tokenizer.vocab_size} tokens: classes of points stand behind all of them"
+            )
+        digits = {}
+        for text in (f"{before}{number}" for number in range(1000) for before in ("", " ")):
+            ids = self.tokenizer.encode_text(text)
+            if len(ids) == 1:
+                digits[ids[0]] = text
+        return PointSpace(
+            first_class=first_class,
+            markers=(row, slot, cell),
+            token_pooling=np.zeros((0, points.pooling_size**2), dtype=np.int64),
+            views=(),
+            digits=digits,
+            tokenizer=self.tokenizer,
+        )
+
+    def _space(self, fields: Mapping[str, Any]) -> PointSpace | None:
+        """Where the points of a prompt lie; None without points, and where nothing is shown."""
+        if self._blank is None or not fields:
+            return None
+        return replace(
+            self._blank,
+            token_pooling=fields["image_token_pooling"],
+            views=self._visual.views(fields),
+            image_sizes=fields.get("image_sizes", ()),
+            video_size=fields.get("video_size"),
+            frame_times=fields.get("frame_times", ()),
+        )
+
+    def _write_questions(self, turns: Sequence[Turn], fields: Mapping[str, Any]) -> list[Turn]:
+        """The turns with the points of questions as text, where they are not to be selections."""
+        if self.config.points is not None and self.config.points.points_in_prompt:
+            return list(turns)
+        sizes, video_size = fields.get("image_sizes", ()), fields.get("video_size")
+        return [
+            replace(turn, text=write_question(turn.text, sizes, video_size))
+            if turn.role == "user" and tags_of(turn.text)
+            else turn
+            for turn in turns
+        ]
+
+    def _ground(self, segments: Sequence[Segment], space: PointSpace | None) -> Sequence[Segment]:
+        return segments if self._markers is None else ground(segments, space, self._markers)
 
     # ---- numbers -> text ----
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of generated ids (a list, array or tensor of one dimension)."""
-        return self.tokenizer.decode(ids, skip_special_tokens)
+        """Text of generated ids (a list, array or tensor of one dimension).
+
+        With points, an id V + k is a class of a point and is written ``<POINT_k>``.
+        """
+        if self._blank is None:
+            return self.tokenizer.decode(ids, skip_special_tokens)
+        return decode_classes(
+            ids,
+            self._blank.first_class,
+            lambda run: self.tokenizer.decode(run, skip_special_tokens),
+        )
 
     # ---- files ----
 
@@ -346,6 +462,42 @@ def molmo2_processor(
     """
     config = ProcessorConfig.molmo2(multicrop=MultiCrop(max_crops), video=VideoConfig())
     return Processor(config, molmo2_tokenizer(tokenizer_json_path, vocab_size=vocab_size))
+
+
+def molmo_point_processor(
+    tokenizer_json_path: str | Path, max_crops: int = 24, *, vocab_size: int | None = None
+) -> Processor:
+    """The processor of MolmoPoint 8B, GUI-8B and Vid-4B: as `molmo2_processor`, and with points.
+
+    The overview's tokens are ``<im_low>``, frames stand between ``<frame_start>`` and
+    ``<frame_end>``, and points of answers are selections; those of questions are text coordinates,
+    as these models learned them.
+
+    Args:
+        tokenizer_json_path: Qwen3's or Molmo2's ``tokenizer.json`` or its folder, or one that
+            already has MolmoPoint's tokens; see `tokenizer.molmo_point_tokenizer`.
+        max_crops: most tiles of an image, see `MultiCrop`; 24 as the 8B was released.
+    Raises: FileNotFoundError, ValueError for a tokenizer that is not as expected.
+    """
+    config = ProcessorConfig.molmo2(
+        multicrop=MultiCrop(max_crops),
+        video=VideoConfig(use_frame_special_tokens=True),
+        points=PointTokens(),
+    )
+    return Processor(config, molmo_point_tokenizer(tokenizer_json_path, vocab_size=vocab_size))
+
+
+def _point_fields(parts: Sequence[_Tokens], space: PointSpace | None) -> dict[str, Any]:
+    """What `Encoded` says about the points of parts that stand one after the other."""
+    targets = [target for part in parts for target in part.targets]
+    if not targets:
+        return {"point_space": space}
+    ends = [end for part in parts for end in part.ends]
+    return {
+        "point_targets": np.array(targets, dtype=np.int64),
+        "point_lists": np.cumsum([0, *ends[:-1]]),
+        "point_space": space,
+    }
 
 
 def _label_weight(weighting: LossWeighting, num_labels: int, num_branches: int) -> float:

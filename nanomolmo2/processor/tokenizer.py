@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -35,6 +35,11 @@ MOLMO2_TOKENS = (
     "<frame_end>",
     "<|video|>",
 )
+# Of MolmoPoint, behind them: a word of the format that is never written, and the three markers of a
+# selection (row, slot, cell).
+POINT_MARKERS = ("<|token_index|>", "<|vit_index|>", "<|vit_loc|>")
+MOLMO_POINT_TOKENS = (*MOLMO2_TOKENS, "<|points|>", *POINT_MARKERS)
+ADDITIONAL_TOKENS = 128  # ids that a released model has behind its base vocabulary
 QWEN3_VOCAB_SIZE = 151936  # rows of Qwen3's embedding; its tokens are fewer
 
 _CACHED_TEXTS = 65536  # questions and answers of synthetic data repeat; each is encoded once
@@ -196,25 +201,66 @@ def molmo2_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Toke
         than vocab_size, and one that has Molmo2's tokens in part or at other ids.
     """
     backend = read_backend(path)
-    ids = [backend.token_to_id(name) for name in MOLMO2_TOKENS]
+    _extend(backend, path, MOLMO2_TOKENS, "Molmo2", vocab_size)
+    return Tokenizer(backend)
+
+
+def molmo_point_tokenizer(
+    path: str | Path, *, vocab_size: int | None = None, additional: int = ADDITIONAL_TOKENS
+) -> Tokenizer:
+    """As `molmo2_tokenizer`, and with the markers of MolmoPoint behind Molmo2's tokens.
+
+    Fillers ``<EXTRA_TOKENS_POINT_0>``, ... follow up to ``additional`` tokens behind vocab_size, so
+    that the first id that is no token is V, the id of the first class of a point.
+
+    Raises: as `molmo2_tokenizer`.
+    """
+    backend = read_backend(path)
+    known = backend.get_vocab(with_added_tokens=True)
+    if all(name in known for name in MOLMO2_TOKENS) and not any(
+        name in known for name in MOLMO_POINT_TOKENS[len(MOLMO2_TOKENS) :]
+    ):
+        _extend(backend, path, MOLMO2_TOKENS, "Molmo2", vocab_size)
+        if max(known.values()) == known[MOLMO2_TOKENS[-1]]:  # nothing stands where the markers do
+            _add(backend, MOLMO_POINT_TOKENS[len(MOLMO2_TOKENS) :])
+    first = _extend(backend, path, MOLMO_POINT_TOKENS, "MolmoPoint", vocab_size)
+    free = first + additional - _used(backend)
+    _add(backend, [f"<EXTRA_TOKENS_POINT_{number}>" for number in range(free)])
+    return Tokenizer(backend)
+
+
+def _extend(
+    backend: tokenizers.Tokenizer,
+    path: str | Path,
+    names: Sequence[str],
+    whose: str,
+    vocab_size: int | None,
+) -> int:
+    """Add tokens at vocab_size + 0, 1, ..., unless they are there; the id of the first."""
+    ids = [backend.token_to_id(name) for name in names]
     if any(id is not None for id in ids):
         first = vocab_size if vocab_size is not None else ids[0]
         if first is None or ids != list(range(first, first + len(ids))):
             raise ValueError(
-                f"{path} has Molmo2's tokens at the ids {ids}, expected {len(ids)} ids one after "
+                f"{path} has {whose}'s tokens at the ids {ids}, expected {len(ids)} ids one after "
                 f"the other from {first if first is not None else 'vocab_size'} on: use the "
                 f"tokenizer.json that belongs to the model, or Qwen3's own"
             )
-        return Tokenizer(backend)
+        return first
     first = vocab_size if vocab_size is not None else QWEN3_VOCAB_SIZE
-    used = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    used = _used(backend)
     if used > first:
         raise ValueError(
             f"{path} has {used} tokens, more than vocab_size ({first}): use the tokenizer of the "
             f"language model, or give its vocab_size"
         )
-    fillers = [f"|<EXTRA_TOKENS_{number}>|" for number in range(first - used)]
-    backend.add_special_tokens(
-        [AddedToken(name, special=True, normalized=False) for name in (*fillers, *MOLMO2_TOKENS)]
-    )
-    return Tokenizer(backend)
+    _add(backend, [*(f"|<EXTRA_TOKENS_{number}>|" for number in range(first - used)), *names])
+    return first
+
+
+def _used(backend: tokenizers.Tokenizer) -> int:
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def _add(backend: tokenizers.Tokenizer, names: Iterable[str]) -> None:
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])

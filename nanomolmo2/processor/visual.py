@@ -6,7 +6,7 @@ its crops, and a video as many as its frames.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,7 +16,8 @@ from nanomolmo2.processor.chat import Segment, show_images, show_video
 from nanomolmo2.processor.config import ProcessorConfig
 from nanomolmo2.processor.crops import MultiCrop, pool_windows, shift_windows
 from nanomolmo2.processor.image import load_image, preprocess
-from nanomolmo2.processor.points import Size
+from nanomolmo2.processor.point import Size
+from nanomolmo2.processor.point_space import View
 from nanomolmo2.processor.sampling import Frame, Sampled
 from nanomolmo2.processor.video import VideoSource, sample_video
 
@@ -78,6 +79,7 @@ class VisualLoader:
         fields = {
             "pixel_values": np.stack([image.pixels for image in loaded]),
             "image_sizes": tuple(image.size for image in loaded),
+            **self._windows(len(loaded)),
         }
         texts = [self._image_text] * len(loaded)
         return Visual(show_images(self.config.chat_format, texts), fields)
@@ -109,7 +111,9 @@ class VisualLoader:
     def _text_of_crops(self, low_rows: int, low_cols: int, rows: int, cols: int) -> str:
         """The overview, then the detailed view, where every row ends with a token of its own."""
         config = self.config
-        overview = config.image_token * (low_rows * low_cols)
+        points = config.points
+        low_token = points.overview_token if points is not None else None
+        overview = (low_token or config.image_token) * (low_rows * low_cols)
         details = (config.image_token * cols + ROW_END) * rows
         return (
             f"{config.image_start_token}{overview}{config.image_end_token}"
@@ -169,8 +173,34 @@ class VisualLoader:
             "pixel_values": np.stack(video.frames),
             "frame_times": tuple(video.times),
             "video_size": video.size,
+            **self._windows(len(video.frames)),
         }
         return Visual(show_video(video.times, self._image_text), fields)
+
+    def _windows(self, count: int) -> dict[str, Any]:
+        """``image_token_pooling`` of uncropped images, which only points need."""
+        points = self.config.points
+        if points is None:
+            return {}
+        side = self.config.image_size // points.patch_size
+        index = pool_windows(np.arange(side * side).reshape(side, side), points.pooling_size)[0]
+        shifted = [shift_windows(index, number * side * side) for number in range(count)]
+        return {"image_token_pooling": np.concatenate(shifted)}
+
+    def views(self, fields: Mapping[str, Any]) -> tuple[View, ...]:
+        """The grid of patches of each picture or frame that `load` gave the fields of."""
+        config, multicrop = self.config, self.config.multicrop
+        count = len(fields["frame_times"] if "frame_times" in fields else fields["image_sizes"])
+        if multicrop is None:
+            assert config.points is not None
+            side, window = config.image_size // config.points.patch_size, config.points.pooling_size
+        elif "frame_times" in fields:
+            assert config.video is not None
+            side, window = multicrop.patches_per_side, config.video.pooling_size
+        else:
+            return _details(multicrop, fields)
+        each = (-(-side // window)) ** 2
+        return tuple(View(number * each, side, side, window) for number in range(count))
 
     def _load_image(self, image: Any) -> _Loaded:
         config = self.config
@@ -200,3 +230,14 @@ class VisualLoader:
             rescale_factor=config.rescale_factor,
         )
         return _Loaded(pixels, size)
+
+
+def _details(multicrop: MultiCrop, fields: Mapping[str, Any]) -> tuple[View, ...]:
+    """The detailed views of cropped images; before each come the rows of its overview."""
+    views, first = [], 0
+    grids = fields["image_grids"].tolist()
+    for (low_rows, low_cols, rows, cols), size in zip(grids, fields["image_sizes"], strict=True):
+        first += low_rows * low_cols
+        views.append(View(first, *multicrop.patch_grid(*size), multicrop.pooling_size))
+        first += rows * cols
+    return tuple(views)

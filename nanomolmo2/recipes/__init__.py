@@ -4,6 +4,7 @@
     base        SigLIP 2 and Qwen3-0.6B-Base: frozen vision, a fresh connector and the decoder learn
     base_of     the same with another connector, vision encoder or language model
     stage1-3    the three stages of Molmo2-4B
+    molmo_point_stage1-3, gui   those of MolmoPoint-8B, and its model for screenshots
     finetune    a trained model on a person's own data
 
 `tiny` has many stages of other kinds: nanomolmo2/emoji/train.py.
@@ -16,6 +17,12 @@ from collections.abc import Callable
 from nanomolmo2.recipes.base import base, base_of
 from nanomolmo2.recipes.finetune import finetune
 from nanomolmo2.recipes.molmo2 import adamw, stage1, stage2, stage3
+from nanomolmo2.recipes.molmo_point import (
+    gui,
+    molmo_point_stage1,
+    molmo_point_stage2,
+    molmo_point_stage3,
+)
 from nanomolmo2.recipes.smoke import smoke
 from nanomolmo2.registry import Registry
 from nanomolmo2.training.recipe import Recipe
@@ -27,6 +34,10 @@ __all__ = [
     "base",
     "base_of",
     "finetune",
+    "gui",
+    "molmo_point_stage1",
+    "molmo_point_stage2",
+    "molmo_point_stage3",
     "recipe",
     "smoke",
     "stage1",
@@ -35,7 +46,16 @@ __all__ = [
 ]
 
 RECIPES: Registry[Callable[[], Recipe]] = Registry(
-    smoke=smoke, base=base, stage1=stage1, stage2=stage2, stage3=stage3, finetune=finetune
+    smoke=smoke,
+    base=base,
+    stage1=stage1,
+    stage2=stage2,
+    stage3=stage3,
+    molmo_point_stage1=molmo_point_stage1,
+    molmo_point_stage2=molmo_point_stage2,
+    molmo_point_stage3=molmo_point_stage3,
+    gui=gui,
+    finetune=finetune,
 )
 # Runs through several stages: functions that train in a folder, and return whether they are done.
 STAGED: Registry[Callable[..., bool]] = Registry(tiny="nanomolmo2.emoji.train:train_tiny")

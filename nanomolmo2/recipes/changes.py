@@ -25,6 +25,7 @@ from nanomolmo2.training.recipe import Recipe
 # more than nothing does, and the same rate spoils what it sees: see docs/log.md.
 VISION_RATE = 0.2
 LORA_RATE = 2e-4  # at least: the matrices start at zero
+POINTS_RATE = 1e-4  # at least, of what selects visual tokens: MolmoPoint's in all its stages
 ALPHA = 2.0  # of LoRA, for each rank: as `LoraConfig` has it
 # Fields whose keys are free: their contents are checked when the recipe is made of them.
 _FREE = ("optimisers", "options")
@@ -75,9 +76,18 @@ def with_parts(recipe: Recipe, parts: Sequence[str]) -> Recipe:
 
 
 def new_rates(recipe: Recipe, part: str) -> OptimConfig:
-    """Of a part that a recipe has none for: the leading part's, less for the vision encoder."""
+    """Of a part that a recipe has none for: the leading part's, less for the vision encoder and at
+    least `POINTS_RATE` for the point modules.
+    """
     config = recipe.optimisers[recipe.leading_part]
+    if part == "points":
+        return points_rates(config)
     return vision_rates(config) if part == "vision" else config
+
+
+def points_rates(leading: OptimConfig) -> OptimConfig:
+    """Of the point modules, by those of the leading part."""
+    return dataclasses.replace(leading, lr=max(leading.lr, POINTS_RATE))
 
 
 def vision_rates(leading: OptimConfig) -> OptimConfig:

@@ -11,11 +11,18 @@ from nanomolmo2.convert.pretrained import load_config, load_processor
 from nanomolmo2.data.sources import SourceConfig
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.processor import ProcessorConfig
-from nanomolmo2.recipes.changes import vision_rates, with_lora, with_rate, with_steps
+from nanomolmo2.recipes.changes import (
+    points_rates,
+    vision_rates,
+    with_lora,
+    with_rate,
+    with_steps,
+)
 from nanomolmo2.recipes.fresh import has_fresh_connector
 from nanomolmo2.recipes.length import FEWEST, config_of, is_small, with_default_length
 from nanomolmo2.recipes.length import SMALL as SMALL
 from nanomolmo2.recipes.molmo2 import adamw
+from nanomolmo2.training.optim import PARTS, OptimConfig
 from nanomolmo2.training.recipe import DType, Recipe
 from nanomolmo2.training.setup import known_config
 
@@ -34,14 +41,15 @@ def finetune(
     steps: int | None = None,
     lora: bool = False,
     lr: float | None = None,
+    points: bool = False,
 ) -> Recipe:
     """A trained model on own data.
 
-    The connector and the decoder learn, or LoRA matrices of it; of a small model the vision encoder
-    and the embeddings too, in which new words of the data get rows, unless LoRA is to keep it near
-    to what it was. A share of what the model was trained on is mixed in, where it says so. Rows,
-    rates and arithmetic follow from the configuration of the model, see `sizes_of`, and the steps
-    from the data.
+    The connector and the decoder learn, or LoRA matrices of it, and the point modules of a model
+    that has them; of a small model the vision encoder and the embeddings too, in which new words of
+    the data get rows, unless LoRA is to keep it near to what it was. A share of what the model was
+    trained on is mixed in, where it says so. Rows, rates and arithmetic follow from the
+    configuration of the model, see `sizes_of`, and the steps from the data.
 
     Args:
         data: files of records, see docs/data.md.
@@ -49,6 +57,7 @@ def finetune(
         steps: None = by the size of the data, see `length.with_default_length`; ``FEWEST`` where
             they cannot be opened.
         lr: peak rate of the decoder or its LoRA; None = what suits the model.
+        points: let a model that writes coordinates as text point by selecting what it sees.
     Raises: ValueError where there is no such model; OSError without network for a name on the hub.
     """
     sizes = sizes_of(model)
@@ -65,6 +74,7 @@ def finetune(
         packing_buffer=8,
         replay=REPLAY,
         new_words=None,
+        point_head=points,
         train=("connector", "llm"),
         optimisers={"connector": rates, "llm": rates},
         dtype=sizes.dtype,
@@ -80,8 +90,17 @@ def finetune(
             train=("vision", *recipe.train, "embeddings"),
             optimisers={"vision": vision_rates(rates), **recipe.optimisers, "embeddings": rates},
         )
+    if config_of(recipe).point_config is not None:
+        recipe = with_points(recipe, rates)
     recipe = with_fresh_rate(recipe)
     return with_default_length(recipe) if steps is None else with_steps(recipe, steps)
+
+
+def with_points(recipe: Recipe, rates: OptimConfig) -> Recipe:
+    """What selects visual tokens learns too; ``rates``: of the decoder."""
+    train = [part for part in PARTS if part in (*recipe.train, "points")]
+    optimisers = {**recipe.optimisers, "points": points_rates(rates)}
+    return dataclasses.replace(recipe, train=tuple(train), optimisers=optimisers)
 
 
 def with_fresh_rate(recipe: Recipe) -> Recipe:

@@ -18,7 +18,7 @@ from nanomolmo2.recipes.changes import with_steps
 from nanomolmo2.training.build import processor_of, processor_of_rows
 from nanomolmo2.training.recipe import Recipe
 from nanomolmo2.training.replay import with_replay
-from nanomolmo2.training.setup import count_weights, known_config
+from nanomolmo2.training.setup import count_weights, known_config, sizes_in
 from nanomolmo2.training.trainer import row_plan
 
 SMALL = 100_000_000  # weights
@@ -78,7 +78,8 @@ def amount_of(recipe: Recipe) -> Amount:
 
 def config_of(recipe: Recipe) -> NanoMolmo2Config:
     """Sizes of a recipe's model."""
-    return recipe.architecture or known_config(recipe.model) or load_config(recipe.model)
+    found = recipe.architecture or known_config(recipe.model) or load_config(recipe.model)
+    return sizes_in(recipe, found)
 
 
 def is_small(config: NanoMolmo2Config) -> bool:

@@ -14,25 +14,28 @@ import torch
 from torch import nn
 
 from nanomolmo2.accelerate import defaults
-from nanomolmo2.accelerate.new_rows import NewRowsEmbedding
+from nanomolmo2.accelerate.new_rows import has_new_rows
 from nanomolmo2.accelerate.quantization import dequantize, is_quantized
 from nanomolmo2.convert.fresh import fresh_processor
 from nanomolmo2.convert.parts import LLM
 from nanomolmo2.convert.pretrained import (
     check_agreement,
     load,
+    load_config,
     load_language_model,
     load_processor,
     load_vision_encoder,
 )
-from nanomolmo2.models import NanoMolmo2
+from nanomolmo2.models import LanguageModel, NanoMolmo2
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.processor import Processor
 from nanomolmo2.training.distributed import World, full_state_dict
 from nanomolmo2.training.frozen import finish, prepare, save_adapter
 from nanomolmo2.training.new_words import add_new_words
+from nanomolmo2.training.point_head import init_head_rows, point_processor, with_point_head
 from nanomolmo2.training.recipe import Recipe
 from nanomolmo2.training.run_folder import ADAPTER_FOLDER, Info
+from nanomolmo2.training.setup import known_config
 
 
 def build(
@@ -57,10 +60,15 @@ def build(
             info(f"the weights of {recipe.model} are quantised: training starts from rounded ones")
             model = dequantize(model)
         model, processor = add_new_words(model, processor, recipe.new_words or (), recipe.seed)
+        if recipe.point_head:
+            if model.config.point_config is not None:
+                info(f"{recipe.model} already points by selecting: --points adds nothing")
+            model, processor = with_point_head(model, processor)
     else:
         processor = processor_of(recipe)
         check_agreement(recipe.architecture, processor)
         model = NanoMolmo2(recipe.architecture)
+        init_head_rows(model)
         if recipe.vision:
             start_from(
                 model.vision_encoder, load_vision_encoder(recipe.vision, cache_dir=cache_dir)
@@ -78,12 +86,21 @@ def build(
 
 
 def processor_of(recipe: Recipe) -> Processor:
-    """The processor of a recipe's model: its own, or for parts of their own that of these parts."""
+    """The processor of a recipe's model: its own, or for parts of their own that of these parts;
+    where the model points by selecting what it sees, one that writes points so.
+    """
+    sizes = recipe.architecture
     if recipe.model != "base":
-        return load_processor(recipe.model)
-    if recipe.architecture is None:
-        return load_processor()
-    return fresh_processor(recipe.architecture, recipe.llm or LLM.repository)
+        processor = load_processor(recipe.model)
+    elif sizes is None:
+        processor = load_processor()
+    else:
+        processor = fresh_processor(sizes, recipe.llm or LLM.repository)
+    if recipe.point_head:
+        sizes = known_config(recipe.model) or load_config(recipe.model)
+    elif sizes is None or sizes.point_config is None:
+        return processor
+    return point_processor(processor, sizes)
 
 
 def processor_of_rows(processor: Processor, model: NanoMolmo2Config) -> Processor:
@@ -99,8 +116,8 @@ def processor_of_rows(processor: Processor, model: NanoMolmo2Config) -> Processo
 def start_from(part: nn.Module, pretrained: nn.Module) -> None:
     """Copy the weights of a pretrained part into one that may differ at its ends.
 
-    It may have fewer blocks, more rows in its embedding table (those stay as they are), and a head
-    of its own where the pretrained one uses the table.
+    It may have fewer blocks, more rows in its embedding table, and in a head that writes them
+    (those stay as they are), and a head of its own where the pretrained one uses the table.
 
     Raises: ValueError for weights that are missing or of another shape.
     """
@@ -114,8 +131,11 @@ def start_from(part: nn.Module, pretrained: nn.Module) -> None:
                 f"{name} is {tuple(target.shape)} in the recipe's architecture and {shape} in the "
                 f"checkpoint: choose the checkpoint of the same sizes"
             )
-        if len(source) < len(target) and name != "embed_tokens.weight":
-            raise ValueError(f"{name} has {len(source)} rows, expected {len(target)}")
+        expected = len(target)
+        if name == "lm_head.weight" and isinstance(part, LanguageModel):
+            expected = min(expected, part.config.vocab_size)
+        if len(source) < expected and name != "embed_tokens.weight":
+            raise ValueError(f"{name} has {len(source)} rows, expected {expected}")
         target[: len(source)].copy_(source)
 
 
@@ -142,8 +162,8 @@ def plain_model(recipe: Recipe, model: NanoMolmo2, world: World) -> NanoMolmo2 |
     if not world.is_main:
         return None
     with torch.device("meta"):
-        split = isinstance(model.llm.embed_tokens, NewRowsEmbedding)
-        plain = prepare(NanoMolmo2(model.config), recipe, split_table=split)
+        plain = NanoMolmo2(model.config)
+        plain = prepare(plain, recipe, split_table=has_new_rows(model.llm))
     plain.load_state_dict(weights, assign=True)
     return finish(plain, getattr(torch, recipe.dtype))
 

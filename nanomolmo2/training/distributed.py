@@ -192,7 +192,9 @@ def shard(
             # Sums, not means: the trainer divides by the weight of the whole step.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "loss")
+    for method in ("loss", "loss_terms"):  # the other one of models that point
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
     # The connector returns views, which is a problem only for operations in place: there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 

@@ -33,12 +33,15 @@ def prepare(model: NanoMolmo2, recipe: Recipe, *, split_table: bool = True) -> N
     in float32.
 
     Args:
-        split_table: where the connector learns and the embeddings do not, let the rows beyond the
-            base vocabulary stand apart, so that the others need neither gradients nor moments.
+        split_table: where the connector learns, let the rows beyond the base vocabulary, of the
+            table and of a head that writes them, stand apart: the others need neither gradients nor
+            moments, and those of the head learn at the connector's rate beside the decoder. Not of
+            a table that learns as a whole.
     """
     has_new_rows = split_table and model.config.llm_config.additional_vocab_size > 0
-    if has_new_rows and "connector" in recipe.train and "embeddings" not in recipe.train:
-        split_new_rows(model.llm)
+    if has_new_rows and "connector" in recipe.train:
+        adapted = recipe.lora is not None and "lm_head" in recipe.lora.targets
+        split_new_rows(model.llm, table="embeddings" not in recipe.train, head=not adapted)
     if recipe.lora is not None and recipe.frozen_weights:
         add_qlora(model.llm, recipe.lora, recipe.frozen_weights)
     elif recipe.lora is not None:

@@ -467,7 +467,7 @@ def read_metrics(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
 
 
 def _left_out(name: str, value: float) -> bool:
-    return math.isnan(value) and name.startswith("loss_")
+    return math.isnan(value) and name.startswith(("loss_", "accuracy_"))
 
 
 class _StopRequest:

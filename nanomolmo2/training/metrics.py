@@ -21,6 +21,8 @@ from nanomolmo2.terminal import visible
 
 FILE = "log.jsonl"
 TIMED = 3  # steps after which the time that the others will take is told
+# Of models that point, see `point_terms`.
+LOSSES_OF_TERMS = ("loss_text", "loss_row", "loss_slot", "loss_cell")
 EXACT = "loss"  # logged with all digits: a resumed run must repeat it bit for bit
 
 
@@ -99,7 +101,9 @@ class RunLog:
         speed = (
             f", {line['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in line else ""
         )
-        return f"loss {means['loss']:.3f}{self.newest}{speed}"
+        terms = [f"{n.removeprefix('loss_')} {means[n]:.2f}" for n in LOSSES_OF_TERMS if n in means]
+        apart = f" ({', '.join(terms)})" if "loss_row" in means else ""
+        return f"loss {means['loss']:.3f}{apart}{self.newest}{speed}"
 
     def _tell_time(self, step: int, metrics: dict[str, float]) -> None:
         """After a few steps say how long the others will take."""

@@ -174,12 +174,17 @@ def add_new_words(
     rows = _first_rows(model, old, words, seed)
     vocabulary = tokenizer.backend.get_vocab()
     ids = [vocabulary[word] for word in words]
+    settings = processor.config
     if added:
         model = _with_more_rows(model, added)
+        if settings.points is not None and settings.points.num_embeddings is not None:
+            behind = settings.points.num_embeddings + added  # where classes of points begin
+            points = dataclasses.replace(settings.points, num_embeddings=behind)
+            settings = dataclasses.replace(settings, points=points)
     with torch.no_grad():
         for table in _tables(model.state_dict()).values():
             table[ids] = rows.to(table)
-    return model, Processor(processor.config, tokenizer)
+    return model, Processor(settings, tokenizer)
 
 
 def _with_pieces(old: Tokenizer, words: Sequence[str], base: int) -> tuple[Tokenizer, int]:
@@ -247,7 +252,16 @@ def _with_more_rows(model: NanoMolmo2, added: int) -> NanoMolmo2:
     def moved(id: int) -> int:
         return id + added if id >= base else id
 
-    ends = config.eos_token_id
+    ends, points = config.eos_token_id, config.point_config
+    if points is not None:
+        low = points.image_non_indexable_patch_id
+        points = dataclasses.replace(
+            points,
+            patch_token_id=moved(points.patch_token_id),
+            subpatch_token_id=moved(points.subpatch_token_id),
+            location_token_id=moved(points.location_token_id),
+            image_non_indexable_patch_id=None if low is None else moved(low),
+        )
     grown_config = dataclasses.replace(
         config,
         llm_config=dataclasses.replace(config.llm_config, vocab_size=base + added),
@@ -255,6 +269,7 @@ def _with_more_rows(model: NanoMolmo2, added: int) -> NanoMolmo2:
         image_special_token_ids=tuple(map(moved, config.image_special_token_ids)),
         eos_token_id=None if ends is None else tuple(map(moved, config.eos_token_ids)),
         pad_token_id=moved(config.pad_token_id),
+        point_config=points,
     )
     with torch.device("meta"):
         grown = NanoMolmo2(grown_config)

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanomolmo2.accelerate.linear import has_bf16_matmul
-from nanomolmo2.accelerate.new_rows import NewRowsEmbedding
+from nanomolmo2.accelerate.linear import BF16MatmulLinear, OneDNNLinear, has_bf16_matmul
+from nanomolmo2.accelerate.new_rows import NewRowsEmbedding, NewRowsHead
 from nanomolmo2.config import Config
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.training.distributed import clip_grad_norm
 from nanomolmo2.training.lora import lora_parameters
 
-PARTS = ("vision", "connector", "llm", "embeddings", "lora")
+# Heads that are one matrix, with which nothing but its gradient is done.
+PLAIN_HEADS = (nn.Linear, OneDNNLinear, BF16MatmulLinear)
+PARTS = ("vision", "connector", "llm", "embeddings", "points", "lora")
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,11 @@ def set_trainable(model: NanoMolmo2, train: Sequence[str]) -> None:
 
     Args:
         train: of ``vision``; ``connector``, with the rows that the embedding has beyond the base
-            vocabulary; ``llm``: blocks, norms and an untied head; ``embeddings``: the whole table,
-            which is the head too where they are tied; ``lora``: the matrices of ``add_lora``.
-    Raises: ValueError for unknown parts, ``lora`` where there are none or beside ``llm``.
+            vocabulary, and an untied head that writes those tokens; ``llm``: blocks, norms and an
+            untied head; ``embeddings``: the whole table, which is the head too where they are tied;
+            ``points``: what selects visual tokens; ``lora``: the matrices of ``add_lora``.
+    Raises: ValueError for unknown parts, ``lora`` where there are none or beside ``llm``, and
+        ``points`` of a model that writes coordinates as text.
     """
     adapters = lora_parameters(model.llm)
     if not train or set(train) - set(PARTS):
@@ -147,15 +151,25 @@ def set_trainable(model: NanoMolmo2, train: Sequence[str]) -> None:
             "train names llm, but its layers have LoRA matrices, whose base stays as it is: train "
             "lora, or merge them first"
         )
+    if "points" in train and model.point_predictor is None:
+        raise ValueError(
+            "train names points, but the model writes coordinates as text and has no such part: "
+            "leave it out, or give the model a point head first (--points, or point_head)"
+        )
     if "vision" in train:
         model.vision_encoder.unfreeze()
     else:
         model.vision_encoder.freeze()
     model.connector.requires_grad_("connector" in train)
     model.llm.requires_grad_("llm" in train)
+    if model.point_predictor is not None:
+        model.point_predictor.requires_grad_("points" in train)
     for parameter in adapters:
         parameter.requires_grad_("lora" in train)
     new_rows = "connector" in train and model.config.llm_config.additional_vocab_size > 0
+    if (head := _rows_of_head(model)) is not None:
+        is_apart = isinstance(model.llm.lm_head, NewRowsHead)
+        head.requires_grad_(new_rows or ("llm" in train and not is_apart))
     table: nn.Module = model.llm.embed_tokens
     if isinstance(table, NewRowsEmbedding):
         if "embeddings" in train:
@@ -169,19 +183,36 @@ def set_trainable(model: NanoMolmo2, train: Sequence[str]) -> None:
         model.llm.embed_tokens.weight.requires_grad_("embeddings" in train or new_rows)
 
 
+def _rows_of_head(model: NanoMolmo2) -> nn.Parameter | None:
+    """What holds the rows by which an untied head writes tokens beyond the base vocabulary: rows of
+    their own, see `split_new_rows`, or the whole head; None where there are none, and where the
+    head has LoRA matrices.
+    """
+    head: nn.Module | None = model.llm.lm_head
+    if isinstance(head, NewRowsHead):
+        return head.new_rows
+    config = model.config.llm_config
+    if type(head) in PLAIN_HEADS and config.num_logits > config.vocab_size:
+        assert isinstance(head, nn.Linear) and isinstance(head.weight, nn.Parameter)
+        return head.weight
+    return None
+
+
 def components(
     model: NanoMolmo2, train: Sequence[str], optimizers: Mapping[str, OptimConfig]
 ) -> dict[str, tuple[Selection, OptimConfig]]:
     """The trained parts for :class:`Optimizers`, each parameter in one of them.
 
     The embedding table belongs to ``embeddings``. Where that is not trained, its additional rows
-    learn with the connector, and the base rows stay bit for bit. After `split_new_rows` the others
-    have neither gradients nor moments.
+    learn with the connector, and the base rows stay bit for bit; and so do those of an untied head
+    that writes them, where ``llm`` is not trained. After `split_new_rows` the others have neither
+    gradients nor moments, and the rows of the head learn with the connector beside ``llm`` too.
 
     Args:
         model: after :func:`set_trainable`, sharded or not.
         optimizers: rates of every part in ``train``.
-    Source: Molmo2, olmo/train/optim.py (groups ``vit``, ``connector``, ``llm``).
+    Source: Molmo2, olmo/train/optim.py (groups ``vit``, ``connector``, ``llm``, and
+        ``frame_selector``, which is ``points`` here).
     """
     if missing := [part for part in train if part not in optimizers]:
         raise ValueError(f"{missing[0]} is trained, but has no optimiser: give it an OptimConfig")
@@ -192,6 +223,9 @@ def components(
     rows: nn.Module = model.llm.embed_tokens
     if isinstance(rows, NewRowsEmbedding):
         apart.add(id(rows.new_rows))
+    head = _rows_of_head(model)
+    if isinstance(model.llm.lm_head, NewRowsHead):
+        apart.add(id(head))
     chosen = {
         "vision": select(model.vision_encoder),
         "connector": select(model.connector),
@@ -199,6 +233,8 @@ def components(
         "embeddings": Selection([table], {id(table)}),
         "lora": Selection(adapters),
     }
+    if model.point_predictor is not None:
+        chosen["points"] = select(model.point_predictor)
     base = model.config.llm_config.vocab_size
     if isinstance(rows, NewRowsEmbedding):
         chosen["connector"].parameters.append(rows.new_rows)
@@ -207,6 +243,11 @@ def components(
         chosen["connector"].parameters.append(table)
         chosen["connector"].tables.add(id(table))
         chosen["connector"].frozen_rows[table] = base
+    if head is not None and (id(head) in apart or "llm" not in train):
+        chosen["connector"].parameters.append(head)
+        chosen["connector"].tables.add(id(head))
+        if id(head) not in apart:
+            chosen["connector"].frozen_rows[head] = base
     result = {part: (chosen[part], optimizers[part]) for part in PARTS if part in train}
     for part, (selection, _) in result.items():
         if not all(p.requires_grad for p in selection.parameters) or not selection.parameters:

@@ -9,12 +9,14 @@ from typing import Any
 
 from nanomolmo2.checks import written
 from nanomolmo2.terminal import visible
-from nanomolmo2.training.metrics import read_log
+from nanomolmo2.training.metrics import LOSSES_OF_TERMS, read_log
 
 PANELS = {
     "loss": lambda name: name in ("loss", "val_loss"),
+    "loss by term": lambda name: name in LOSSES_OF_TERMS,
     "loss by task": lambda name: (
-        name.startswith("loss_") or (name.endswith("_loss") and name != "val_loss")
+        name not in LOSSES_OF_TERMS
+        and (name.startswith("loss_") or (name.endswith("_loss") and name != "val_loss"))
     ),
     "share that is right": lambda name: (
         not name.startswith(("evaluation/", "val_"))
@@ -121,17 +123,25 @@ def _draw(axis: Any, steps: list[int], values: list[float], label: str) -> None:
         axis.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=0.8)
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib, in inches.
+
+    Raises: ImportError naming the extra.
+    """
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError:
         raise ImportError(
             "plotting needs matplotlib, which is not installed: pip install 'nanomolmo2[plot]'"
         ) from None
+    # Without pyplot there is no window system to ask for.
+    return figures.Figure(figsize=(width, height), layout="constrained")
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
     columns = min(2, panels)
     rows = -(-panels // columns)
-    # Without pyplot there is no window system to ask for.
-    figure = figures.Figure(figsize=(7 * columns, 3.6 * rows), layout="constrained")
+    figure = new_figure(7 * columns, 3.6 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for axis in axes[panels:]:
         axis.remove()

@@ -20,7 +20,7 @@ FrozenWeights = Literal["", "nf4", "int8"]
 
 
 # Whose rate is "the" rate of a recipe: that of the first of these which learns.
-LEADING = ("llm", "lora", "connector", "embeddings", "vision")
+LEADING = ("llm", "lora", "connector", "embeddings", "vision", "points")
 VAL_LOSS, LAST = "val_loss", "last"
 
 
@@ -91,9 +91,12 @@ class Recipe(Config):
             the run does not report what the model forgets.
         new_words: words that become tokens of a closed vocabulary (`training/new_words.py`); None =
             those that the data have, which are then written here.
+        point_head: let a model that writes coordinates as text point by selecting what it sees
+            (`training/point_head.py`); one that does stays as it is.
         crop_weight: what a crop is worth beside a token when rows are packed.
         max_bad_fraction: share of examples that may be bad before the run stops.
-        train: parts that learn: vision, connector, llm, embeddings, lora.
+        train: parts that learn: vision, connector, llm, embeddings, points (what selects visual
+            tokens, of models that point so), lora.
         optimisers: rates of every part in ``train``.
         clip_norm: largest norm of the gradient of each part.
         lora: the matrices, if ``train`` has lora; they are merged when the run is done.
@@ -128,6 +131,7 @@ class Recipe(Config):
     packing_buffer: int = 48
     replay: float | None = None
     new_words: tuple[str, ...] | None = ()
+    point_head: bool = False
     crop_weight: float = 1.0
     max_bad_fraction: float = 0.05
     train: tuple[str, ...] = ("connector", "llm")
@@ -197,6 +201,11 @@ class Recipe(Config):
             raise ValueError("train names llm and lora: LoRA leaves the llm as it is, choose one")
         if self.feature_cache and "vision" in self.train:
             raise ValueError("feature_cache needs a frozen vision encoder: take it out of train")
+        if self.point_head and self.architecture is not None:
+            raise ValueError(
+                "point_head is for a model that was trained, and architecture says the sizes of a "
+                "fresh one: give that a point_config instead"
+            )
         if (self.vision or self.llm) and self.architecture is None:
             raise ValueError("vision and llm are the parts of an architecture: give that too")
 

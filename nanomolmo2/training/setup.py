@@ -16,10 +16,20 @@ from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.models.presets import PRESETS, preset
 from nanomolmo2.training.frozen import prepare
+from nanomolmo2.training.point_head import with_point_config
 from nanomolmo2.training.recipe import Recipe
 
 KNOWN = {"base": "nanomolmo2", "tiny": "tiny", "allenai/Molmo2-4B": "molmo2-4b"}
 KNOWN["allenai/Molmo2-8B"] = "molmo2-8b"
+KNOWN |= dict.fromkeys(
+    (
+        *("allenai/MolmoPoint-8B", "allenai/MolmoPoint-GUI-8B"),
+        # What the recipes' stages leave for the next one, also before it is there.
+        *(f"runs/molmo_point_stage{k}/model" for k in (1, 2, 3)),
+    ),
+    "molmo-point-8b",
+)
+KNOWN["allenai/MolmoPoint-Vid-4B"] = "molmo-point-vid-4b"
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,12 @@ def setup_for(recipe: Recipe, ranks: int, device: str, architecture: str | None 
             f"the sizes of {recipe.model!r} are not known here: give a preset of the same sizes "
             f"(--architecture)"
         )
-    return Setup(recipe, model, ranks, device)
+    return Setup(recipe, sizes_in(recipe, model), ranks, device)
+
+
+def sizes_in(recipe: Recipe, model: NanoMolmo2Config) -> NanoMolmo2Config:
+    """Sizes in a recipe's run of the model that it starts from."""
+    return with_point_config(model) if recipe.point_head else model
 
 
 def known_config(name: str) -> NanoMolmo2Config | None:

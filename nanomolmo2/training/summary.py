@@ -18,6 +18,7 @@ ABSURD_EPOCHS = 200  # seen so often, few data are known by heart
 TOO_FEW_EPOCHS = 0.5  # most of the data are never seen
 FEW_STEPS = 40  # which are not many, however few the data are
 COMPONENTS = {"vision": "vision_encoder", "connector": "connector", "llm": "llm"}
+COMPONENTS["points"] = "point_predictor"
 
 
 def summary(

@@ -53,6 +53,7 @@ from nanomolmo2.training.loop import LoopConfig, Stage, run
 from nanomolmo2.training.metrics import info_to_people, open_trackers
 from nanomolmo2.training.new_words import settle_words
 from nanomolmo2.training.optim import OptimConfig, Selection, clear_rows, components
+from nanomolmo2.training.point_terms import TermSums
 from nanomolmo2.training.recipe import Recipe
 from nanomolmo2.training.replay import (
     replay_note,
@@ -361,15 +362,18 @@ class RecipeStage(Stage):
         on_cpu = [label_weights(micro) for micro in batch.micro_batches]
         weights = [self._moved(weight).requires_grad_() for weight in on_cpu]
         total = sum_over_ranks(self._moved(torch.stack([w.sum() for w in on_cpu]).sum()))
-        loss = torch.zeros((), device=self.world.device)
+        loss, points = torch.zeros((), device=self.world.device), self.model.config.point_config
+        terms = None if points is None else TermSums(points, self.world.device)
         for micro, weight in zip(batch.micro_batches, weights, strict=True):
             micro = check_batch(micro, self.model.config).prepared()
-            part = self._loss(micro.to(self.world.device), weight) / total
+            part = self._loss(micro.to(self.world.device), weight, terms) / total
             part.backward()
             loss += part.detach()
         self._hold_placeholder()
         metrics: dict[str, float | Tensor] = {"loss": sum_over_ranks(loss)}
-        return metrics | self._by_task(batch, weights, total) | self._counts(batch)
+        metrics |= self._by_task(batch, weights, total)
+        metrics |= {} if terms is None else terms.metrics()
+        return metrics | self._counts(batch)
 
     def evaluate(self) -> dict[str, float]:
         """See `Validation.measure`."""
@@ -399,7 +403,8 @@ class RecipeStage(Stage):
         """On the device of this rank, without waiting for it."""
         return tensor.to(self.world.device, non_blocking=True)
 
-    def _loss(self, batch: Batch, weights: Tensor) -> Tensor:
+    def _loss(self, batch: Batch, weights: Tensor, terms: TermSums | None = None) -> Tensor:
+        """The sum over the labels of a batch; the terms of a model that points are added up too."""
         batch = dataclasses.replace(batch, loss_weights=weights)
         if self.cache is not None and batch.pixel_values is not None:
             features = self.cache.features(batch.pixel_values)
@@ -407,13 +412,19 @@ class RecipeStage(Stage):
         if self.recipe.dropout_at_targets:
             assert batch.loss_rows is not None
             self.dropout.at_rows(batch.loss_rows, batch.input_ids.shape)
-        return self.model.loss(batch, reduction="sum", z_loss=self.recipe.z_loss)
+        if terms is None:
+            return self.model.loss(batch, reduction="sum", z_loss=self.recipe.z_loss)
+        found = self.model.loss_terms(batch, self.recipe.z_loss)
+        assert batch.labels is not None
+        terms.add(found, batch.labels, weights)
+        return found.total
 
     def _by_task(
         self, step: Step, weights: Sequence[Tensor], total: Tensor
     ) -> dict[str, float | Tensor]:
         """The mean loss of every task. What the step's loss gains by a label's weight is the loss
-        of that label, over the weight of the step.
+        of that label, over the weight of the step: of the label of a point's marker, the loss of
+        the token and of what is selected there.
         """
         if any(weight.grad is None for weight in weights):
             return {}

@@ -74,7 +74,7 @@ def make_qwen3(
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     sizes = {**LLM.to_dict(), "tie_word_embeddings": tied, **overrides}
-    del sizes["additional_vocab_size"]
+    del sizes["additional_vocab_size"], sizes["predict_additional_vocab"]
     rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
     torch.manual_seed(1)
     model = Qwen3ForCausalLM(Qwen3Config(**sizes, rope_parameters=rope))

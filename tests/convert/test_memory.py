@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanomolmo2.convert import export_molmo2
+from nanomolmo2.convert import export_molmo2, export_molmo_point
 from nanomolmo2.convert.pretrained import save_pretrained
 from nanomolmo2.convert.tensor_files import write_cache
 from nanomolmo2.models import (
@@ -22,7 +22,9 @@ from nanomolmo2.models import (
     NanoMolmo2Config,
     VisionConfig,
 )
+from nanomolmo2.models.presets import molmo_point_config
 from tests.convert.molmo2_checkpoint import write_checkpoint
+from tests.convert.molmo_point_checkpoint import write_point_checkpoint
 
 # Shares of the parts as in Qwen3-0.6B: the embedding is a quarter, 47 M parameters in all.
 CONFIG = LLMConfig(
@@ -103,8 +105,11 @@ def test_peak_memory_of_a_load(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_peak_memory_of_a_load_of_fused_and_joined_tensors(tmp_path: Path) -> None:
-    """Molmo2's embedding is joined and its projections are cut, each straight to its place."""
+@pytest.mark.parametrize("points", [False, True], ids=["molmo2", "molmo_point"])
+def test_peak_memory_of_a_load_of_fused_and_joined_tensors(tmp_path: Path, points: bool) -> None:
+    """Embeddings are joined and projections are cut, each straight to its place; in MolmoPoint the
+    head is joined too.
+    """
     config = NanoMolmo2Config(
         vision_config=VisionConfig(
             hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6
@@ -120,16 +125,23 @@ def test_peak_memory_of_a_load_of_fused_and_joined_tensors(tmp_path: Path) -> No
         image_token_id=CONFIG.vocab_size + 2,
         bidirectional_image_attention=True,
     )
+    config = molmo_point_config(config) if points else config
     with torch.device("meta"):
         model = NanoMolmo2(config)
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter.view(-1)[:1000])
-    write_checkpoint(tmp_path / "small")
+    (write_point_checkpoint if points else write_checkpoint)(tmp_path / "small")
+    export = export_molmo_point if points else export_molmo2
+    cases: list[tuple[str, str | None]] = [("float32", None), ("float32", "bfloat16")]
     with pytest.warns(UserWarning):
-        export_molmo2(model, tmp_path / "float32", max_shard_size="100MB")
+        export(model, tmp_path / "float32", max_shard_size="100MB")
+    if points:
+        save_pretrained(model, tmp_path / "own", max_shard_size="100MB")
+        with pytest.warns(UserWarning):
+            export(model.bfloat16(), tmp_path / "bfloat16", max_shard_size="50MB")
+        cases += [("own", None), ("own", "bfloat16"), ("bfloat16", None), ("bfloat16", "float32")]
     del model
-    cases = [("float32", None), ("float32", "bfloat16")]
     ratios = peaks("load_nanomolmo2", tmp_path / "small", tmp_path, cases)
     assert max(ratios) <= 1.15
 

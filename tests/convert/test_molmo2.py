@@ -319,6 +319,11 @@ CANNOT: dict[str, tuple[Callable[[Any], Any], str]] = {
         ),
         "rows behind the vocabulary",
     ),
+    "a head of more rows": (
+        lambda c: replace(c, llm_config=replace(c.llm_config, predict_additional_vocab=True)),
+        "head of vocab_size rows",
+    ),
+    "points": (lambda _: PRESETS["molmo-point-8b"], "selecting visual tokens.*molmo-point-hf"),
 }
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanomolmo2.batch import Batch, place
-from nanomolmo2.models.forms import check_batch, list_images
+from nanomolmo2.batch import Batch
+from nanomolmo2.models.forms import check_batch, list_images, place
 from tests.nets import IMAGE, pictures, small_config, text_ids
 
 N = 4  # visual tokens of a picture

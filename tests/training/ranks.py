@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nanomolmo2.batch import IGNORED_LABEL, Batch
+from nanomolmo2.batch import IGNORED_LABEL, NO_MORE_POINTS, Batch
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.connector import ConnectorConfig
 from nanomolmo2.models.language_model import LLMConfig, RMSNorm
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
+from nanomolmo2.models.point_config import PointConfig
 from nanomolmo2.models.vision_encoder import LayerNorm, VisionConfig
 from nanomolmo2.training.distributed import (
     World,
@@ -44,6 +46,7 @@ class Case:
     tied: bool = True
     dtype: torch.dtype = torch.float32
     gradient_checkpointing: bool = False
+    points: bool = False
 
 
 CASES = {
@@ -52,7 +55,13 @@ CASES = {
     "frozen vision": Case("linear", freeze_vision=True),
     "connector alone": Case("resampler", freeze_vision=True, freeze_llm=True),
     "bfloat16": Case(dtype=torch.bfloat16, gradient_checkpointing=True),
+    "points": Case(points=True),
+    "points beside frozen vision": Case(freeze_vision=True, tied=False, points=True),
 }
+MARKERS = (57, 58, 59)  # PATCH, SUBPATCH, LOCATION
+
+
+MARKER_FIELDS = ("patch_token_id", "subpatch_token_id", "location_token_id")
 
 
 def build(case: Case) -> NanoMolmo2:
@@ -89,6 +98,11 @@ def build(case: Case) -> NanoMolmo2:
             ),
             image_token_id=IMAGE_TOKEN,
             freeze_vision=case.freeze_vision,
+            point_config=PointConfig.consistent(
+                **dict(zip(MARKER_FIELDS, MARKERS, strict=True)), patch_embed_dim=8
+            )
+            if case.points
+            else None,
         )
     )
     if case.freeze_llm:
@@ -108,7 +122,35 @@ def pack(case: Case, step: int, slot: int) -> Batch:
         labels = torch.full_like(ids, IGNORED_LABEL)
     weights = torch.rand(1, length, generator=generator)
     pixels = torch.randn(pictures, 3, 16, 16, generator=generator) if pictures else None
-    return Batch(ids, labels=labels, loss_weights=weights, pixel_values=pixels)
+    batch = Batch(ids, labels=labels, loss_weights=weights, pixel_values=pixels)
+    return with_points(batch, pictures) if case.points else batch
+
+
+def with_points(batch: Batch, pictures: int) -> Batch:
+    """The same row, its images written out, with two points and the end of their list where it has
+    pictures: so a rank may learn from points while the other has none.
+    """
+    ids = batch.input_ids.clone()
+    ids[(ids >= MARKERS[0]) & (ids <= MARKERS[-1])] = 1
+    if pictures:
+        ids[0, -7:] = torch.tensor([*MARKERS, *MARKERS, MARKERS[0]])
+    targets = torch.tensor([[1, 0, 4], [4 * pictures - 1, 3, 8], [NO_MORE_POINTS, -1, -1]])
+    labels = torch.where(batch.labels == IGNORED_LABEL, IGNORED_LABEL, ids)  # type: ignore[arg-type]
+    many = torch.where(ids[0] == IMAGE_TOKEN, 4, 1)  # visual tokens of a picture
+    expanded = {
+        name: value.repeat_interleave(many, dim=1)
+        for name, value in (
+            ("input_ids", ids),
+            ("labels", labels),
+            ("loss_weights", batch.loss_weights),
+        )
+        if value is not None
+    }
+    is_image = expanded["input_ids"] == IMAGE_TOKEN
+    expanded["labels"] = expanded["labels"].masked_fill(is_image, IGNORED_LABEL)
+    return dataclasses.replace(
+        batch, **expanded, point_targets=targets if pictures else targets[:0]
+    )
 
 
 def weight_of(batch: Batch) -> Tensor:
@@ -148,7 +190,10 @@ class Run:
         weight = sum_over_ranks(torch.stack([weight_of(batch) for batch in own]).sum())
         total = torch.zeros(())
         for batch in own:
-            loss = self.model.loss(**batch.tensors(), reduction="sum") / weight
+            if self.case.points:  # as the trainer has it
+                loss = self.model.loss_terms(batch).total / weight
+            else:
+                loss = self.model.loss(**batch.tensors(), reduction="sum") / weight
             if loss.requires_grad:  # not where only the connector learns and there is no picture
                 loss.backward()
             total += loss.detach()

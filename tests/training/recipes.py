@@ -8,6 +8,7 @@ from nanomolmo2.data.sources import SourceConfig
 from nanomolmo2.emoji.questions import BranchMix
 from nanomolmo2.emoji.source import EmojiConfig
 from nanomolmo2.recipes import smoke
+from nanomolmo2.training.point_head import with_point_config
 from nanomolmo2.training.recipe import Recipe
 
 FEW_QUESTIONS = BranchMix(2, 1, 0, 1, *(0,) * 6)  # presence, count and point alone
@@ -23,6 +24,8 @@ def toy(recipe: Recipe, **changes: object) -> Recipe:
         vision_config=replace(sizes.vision_config, num_hidden_layers=1),
         llm_config=replace(sizes.llm_config, num_hidden_layers=1),
     )
+    if "points" in recipe.train:
+        architecture = with_point_config(architecture, has_crops=False)
     small = {
         "model": "tiny",
         "architecture": architecture,

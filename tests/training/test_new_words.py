@@ -303,9 +303,7 @@ def test_a_run_that_is_resumed_keeps_the_words_it_began_with(tmp_path: Path) -> 
     # Rounding differs from call to call where several threads add up. AdamW turns the last bits of
     # a gradient near zero into a step of up to the rate, so the rate is small here.
     parts = ("connector", "llm", "embeddings")
-    recipe = recipe_of(
-        tmp_path, *WALNUTS, steps=4, optimisers=dict.fromkeys(parts, adamw(1e-3, 0))
-    )
+    recipe = recipe_of(tmp_path, *WALNUTS, steps=4, optimisers=dict.fromkeys(parts, adamw(1e-3, 0)))
     assert train_recipe(recipe, tmp_path / "whole", workers=0, quiet=True)
     assert not train_recipe(recipe, tmp_path / "run", workers=0, quiet=True, stop_after=2)
     stored = Recipe.load(tmp_path / "run" / "recipe.json")

@@ -1,0 +1,191 @@
+"""An answer: its text, and the points that it holds, however the model writes them.
+
+Most models write points as text coordinates, which `nanomolmo2.processor.points` reads. Point
+models select visual tokens: their text has ``<POINT_k>``, whose numbers mean something in their
+own prompt only. `in_coordinates` is the same text as other models would have written it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from nanomolmo2.generation.sampling import Sampled
+from nanomolmo2.processor import Encoded, Point, parse_count, parse_points
+from nanomolmo2.processor.grounding import find_points
+from nanomolmo2.processor.point_space import CLASS_NAME, PointSpace
+from nanomolmo2.processor.points import SCALE
+
+Confidence = tuple[float, float, float]  # probabilities of a point's row, slot and cell
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote, and what it says.
+
+    Attributes:
+        text: the answer as written, points in the model's own format.
+        points: points of the answer in pixels of the images, or of the video, they belong to.
+        count: the number that the answer gives; None if it gives none.
+        problems: what of the answer's points could not be read, one line each.
+        image_sizes: (width, height) of the images, pixels.
+        video_size: (width, height) of the video, pixels; None without one.
+        frame_times: seconds of the frames that the model saw.
+        input_tokens: length of the prompt; an image that the model expands counts as one token.
+        output_tokens: length of the answer with its end token, or the tokens of a stop text.
+        timings: seconds: ``prepare`` (images and text to tensors), then ``first_token`` (to the
+            first token of the answer) and ``generate`` (to the last).
+        reused_tokens: positions of the prompt that were known from an earlier question; an image
+            that the model expands counts with all its visual tokens.
+        finish_reason: ``stop`` (an end token or a stop text), ``length`` (cut off at
+            max_new_tokens).
+        logprobs: every one of the ``output_tokens`` with its log-probabilities, if they were asked
+            for.
+        coordinates: the text with its points as text coordinates, which `parse_points` and other
+            programs read; the text itself where nothing in it was selected.
+        confidences: of each of the ``points`` the probabilities of its row, slot and cell, from
+            point models; their product is `Point.confidence`.
+    """
+
+    text: str
+    points: tuple[Point, ...]
+    count: int | None
+    problems: tuple[str, ...]
+    image_sizes: tuple[tuple[int, int], ...]
+    video_size: tuple[int, int] | None
+    frame_times: tuple[float, ...]
+    input_tokens: int
+    output_tokens: int
+    timings: dict[str, float]
+    reused_tokens: int = 0
+    finish_reason: str = "stop"
+    logprobs: tuple[Sampled, ...] = ()
+    coordinates: str = ""
+    confidences: tuple[Confidence, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.coordinates:
+            object.__setattr__(self, "coordinates", self.text)
+
+
+@dataclass(frozen=True)
+class Read:
+    """What an answer says: see the fields of `Answer`."""
+
+    points: tuple[Point, ...]
+    count: int | None
+    problems: tuple[str, ...]
+    coordinates: str
+    confidences: tuple[Confidence, ...] = ()
+
+
+def read_answer(text: str, encoded: Encoded, confidences: Sequence[Confidence] = ()) -> Read:
+    """What a text says about the images or the video of its prompt.
+
+    Args:
+        confidences: of each selection of a row, a slot and a cell, in order.
+    """
+    space, sizes, video_size = encoded.point_space, encoded.image_sizes, encoded.video_size
+    problems: list[str] = []
+    if space is None or not SELECTED.search(text):
+        points = parse_points(text, sizes, video_size=video_size, problems=problems)
+        return Read(tuple(points), parse_count(text), tuple(problems), text)
+    coordinates = in_coordinates(text, space)
+    parse_points(coordinates, sizes, video_size=video_size, problems=problems)
+    cut = "breaks off after "  # of what stands in the text, not in its coordinates
+    problems = [f"{p[: p.index(cut)]}{cut}{text[-30:]!r}" if cut in p else p for p in problems]
+    cells = [one.start() for one in re.finditer(CLASS_NAME, text) if _is_cell(one[1], space)]
+    points, known = [], []
+    for start, point in find_points(text, space, problems=problems):
+        number = bisect_left(cells, start)
+        if number < len(confidences):
+            known.append(confidences[number])
+            point = replace(point, confidence=math.prod(confidences[number]))
+        points.append(point)
+    count = parse_count(coordinates)
+    return Read(tuple(points), count, tuple(problems), coordinates, tuple(known))
+
+
+def in_coordinates(text: str, space: PointSpace | None) -> str:
+    """A text whose selections are written as text coordinates, as models without them write.
+
+    A list that stands in no tag gets one of its own, without a label. Where a list breaks off, a
+    space marks its last number as whole.
+
+    Args:
+        space: of the prompt that it answers; None: the text has no selections.
+    """
+    if space is None:
+        return text
+    found = [*find_points(text, space)]
+    parts: list[str] = []
+    at = 0
+    while first := SELECTED.search(text, at):
+        start = first.start()
+        parts.append(text[at:start])
+        opening = _OPENING.search(text, max(0, start - _LONGEST_OPENING), start)
+        at = _end_of_list(text, start, space, in_tag=opening is not None)
+        coords = _coords([point for place, point in found if start <= place < at], space)
+        if opening is None:
+            parts.append(f'<points coords="{coords}"/>' if coords else "")
+        elif text[at : at + 1] not in ('"', "'"):
+            parts.append(f"{coords} ")
+        elif closing := _CLOSING.match(text, at):  # </point> closes all tags in released answers
+            parts.append(f"{coords}{closing['label']}</{opening['name'].lower()}>")
+            at = closing.end()
+        else:
+            parts.append(coords)
+    return "".join([*parts, text[at:]])
+
+
+SELECTED = re.compile(r"(<POINT_[0-9]{1,9}>)")  # one class, as it stands in a text
+_IN_TAG = re.compile(rf'{CLASS_NAME}(?:[^"<>]{{0,20}}{CLASS_NAME})*+')
+_OUTSIDE = re.compile(rf"{CLASS_NAME}(?:(?: ?[0-9]+)? ?{CLASS_NAME})*+")
+_NUMBER = re.compile(" ?[0-9]+")
+_LONGEST_OPENING = 200
+_OPENING = re.compile(r"""<(?P<name>points|tracks)\b[^<>]*\bcoords\s*=\s*["']\Z""", re.IGNORECASE)
+_CLOSING = re.compile(
+    r"""(?P<label>\s*["']\s*>(?:(?!</?(?:points?|tracks)\b).)*+)</(?:points?|tracks)>""",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def _end_of_list(text: str, start: int, space: PointSpace, *, in_tag: bool) -> int:
+    """Where a list of selections ends that begins at a place, with the number of its last point.
+
+    Outside of a tag one that says that there are no more points is the last.
+    """
+    whole = (_IN_TAG if in_tag else _OUTSIDE).match(text, start)
+    assert whole is not None
+    end = whole.end()
+    for one in re.finditer(CLASS_NAME, whole[0]):
+        if not in_tag and int(one[1]) == space.num_rows:
+            return start + one.end()
+    if _is_cell(whole[2] or whole[1], space) and (number := _NUMBER.match(text, end)):
+        end = number.end()
+    return end
+
+
+def _is_cell(number: str, space: PointSpace) -> bool:
+    return int(number) > space.num_rows + space.num_slots
+
+
+def _coords(points: Sequence[Point], space: PointSpace) -> str:
+    """Value of the coords attribute, see `nanomolmo2.processor.points`."""
+    groups = []
+    for key, group in groupby(points, key=_key):
+        triples = []
+        for point in group:
+            width, height = space.video_size or space.image_sizes[point.image - 1]
+            x, y = round(SCALE * point.x / width), round(SCALE * point.y / height)
+            triples.append(f"{point.id} {x:03d} {y:03d}")
+        groups.append(f"{key} {' '.join(triples)}")
+    return ";".join(groups)
+
+
+def _key(point: Point) -> str:
+    return str(point.image) if point.time is None else f"{point.time:.1f}"
