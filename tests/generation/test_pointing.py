@@ -197,7 +197,9 @@ def test_trap_19_the_released_prefill_offers_no_point() -> None:
     """Of a prompt that ends inside of ``coords="``; by the other rule a point comes at once."""
     prompt = prompt_of("one").then(QUOTE)
     with torch.no_grad():
-        logits = released()(prompt.ids[None], **images_of("one"))[0, -1]
+        batch = released().batch_of(prompt.ids[None], **images_of("one"))
+        # The head's own scores: those that the model gives are of text alone.
+        logits = released().llm.head(released().hidden_states(batch))[0, -1]
     assert int(logits.argmax()) == PATCH
     first = Engine(released().llm).run(request(released(), prompt, max_new_tokens=1))[0]
     logits[[PATCH, SUBPATCH, LOCATION]] = -torch.inf

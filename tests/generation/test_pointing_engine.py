@@ -605,7 +605,9 @@ def test_log_probabilities_of_a_row_are_its_markers_and_its_own() -> None:
     assert sum(np.exp(p) for _, p in row.top) == pytest.approx(1, abs=1e-4)
     assert row.top[0] == (row.token, row.logprob) and PATCH not in dict(row.top)
     with torch.no_grad():
-        logits = model(prompt.ids[None], prompt.pixels, image_token_pooling=prompt.pooling)[0, -1]
+        pooling = {"image_token_pooling": prompt.pooling}
+        batch = model.batch_of(prompt.ids[None], prompt.pixels, **pooling)
+        logits = model.llm.head(model.hidden_states(batch))[0, -1]
     logits[[SUBPATCH, LOCATION]] = -torch.inf
     marker = float(logits.log_softmax(dim=-1)[PATCH])
     of_rows = [p for id, p in row.top if id >= V]

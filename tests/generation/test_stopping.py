@@ -98,7 +98,8 @@ def test_behind_a_stream_of_tokens_that_split_characters(stop: str) -> None:
         nonlocal passed
         passed += watch.put(piece)
 
-    stream = TextStream(cast(Any, SimpleNamespace(decode=decode)), on_text)
+    processor = SimpleNamespace(decode=decode, config=SimpleNamespace(points=None))
+    stream = TextStream(cast(Any, processor), on_text)
     for byte in text.encode():
         stream.put(byte)
         if watch.found is not None:
