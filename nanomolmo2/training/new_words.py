@@ -220,18 +220,19 @@ def _first_rows(model: NanoMolmo2, old: Tokenizer, words: Sequence[str], seed: i
     table = model.llm.embed_tokens.weight.detach().float().cpu()
     vocabulary = old.backend.get_vocab(with_added_tokens=False)
     known = [i for piece, i in vocabulary.items() if NEW_WORD.fullmatch(piece.strip())]
-    length = table[known].norm(dim=1).mean() if known else table.norm(dim=1).mean()
+    # In float64, whose last bits, which depend on where a tensor lies in memory, are rounded off.
+    length = (table[known] if known else table).double().norm(dim=1).mean()
     random = torch.Generator().manual_seed(seed)
     rows = []
     for word in words:
-        row = torch.randn(table.shape[1], generator=random)
+        row = torch.randn(table.shape[1], generator=random).double()
         like = [
             vocabulary[piece]
             for form in dict.fromkeys((word, word.lower(), word.capitalize()))
             for piece in (form, f" {form}", f"{form} ", f" {form} ")
             if piece in vocabulary
         ]
-        rows.append(table[like[0]] if like else row / row.norm() * length)
+        rows.append(table[like[0]] if like else (row / row.norm() * length).to(table.dtype))
     return torch.stack(rows)
 
 
