@@ -13,20 +13,6 @@ from nanomolmo2.models.language_model import DecoderLayer
 from nanomolmo2.models.layers import Rope, rope_table
 
 
-def last_hidden_state(
-    llm: LanguageModel,
-    x: Tensor,
-    position_ids: Tensor,
-    mask: Tensor | None = None,
-    cache: Cache | None = None,
-) -> Tensor:
-    """`LanguageModel.hidden_states` of the last position alone: (B, 1, D).
-
-    For rows without padding on the right; arguments as of ``hidden_states``.
-    """
-    return llm.norm(last_state(llm, x, position_ids, mask, cache))
-
-
 def last_state(
     llm: LanguageModel,
     x: Tensor,
@@ -34,10 +20,11 @@ def last_state(
     mask: Tensor | None = None,
     cache: Cache | None = None,
 ) -> Tensor:
-    """:func:`last_hidden_state` before the final norm.
+    """`LanguageModel.states` of the last position alone: (B, 1, D).
 
-    The last block computes keys and values of all positions, and attention and MLP of one. Where
-    the last states of visual tokens are needed too, to point at them, it is `LanguageModel.states`.
+    For rows without padding on the right; arguments as of ``states``. The last block computes keys
+    and values of all positions, and attention and MLP of one. Where the last states of visual
+    tokens are needed too, to point at them, it is `LanguageModel.states`.
     """
     rope = rope_table(position_ids, llm.config.head_dim, llm.config.rope_theta)
     *layers, last = llm.layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,16 +39,7 @@ def open_molmo2(directory: str | Path) -> tuple[NanoMolmo2, Mapping[str, Readabl
     Raises: ValueError for a config that is not built here, or tensors that do not fit it.
     """
     directory = Path(directory)
-    values = read_config(directory)
-    generation = read_if_there(directory / GENERATION_NAME)
-    with in_file(directory / GENERATION_NAME):
-        check_fields(generation)
-    with in_file(directory / CONFIG_NAME):
-        check_fields(values)
-        pooling_size = pooling_size_of(directory)
-        config = molmo2_config_from_reference(
-            values, generation=generation, pooling_size=pooling_size
-        )
+    config = read_reference(directory, molmo2_config_from_reference)
     tensors = open_safetensors(directory)
     for part in (config.vision_config, config.llm_config):
         # A config may count blocks that are not stored, but then those before them are.
@@ -64,6 +55,20 @@ def open_molmo2(directory: str | Path) -> tuple[NanoMolmo2, Mapping[str, Readabl
         source=str(directory),
     )
     return model, found
+
+
+def read_reference(directory: Path, read: Callable[..., NanoMolmo2Config]) -> NanoMolmo2Config:
+    """The config of an official folder, by what reads its ``config.json``.
+
+    Raises: ValueError naming the file.
+    """
+    values = read_config(directory)
+    generation = read_if_there(directory / GENERATION_NAME)
+    with in_file(directory / GENERATION_NAME):
+        check_fields(generation)
+    with in_file(directory / CONFIG_NAME):
+        check_fields(values)
+        return read(values, generation=generation, pooling_size=pooling_size_of(directory))
 
 
 def molmo2_tensors(

@@ -8,14 +8,14 @@ from typing import cast
 
 from torch import Tensor
 
-from nanomolmo2.convert.config_checks import check_fields, in_file
-from nanomolmo2.convert.molmo2 import GENERATION_NAME, pooling_size_of, read_if_there
+from nanomolmo2.convert.config_checks import in_file
+from nanomolmo2.convert.molmo2 import read_reference
 from nanomolmo2.convert.molmo_point_config import (
     check_point_expressible,
     molmo_point_config_from_reference,
     molmo_point_config_to_reference,
 )
-from nanomolmo2.convert.parts import CONFIG_NAME, build_on_meta, check_depth, read_config
+from nanomolmo2.convert.parts import CONFIG_NAME, build_on_meta, check_depth
 from nanomolmo2.convert.state_dict import from_rows, to_rows
 from nanomolmo2.convert.tables import MOLMO_POINT, MOLMO_POINT_TRAINING
 from nanomolmo2.convert.tensor_files import Readable, StoredTensor, open_safetensors
@@ -75,15 +75,7 @@ def molmo_point_config(directory: Path) -> NanoMolmo2Config:
 
     Raises: ValueError naming the file, also where the two files are of different models.
     """
-    values = read_config(directory)
-    generation = read_if_there(directory / GENERATION_NAME)
-    with in_file(directory / GENERATION_NAME):
-        check_fields(generation)
-    with in_file(directory / CONFIG_NAME):
-        check_fields(values)
-        config = molmo_point_config_from_reference(
-            values, generation=generation, pooling_size=pooling_size_of(directory)
-        )
+    config = read_reference(directory, molmo_point_config_from_reference)
     path = directory / OWN_CONFIG_NAME
     if not path.exists():
         return config

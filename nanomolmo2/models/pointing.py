@@ -91,10 +91,7 @@ class PointingNanoMolmo2(nanomolmo2.NanoMolmo2):
             ids = ids.masked_fill(self.config.is_visual(ids), self.config.image_token_id)
         x = super().embed(replace(batch, input_ids=ids))
         if batch.point_targets is None:
-            if batch.labels is None:
-                return x
-            # Also without a point the loss leads back to all weights: ranks share their gradients.
-            batch = replace(batch, point_targets=batch.input_ids.new_zeros(0, 3))
+            return x
         adds = batch.labels is not None or rule.subpatch_embedding == "add"
         return self._read_back(x, self.see(batch), batch, adds)
 
@@ -172,7 +169,7 @@ class PointingNanoMolmo2(nanomolmo2.NanoMolmo2):
     def see(self, batch: Batch) -> Seen:
         """The visual tokens of a batch, and where they stand."""
         batch, ids = self._encoded(batch), batch.input_ids
-        tokens, features, index = batch.visual_tokens, batch.visual_features, None
+        tokens, features = batch.visual_tokens, batch.visual_features
         if tokens is None or features is None:  # no image; nothing refers to these
             width = self.config.connector.feature_dim
             weight = self.llm.embed_tokens.weight
@@ -198,7 +195,13 @@ class PointingNanoMolmo2(nanomolmo2.NanoMolmo2):
         )
 
     def _encoded(self, batch: Batch) -> Batch:
-        """The batch with the features and tokens of its images, each computed once."""
+        """The batch with the features and tokens of its images, each computed once.
+
+        One with labels gets targets, if only none: also without a point the loss leads back to all
+        weights, since ranks share their gradients.
+        """
+        if batch.labels is not None and batch.point_targets is None:
+            batch = replace(batch, point_targets=batch.input_ids.new_zeros(0, 3))
         if batch.visual_features is None and batch.pixel_values is not None:
             layers = self.config.connector.vit_layers
             features = self.vision_encoder.features(batch.pixel_values, layers)
@@ -239,11 +242,8 @@ class PointingNanoMolmo2(nanomolmo2.NanoMolmo2):
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
         """Loss sums, counts and right answers of rows, slots and cells. states: (B * T, D)."""
         points, rule = self.point_predictor, self.config.point_config
-        assert points is not None and rule is not None
-        given = batch.point_targets
-        row, slot, cell = (
-            states.new_zeros(0, 3, dtype=torch.long) if given is None else given.long()
-        ).unbind(dim=1)
+        assert points is not None and rule is not None and batch.point_targets is not None
+        row, slot, cell = batch.point_targets.long().unbind(dim=1)
         places, weights = self._patch_places(batch), _label_weights(batch).flatten()
         is_row, last = row != NO_MORE_POINTS, len(states) - 1
         n = len(seen.tokens)
@@ -279,10 +279,9 @@ class PointingNanoMolmo2(nanomolmo2.NanoMolmo2):
 
     def _patch_places(self, batch: Batch) -> Tensor:
         """(P,) where PATCH tokens stand among the B * T positions."""
-        assert self.config.point_config is not None
-        number = 0 if batch.point_targets is None else len(batch.point_targets)
+        assert self.config.point_config is not None and batch.point_targets is not None
         is_patch = batch.input_ids == self.config.point_config.patch_token_id
-        return first_true(is_patch.flatten(), number)
+        return first_true(is_patch.flatten(), len(batch.point_targets))
 
     def _previous(self, batch: Batch, row: Tensor, places: Tensor) -> Tensor:
         """(P,) the row before in the same list; -1 for the first of a list."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanomolmo2.accelerate.prefill import last_hidden_state
+from nanomolmo2.accelerate.prefill import last_state
 from nanomolmo2.generation.invariant import FixedBlocks
 from nanomolmo2.generation.kv_cache import (
     GROWTH,
@@ -44,8 +44,8 @@ def states_of(
     """States (B, T, D) of ids (B, T), or of the last position alone."""
     if position_ids is None:
         position_ids = torch.arange(ids.shape[1])[None]
-    run = partial(last_hidden_state, llm) if last_only else llm.hidden_states
-    return run(llm.embed(ids), position_ids, mask, cache)
+    run = partial(last_state, llm) if last_only else llm.states
+    return llm.norm(run(llm.embed(ids), position_ids, mask, cache))
 
 
 @torch.no_grad()
