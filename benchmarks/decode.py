@@ -16,7 +16,7 @@ from benchmarks.harness import (
     main,
     take_turns,
 )
-from benchmarks.prefill import last_state
+from benchmarks.prefill import normed_last_state
 from nanomolmo2.accelerate.quantization import cache_dtype
 from nanomolmo2.generation.kv_cache import KVCache
 from nanomolmo2.models import LanguageModel
@@ -30,11 +30,11 @@ PEER = "transformers float32"
 def our_steps(model: LanguageModel, ids: torch.Tensor, room: int) -> Callable[[], torch.Tensor]:
     """Read the prompt; every call then writes one token a row: (B, 1)."""
     cache = KVCache(model.config.num_hidden_layers, ids.shape[1] + room, cache_dtype(model))
-    token = model.head(last_state(model, ids, cache)).argmax(-1)
+    token = model.head(normed_last_state(model, ids, cache)).argmax(-1)
 
     def step() -> torch.Tensor:
         nonlocal token
-        token = model.head(last_state(model, token, cache)).argmax(-1)
+        token = model.head(normed_last_state(model, token, cache)).argmax(-1)
         return token
 
     return step

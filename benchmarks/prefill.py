@@ -16,7 +16,7 @@ from benchmarks.harness import (
     main,
     take_turns,
 )
-from nanomolmo2.accelerate.prefill import last_hidden_state
+from nanomolmo2.accelerate.prefill import last_state
 from nanomolmo2.accelerate.quantization import cache_dtype
 from nanomolmo2.generation.kv_cache import KVCache, PaddedStep
 from nanomolmo2.models import LanguageModel
@@ -28,15 +28,15 @@ PEER = "transformers float32"
 
 def prefill(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
     cache = KVCache(model.config.num_hidden_layers, ids.shape[1], cache_dtype(model))
-    return model.head(last_state(model, ids, cache))
+    return model.head(normed_last_state(model, ids, cache))
 
 
-def last_state(model: LanguageModel, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """(B, 1, D) of the last of some new ids (B, T)."""
+def normed_last_state(model: LanguageModel, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """(B, 1, D) of the last of some new ids (B, T), as `LanguageModel.head` takes it."""
     places = torch.arange(cache.length, cache.length + ids.shape[1])[None]
-    hidden = last_hidden_state(model, model.embed(ids), places, cache=PaddedStep(cache, None))
+    state = last_state(model, model.embed(ids), places, cache=PaddedStep(cache, None))
     cache.advance(ids.shape[1], None, places[:, -1:] + 1)
-    return hidden
+    return model.norm(state)
 
 
 def measure(sizes: Sizes) -> list[Row]:
