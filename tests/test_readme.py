@@ -5,6 +5,9 @@
               (`make -n`), not carried out
     no-run    needs the network or hours: Python is compiled, the flags of commands are checked
     in-order  likewise here; a test of the page runs all of them in one folder
+    console   what is typed (behind `$` and `>`) shows what stands below it: tests/cli/test_chat.py
+
+`< FILE` behind a command is its standard input; without it, that is empty.
 
 Pages that load SigLIP 2 and Qwen3 find small random checkpoints under their names instead: two
 layers, width 32, on the same 27 x 27 grid and with the same vocabulary.
@@ -13,6 +16,7 @@ layers, width 32, on the same 27 x 27 grid and with the same vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 import runpy
 import shlex
@@ -46,6 +50,7 @@ SMALL_LLM = LLMConfig(
 )
 # Tools of others, which only blocks that are not run may call.
 TOOLS = {
+    "curl",
     "git",
     "lmms-eval",
     "pip",
@@ -163,6 +168,11 @@ def test_command(
         variables.append(words.pop(0))
     tool, *arguments = words
     tool = tool.removeprefix(".venv/bin/")
+    stdin: Any = io.StringIO()
+    if "<" in arguments:
+        *arguments, _, source = arguments[: arguments.index("<") + 2]
+        stdin = open(source, encoding="utf-8") if block.run else stdin  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdin", stdin)
     if tool == "nanomolmo2" and block.run:
         if arguments[0] == "train" and "--max-steps" not in arguments:
             arguments += ["--max-steps", "2"]  # the command works: its steps are tested elsewhere

@@ -12,93 +12,97 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import os
 import re
 import sys
 import textwrap
 import traceback
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any
+from importlib import import_module
+from typing import Annotated, Any, Protocol
 
 import tyro
 from tyro.conf import subcommand
 
 from nanomolmo2 import __version__
-from nanomolmo2.cli.ask import Ask
-from nanomolmo2.cli.bench import Bench
-from nanomolmo2.cli.data import Data
-from nanomolmo2.cli.demo import Demo
-from nanomolmo2.cli.download import Download
-from nanomolmo2.cli.eval import Eval
-from nanomolmo2.cli.export import Export
-from nanomolmo2.cli.info import Info
-from nanomolmo2.cli.inspect import Inspect
 from nanomolmo2.cli.options import UsageError, check_ranges
 from nanomolmo2.cli.output import (
     STDOUT,
     CheckedOutput,
+    describe,
     note,
     noted_warnings,
     open_streams,
     silence_stdout,
 )
-from nanomolmo2.cli.plan import Plan
-from nanomolmo2.cli.plot import Plot
-from nanomolmo2.cli.quantize import Quantize
-from nanomolmo2.cli.train import Train
 from nanomolmo2.terminal import visible
 
-Command = (
-    Ask
-    | Info
-    | Download
-    | Quantize
-    | Export
-    | Train
-    | Plan
-    | Plot
-    | Inspect
-    | Data
-    | Eval
-    | Bench
-    | Demo
+# Each is a module of its name here, with a class of its name. Only the one that runs is imported.
+COMMANDS = (
+    *("ask", "chat", "info", "download", "quantize", "export", "train", "plan", "plot", "inspect"),
+    *("data", "eval", "bench", "demo", "serve"),
 )
 
 
-def parse(arguments: Sequence[str]) -> Command:
+class Runs(Protocol):
+    """A command with its options."""
+
+    def run(self) -> None: ...
+
+
+def command_class(name: str) -> type[Runs]:
+    """The class of one of `COMMANDS`."""
+    found: type[Runs] = getattr(import_module(f"nanomolmo2.cli.{name}"), name.capitalize())
+    return found
+
+
+def __getattr__(name: str) -> object:
+    """The classes by name, and all of them as the union ``Command``, on first use (PEP 562)."""
+    if name == "Command":
+        return typing.Union[tuple(map(command_class, COMMANDS))]  # noqa: UP007
+    if name.lower() in COMMANDS and name == name.capitalize():
+        return command_class(name.lower())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def parse(arguments: Sequence[str]) -> Runs:
     """Command line -> command.
 
     Raises: UsageError if it cannot be read; SystemExit(0) after --help.
     """
-    kinds = {kind.__name__.lower(): kind for kind in typing.get_args(Command)}
-    chosen = bool(arguments) and arguments[0] in kinds  # else a list: a line for each will do
-    commands = []
-    for name, kind in kinds.items():
-        paragraphs = [
-            textwrap.fill(" ".join(p.split()), 80) for p in str(kind.__doc__).split("\n\n")
-        ]
-        description = "\n\n".join(paragraphs) if chosen else paragraphs[0]
-        commands.append(Annotated[kind, subcommand(name, description=description)])
-    form: Any = typing.Union[tuple(commands)]  # noqa: UP007
+    chosen = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    form: Any
+    if chosen:
+        form = command_class(chosen)
+        description, prog = "\n\n".join(paragraphs(form)), f"nanomolmo2 {chosen}"
+    else:  # a list: a line for each will do
+        kinds = [(name, command_class(name)) for name in COMMANDS]
+        forms = [Annotated[k, subcommand(n, description=paragraphs(k)[0])] for n, k in kinds]
+        form, prog = typing.Union[tuple(forms)], "nanomolmo2"  # noqa: UP007
+        description = (
+            "A vision-language model small enough to read. `nanomolmo2 COMMAND --help` tells all "
+            "about a command."
+        )
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            parsed: Runs = tyro.cli(
                 form,
-                prog="nanomolmo2",
-                description="A vision-language model small enough to read. `nanomolmo2 COMMAND "
-                "--help` tells all about a command.",
-                args=list(arguments),
+                prog=prog,
+                description=description,
+                args=arguments[1:] if chosen else list(arguments),
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
+            return parsed
     except SystemExit as stop:
         if not stop.code:
             raise
-    raise UsageError(
-        f"{first_sentence(complaint.getvalue())}; see nanomolmo2 "
-        f"{f'{arguments[0]} ' if chosen else ''}--help"
-    )
+    raise UsageError(f"{first_sentence(complaint.getvalue())}; see {prog} --help")
+
+
+def paragraphs(kind: type) -> list[str]:
+    """What a command says about itself, wrapped."""
+    return [textwrap.fill(" ".join(p.split()), 80) for p in str(kind.__doc__).split("\n\n")]
 
 
 def first_sentence(box: str) -> str:
@@ -154,21 +158,3 @@ def _run(arguments: Sequence[str]) -> int:
     except SystemExit as stop:  # --help, and a training that was told to end
         return int(stop.code or 0)
     return 0
-
-
-def describe(error: Exception) -> str:
-    """One line about an error."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        name = error.filename
-        return f"{name if isinstance(name, (str, int)) else os.fsdecode(name)}: {error.strerror}"
-    if isinstance(error, (ValueError, OSError)) and text:
-        return text
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded for help
-        return (
-            f"the memory of the device is not enough: choose fewer rows or shorter ones, --dtype "
-            f"bfloat16, or --device cpu ({text})"
-        )
-    if isinstance(error, ImportError) and "pip install" in text:  # the extra is named
-        return text
-    return f"{type(error).__name__}: {text} (unexpected; --debug shows where)"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from nanomolmo2.checks import save_image
+from nanomolmo2.cli.answering import (
+    VIDEO_SUFFIXES,
+    answer_report,
+    print_marks,
+    print_piece,
+    set_max_crops,
+    set_max_frames,
+)
 from nanomolmo2.cli.loading import load_pipeline, precision
 from nanomolmo2.cli.options import (
     AdapterFolders,
@@ -26,6 +33,7 @@ from nanomolmo2.cli.options import (
     GenerationOptions,
     Precision,
     UsageError,
+    option,
 )
 from nanomolmo2.cli.output import (
     IMAGE_SUFFIXES,
@@ -34,16 +42,13 @@ from nanomolmo2.cli.output import (
     print_json,
     say,
 )
-from nanomolmo2.terminal import visible
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from nanomolmo2.generation.pipeline import Answer, Pipeline
-    from nanomolmo2.processor import Message, Point, Processor
+    from nanomolmo2.generation.pipeline import Pipeline
+    from nanomolmo2.processor import Message
     from nanomolmo2.processor.chat import ContentItem
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
+STDIN = "-"
 LATE = 1.0  # seconds behind the last frame in which a place may still be of it
 # Words that end so are names of files, and no questions.
 FILE_SUFFIXES = (
@@ -65,11 +70,44 @@ class Ask(GenerationOptions):
         Positional[tuple[str, ...]],
         arg(
             metavar="PICTURE... QUESTION",
-            help="picture files (JPEG, PNG, WebP, GIF, BMP, TIFF) in the order they are shown to "
-            "the model, or one video (MP4, WebM, MOV, MKV, AVI, M4V), then the question in quotes",
-            help_behavior_hint="(required)",
+            help="picture files (JPEG, PNG, WebP, GIF, BMP, TIFF; - is standard input) in the "
+            "order they are shown to the model, or one video (MP4, WebM, MOV, MKV, AVI, M4V), then "
+            "the question in quotes",
+            help_behavior_hint="(required, but with --batch)",
         ),
-    ]
+    ] = ()
+    batch: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE.jsonl",
+            help="answer the questions of a file instead, a record a line: "
+            '{"image": "dog.jpg", "question": "Where is the dog?"}; also "images", "video", '
+            '"messages", and what `train` reads',
+        ),
+    ] = None
+    out: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE.jsonl",
+            help="with --batch: write the answers there, a line each; where some are there "
+            "already, go on behind them; none = print them",
+        ),
+    ] = None
+    images: Annotated[
+        Path | None,
+        arg(
+            metavar="DIR",
+            help="with --batch: folder of its pictures; none = paths go out from FILE.jsonl",
+        ),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        arg(
+            metavar="N",
+            help="with --batch: questions answered together; changes the speed only; none = 16",
+        ),
+        AtLeast(1),
+    ] = None
     max_crops: Annotated[
         int | None,
         arg(
@@ -135,35 +173,32 @@ class Ask(GenerationOptions):
     debug: Debug = False
 
     def run(self) -> None:
+        if self.batch is not None:
+            self._run_batch(self.batch)
+            return
+        for name in ("out", "images", "batch_size"):
+            if getattr(self, name) is not None:
+                raise UsageError(f"{option(name)} is for --batch, which is not given")
         paths, question = self._split_inputs()
         generation = self.generation()
-        shows_video = self._shows_video(paths)
+        sources = [read_stdin() if path == STDIN else path for path in paths]
+        shows_video = self._shows_video(sources)
         places = [read_place(text, len(paths), shows_video) for text in self.at]
         from nanomolmo2.processor import load_image
-        from nanomolmo2.processor.inputs import local_path
 
-        targets = [] if self.draw is None else overlay_paths(self.draw, len(paths))
-        read = [local_path(path, "video" if shows_video else "picture") for path in paths]
-        for target in targets:
-            check_writable(target, (".gif",) if shows_video else IMAGE_SUFFIXES, read)
-
+        targets = self._targets(paths, shows_video)
         # Images first: the model takes longer.
-        images = [] if shows_video else [load_image(path) for path in paths]
+        images = [] if shows_video else [load_image(source) for source in sources]
         for text, place in zip(self.at, places, strict=True):
             if images:
                 check_inside(text, place, images[place["image"] - 1].size)
         start = time.perf_counter()
-        options = precision(self.dtype, self.quantize, self.device, self.adapter)
-        pipeline = load_pipeline(self.model, self.cache_dir, **options)
+        pipeline = self._load(of_videos=shows_video)
         load_seconds = time.perf_counter() - start
-        if shows_video:
-            set_max_frames(pipeline, self.max_frames, self.model)
-        if self.max_crops is not None:
-            set_max_crops(pipeline, self.max_crops, self.model)
         answer = pipeline.ask(
             images,
             with_places(question, places),
-            video=paths[0] if shows_video else None,
+            video=sources[0] if shows_video else None,
             **generation,
             lookup=not self.no_lookup,
             on_text=None if self.json else print_piece,
@@ -183,14 +218,51 @@ class Ask(GenerationOptions):
                 note(f"note: {problem}")
         for text, place in zip(self.at, places, strict=True):
             warn_if_late(text, place, answer.frame_times)
-        for i, target in enumerate(targets):
-            if shows_video:
-                write_video_overlay(paths[0], answer, pipeline.processor, target)
-            else:
-                write_overlay(images[i], answer.points, target, number=i + 1)
+        if self.draw is not None:
+            answer.draw(self.draw)
+        for target in targets:
             note(f"wrote {target}")
         if targets:
             print_marks(answer.points)
+
+    def _run_batch(self, path: Path) -> None:
+        from nanomolmo2.cli.batch import Batch
+
+        if self.inputs:
+            raise UsageError(
+                f"--batch {path} has pictures and questions of its own: leave "
+                f"{' '.join(self.inputs)} out"
+            )
+        for name, wants in (("draw", "its picture"), ("at", "its question"), ("video", "its file")):
+            if getattr(self, name):
+                raise UsageError(f"--{name} is of one question and {wants}: leave it out")
+        batch = Batch(path, self.out, self.images, self.model, self.generation())
+        batch.check()
+        pipeline = self._load(of_videos=self.max_frames is not None)
+        batch.run(pipeline, self.batch_size or 16)
+
+    def _load(self, *, of_videos: bool) -> Pipeline:
+        options = precision(self.dtype, self.quantize, self.device, self.adapter)
+        pipeline = load_pipeline(self.model, self.cache_dir, **options)
+        if of_videos:
+            set_max_frames(pipeline, self.max_frames, self.model)
+        if self.max_crops is not None:
+            set_max_crops(pipeline, self.max_crops, self.model)
+        return pipeline
+
+    def _targets(self, paths: Sequence[str], shows_video: bool) -> list[Path]:
+        """Where the drawings go: known to be writable, and over nothing that is read."""
+        if self.draw is None:
+            return []
+        from nanomolmo2.generation.drawing import overlay_paths
+        from nanomolmo2.processor.inputs import local_path
+
+        targets = overlay_paths(self.draw, len(paths))
+        kind = "video" if shows_video else "picture"
+        read = [local_path(path, kind) for path in paths if path != STDIN]
+        for target in targets:
+            check_writable(target, (".gif",) if shows_video else IMAGE_SUFFIXES, read)
+        return targets
 
     def _split_inputs(self) -> tuple[list[str], str]:
         if len(self.inputs) < 2:
@@ -201,6 +273,11 @@ class Ask(GenerationOptions):
         *paths, question = self.inputs
         if "" in paths:
             raise UsageError("the name of a picture is empty: leave it out, or name a file")
+        if self.inputs.count(STDIN) > 1 or question == STDIN:
+            raise UsageError(
+                f"found {' '.join(self.inputs)}: - is one picture, or one video, from standard "
+                f"input, and the question comes last, in quotes"
+            )
         if os.path.isfile(question):
             raise UsageError(
                 f"the last argument, {question}, is a file where the question was expected: put "
@@ -220,33 +297,56 @@ class Ask(GenerationOptions):
             note(f"warning: the question, {question}, ends like a file, but there is none")
         return paths, question
 
-    def _shows_video(self, paths: Sequence[str]) -> bool:
+    def _shows_video(self, sources: Sequence[str | bytes]) -> bool:
         """Whether the one file is a video.
 
         Raises: UsageError for a video among other files, and options of the other kind.
         """
         from nanomolmo2.processor.inputs import is_video_file, local_path
 
+        names = [STDIN if isinstance(source, bytes) else source for source in sources]
         videos = [
-            path
-            for path in paths
-            if self.video or path.lower().endswith(VIDEO_SUFFIXES) or is_video_file(path)
+            name
+            for name, source in zip(names, sources, strict=True)
+            if self.video or name.lower().endswith(VIDEO_SUFFIXES) or is_video_file(source)
         ]
-        if videos and len(paths) > 1:
+        if videos and len(names) > 1:
             raise UsageError(
-                f"expected pictures or one video, found {len(paths)} files with {videos[0]} among "
+                f"expected pictures or one video, found {len(names)} files with {videos[0]} among "
                 f"them: ask about each apart"
             )
         if videos and self.max_crops is not None:
             raise UsageError("--max-crops is for pictures; --max-frames sets what a video costs")
         if not videos and self.max_frames is not None:
             raise UsageError(
-                f"--max-frames is for videos ({', '.join(VIDEO_SUFFIXES)}), found {paths[0]}: "
+                f"--max-frames is for videos ({', '.join(VIDEO_SUFFIXES)}), found {names[0]}: "
                 f"--video says that a file is one"
             )
-        if videos and not local_path(paths[0], "video").exists():
-            raise FileNotFoundError(f"there is no file {paths[0]}: check the path of the video")
+        if videos and videos != [STDIN] and not local_path(videos[0], "video").exists():
+            raise FileNotFoundError(f"there is no file {videos[0]}: check the path of the video")
         return bool(videos)
+
+
+def read_stdin() -> bytes:
+    """What comes through standard input: one file, to its end.
+
+    Raises: UsageError where a person would have to type it; ValueError for nothing and too much.
+    """
+    from nanomolmo2.processor.inputs import MAX_STREAM_BYTES
+
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError(
+            "- is a picture from standard input, and nothing is sent there: nanomolmo2 ask - "
+            '"What is this?" < dog.jpg'
+        )
+    data = sys.stdin.buffer.read(MAX_STREAM_BYTES + 1)
+    if not data:
+        raise ValueError("standard input is empty, expected a picture: did its program fail?")
+    if len(data) > MAX_STREAM_BYTES:
+        raise ValueError(
+            f"standard input has more than {MAX_STREAM_BYTES:,} bytes: save it, and name the file"
+        )
+    return data
 
 
 _PLACE = re.compile(
@@ -311,110 +411,3 @@ def with_places(question: str, places: Sequence[ContentItem]) -> str | list[Mess
     if not places:
         return question
     return [{"role": "user", "content": [{"type": "text", "text": question}, *places]}]
-
-
-def print_piece(text: str) -> None:
-    """Print a piece of an answer at once."""
-    print(visible(text), end="", flush=True)
-
-
-def print_marks(points: Sequence[Point]) -> None:
-    """Say which labels are drawn as ``label A``, since the font lacks their characters."""
-    from nanomolmo2.processor.draw import label_marks
-
-    for label, mark in label_marks(points).items():
-        note(f"note: {mark} in the drawing is {label!r}, which its font cannot write")
-
-
-def answer_report(answer: Answer, paths: Sequence[str]) -> dict[str, Any]:
-    """What --json prints of an answer; its fields are listed in docs/cli.md."""
-    from nanomolmo2.processor import points_to_json
-
-    video = None
-    if answer.video_size is not None:
-        width, height = answer.video_size
-        video = {"path": paths[0], "width": width, "height": height}
-        video["frame_times"] = list(answer.frame_times)
-    return {
-        "text": answer.text,
-        "count": answer.count,
-        "points": points_to_json(answer.points, answer.image_sizes, video_size=answer.video_size),
-        "problems": list(answer.problems),
-        "images": [
-            {"path": path, "width": width, "height": height}
-            for path, (width, height) in zip(paths, answer.image_sizes, strict=video is None)
-        ],
-        "video": video,
-        "finish_reason": answer.finish_reason,
-        "input_tokens": answer.input_tokens,
-        "output_tokens": answer.output_tokens,
-        "timings": {name: round(seconds, 4) for name, seconds in answer.timings.items()},
-    }
-
-
-def overlay_paths(path: Path, images: int) -> list[Path]:
-    """``out.png`` for one image; ``out-1.png``, ``out-2.png``, ... for several."""
-    if images == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(images)]
-
-
-def write_overlay(image: Image, points: Sequence[Point], path: Path, *, number: int = 1) -> None:
-    """Write an image with its points; complete or not at all."""
-    from nanomolmo2.processor.draw import draw_points
-
-    save_image(draw_points(image, points, number=number), path)
-
-
-def write_video_overlay(source: str, answer: Answer, processor: Processor, path: Path) -> None:
-    """Write a video's frames with the answer's points as an animated GIF; complete or not at all.
-
-    Frames of a long video are smaller than those that the points are in.
-    """
-    from nanomolmo2.processor.draw import draw_frames, save_gif
-    from nanomolmo2.processor.video import load_video
-
-    settings = processor.config.video
-    assert settings is not None and answer.video_size is not None
-    video = load_video(source, max_frames=settings.max_frames, max_fps=settings.max_fps)
-    across, down = (a / b for a, b in zip(video.size, answer.video_size, strict=True))
-    points = [dataclasses.replace(p, x=p.x * across, y=p.y * down) for p in answer.points]
-    save_gif(draw_frames(video.frames, video.times, points), video.times, path)
-
-
-def set_max_frames(pipeline: Pipeline, max_frames: int | None, name: str) -> None:
-    """Let a pipeline look at most at so many frames of a video; None = as many as it does.
-
-    Raises: UsageError for a model that takes no videos.
-    """
-    processor = pipeline.processor
-    if processor.config.video is None:
-        raise UsageError(
-            f"the model {name} does not take videos: choose one that does, such as "
-            f"allenai/Molmo2-4B, or ask about single pictures of it"
-        )
-    if max_frames is not None:
-        set_processor(
-            pipeline, video=dataclasses.replace(processor.config.video, max_frames=max_frames)
-        )
-
-
-def set_max_crops(pipeline: Pipeline, max_crops: int, name: str) -> None:
-    """Let a pipeline cut images into at most so many crops.
-
-    Raises: UsageError for a model that reads an image as a whole.
-    """
-    processor = pipeline.processor
-    if processor.config.multicrop is None:
-        raise UsageError(
-            f"the model {name} reads a picture as a whole, not in crops: leave --max-crops out"
-        )
-    multicrop = dataclasses.replace(processor.config.multicrop, max_crops=max_crops)
-    set_processor(pipeline, multicrop=multicrop)
-
-
-def set_processor(pipeline: Pipeline, **changes: Any) -> None:
-    """Exchange a pipeline's processor for one with other settings and the same tokenizer."""
-    processor = pipeline.processor
-    config = dataclasses.replace(processor.config, **changes)
-    pipeline.processor = type(processor)(config, processor.tokenizer)

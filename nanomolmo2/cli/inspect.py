@@ -203,7 +203,7 @@ class Inspect:
         if config.video is None:
             raise ValueError(f"--max-frames is for videos, and {self.model} takes pictures only")
         video = dataclasses.replace(config.video, max_frames=self.max_frames)
-        return type(processor)(dataclasses.replace(config, video=video), processor.tokenizer)
+        return processor.with_settings(video=video)
 
     def _show(self, views: Sequence[View | Fault], report: Report | None) -> None:
         """Write the page if one is wanted, and print examples or findings."""

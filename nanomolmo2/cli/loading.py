@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,8 +88,19 @@ def load_pipeline(name: str, cache_dir: Path, **options: Any) -> Pipeline:
 
     options["device"] = device_of(options.get("device"))
     pipeline = Pipeline.from_pretrained(library_name(name), cache_dir=cache_dir, **options)
+    collect_again()
     announce(where(pipeline.model))
     return pipeline
+
+
+def collect_again() -> None:
+    """The model is there: collect garbage again, but among what comes from now on.
+
+    __main__.py turned it off, if it did, while all this was loaded.
+    """
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def load_model(name: str, cache_dir: Path, **options: Any) -> tuple[NanoMolmo2, Processor]:

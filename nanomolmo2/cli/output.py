@@ -139,6 +139,24 @@ def noted_warnings() -> Iterator[None]:
         yield
 
 
+def describe(error: Exception) -> str:
+    """One line about an error."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        name = error.filename
+        return f"{name if isinstance(name, (str, int)) else os.fsdecode(name)}: {error.strerror}"
+    if isinstance(error, (ValueError, OSError)) and text:
+        return text
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded for help
+        return (
+            f"the memory of the device is not enough: choose fewer rows or shorter ones, --dtype "
+            f"bfloat16, or --device cpu ({text})"
+        )
+    if isinstance(error, ImportError) and "pip install" in text:  # the extra is named
+        return text
+    return f"{type(error).__name__}: {text} (unexpected; --debug shows where)"
+
+
 # ---- places ----
 
 

@@ -15,23 +15,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from nanomolmo2.convert.folder import NO_ROOM, kind_of, write_part, written_aside
 from nanomolmo2.convert.parts import LLM, VISION, Part, open_reference
 from nanomolmo2.convert.tensor_files import CacheFile, cache_is_intact, write_cache
 from nanomolmo2.terminal import visible
+
+if TYPE_CHECKING:  # models of this disk are loaded without it
+    from rich.console import Console
+    from rich.progress import Progress
 
 PARTS = {"vision": VISION, "llm": LLM}
 
@@ -130,7 +125,7 @@ def download(
             f"revision {revision!r} can not be meant for {len(parts)} repositories: download one "
             f"part at a time"
         )
-    console = console or Console(stderr=True)
+    console = console or _stderr()
     paths = []
     for name in parts:
         part = PARTS[name]
@@ -284,7 +279,7 @@ def _download_large(repository: str, commit: str | None, file: RemoteFile) -> No
             displayed_filename=file.name,
             tqdm_class=_Bar,
         )
-    with _progress(Console(stderr=True)) as progress:
+    with _progress(_stderr()) as progress:
         found = _sha256(partial, progress, file.name)
     if found != file.sha256:
         partial.unlink()
@@ -333,8 +328,22 @@ def _sha256(path: Path, progress: Progress, name: str) -> str:
     return digest.hexdigest()
 
 
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 def _progress(console: Console) -> Progress:
     from huggingface_hub.utils import are_progress_bars_disabled
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     return Progress(
         TextColumn("{task.description}"),
@@ -354,7 +363,7 @@ class _Bar:
         self, *, desc: str = "", total: float | None = None, initial: float = 0, **_: Any
     ) -> None:
         self.total = total
-        self._progress = _progress(Console(stderr=True))
+        self._progress = _progress(_stderr())
         self._task = self._progress.add_task(desc, total=total, completed=int(initial))
 
     def update(self, count: float = 1) -> None:

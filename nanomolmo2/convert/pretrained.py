@@ -13,6 +13,7 @@ read as they are stored.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -222,6 +223,32 @@ def load_config(
     if name_or_path is None:
         return NanoMolmo2Config()
     return _open_whole(find_directory(name_or_path, revision))[0].config
+
+
+def weight_bytes(
+    name_or_path: str | Path | None = None,
+    *,
+    cache_dir: str | Path | None = "checkpoints",
+    dtype: Dtype = None,
+    revision: str | None = None,
+) -> int:
+    """Bytes that the weights of a whole model have once they are loaded, which are not read here.
+
+    What is quantised on loading is held as it is stored before, and counted so; of the base
+    design, the fresh connector is left out. Arguments and errors as :func:`load_nanomolmo2`.
+    """
+    dtype = as_dtype(dtype)
+    if name_or_path is None:
+        parts = [_open_part(part, None, cache_dir, None) for part in (VISION, LLM)]
+    else:
+        parts = [_open_whole(find_directory(name_or_path, revision))]
+    total = 0
+    for module, tensors in parts:
+        fixed = fixed_dtypes(module)
+        for name, tensor in tensors.items():
+            kept = fixed.get(name, dtype) or tensor.dtype
+            total += math.prod(tensor.shape) * kept.itemsize
+    return total
 
 
 def load_connector(name_or_path: str | Path) -> MultimodalConnector:

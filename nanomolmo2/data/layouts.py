@@ -52,9 +52,10 @@ def check_branch(
         turns = read_messages(messages)
     except ValueError as error:
         record.bad(str(error))
-    if turns[-1].role != "assistant" and (record.needs_answer or not truth):
+    if turns[-1].role != "assistant" and record.lacks_answer(truth):
         record.bad("it ends with a question", "no answer")
-    if not all(turn.text.strip() for turn in turns if turn.role == "assistant"):
+    answers = [turn.text for turn in turns if turn.role == "assistant"]
+    if record.needs_truth and not all(answer.strip() for answer in answers):
         record.bad("an answer is empty", "no answer")
     if turns[0].role != "user":  # a subtitle, which would have to stand with the video
         record.bad(f"it begins with a message by {turns[0].role!r}")
@@ -302,7 +303,7 @@ def _own_branch(record: Record, values: Any, images: list[Image.Image], video: A
             "'question' and 'answer'",
             "bad record" if answer is not None else "no answer",
         )
-    if answer is None and (record.needs_answer or not truth):
+    if answer is None and record.lacks_answer(truth):
         record.bad("its question has no answer", "no answer")
     question = content(question) if isinstance(question, list) else question
     asked: list[Message] = [{"role": "user", "content": question}]

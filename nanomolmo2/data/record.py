@@ -47,6 +47,7 @@ class Record:
         points_scale: of points in pixels, unless the record says another.
         needs_answer: what has no answer cannot be learned from; it may be asked, where its truth is
             known.
+        needs_truth: False: it may be asked whatever is known of its answer.
         confined: "no" lets it name any file; "folder" only what lies in ``folder``; "itself" none:
             records of an archive, or of the hub, are no business of the files around.
         notes: (cause, detail) of what may be a mistake.
@@ -62,12 +63,17 @@ class Record:
     points_scale: PointsScale = "pixels"
     confined: Confined = "no"
     needs_answer: bool = True
+    needs_truth: bool = True
     notes: list[tuple[str, str]] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     _opened: dict[Any, Image.Image] = field(default_factory=dict)
 
     def bad(self, detail: str, cause: str = "bad record") -> NoReturn:
         raise BadExample(cause, f"{self.where}: {brief(detail)}") from None
+
+    def lacks_answer(self, truth: Mapping[str, Any] | None) -> bool:
+        """Whether a question without an answer in words is of no use, given its truth."""
+        return self.needs_truth and (self.needs_answer or not truth)
 
     def get(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """A field of the right type; ``default`` where there is none."""

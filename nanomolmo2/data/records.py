@@ -100,6 +100,10 @@ class JsonLines:
     def __len__(self) -> int:
         return len(self._starts)
 
+    def line(self, i: int) -> int:
+        """The line of the file, from 1, that a record stands in."""
+        return self._numbers[i]
+
     def __getitem__(self, i: int) -> Row:
         where = f"{self.path}, line {self._numbers[i]}"
         with open_regular(self.path) as stream:

@@ -133,14 +133,15 @@ class RecordSource:
     """Records of files or of the hub, read by a layout.
 
     Attributes:
-        needs_answer: as of `Record`; evaluation does not need answers in words.
+        needs_answer, needs_truth: as of `Record`; evaluation does not need answers in words, and
+            who only asks needs none at all.
     """
 
     def __init__(self, rows: Rows, config: SourceConfig) -> None:
         self.rows, self.config = rows, config
         self.name = config.name or _name_of(config.path.removeprefix("hub:"))
         self.in_order = getattr(rows, "in_order", False)
-        self.needs_answer = True
+        self.needs_answer = self.needs_truth = True
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -187,6 +188,7 @@ class RecordSource:
             config.points_scale,
             confined,
             self.needs_answer,
+            self.needs_truth,
         )
 
     def _read(self, row: Row, i: int, limits: RowLimits | None) -> Example:

@@ -7,20 +7,53 @@ own prompt only. `in_coordinates` is the same text as other models would have wr
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from html import escape
 from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanomolmo2.generation.sampling import Sampled
-from nanomolmo2.processor import Encoded, Point, parse_count, parse_points
+from nanomolmo2.processor import Encoded, Point, parse_count, parse_points, points_to_json
 from nanomolmo2.processor.grounding import find_points
 from nanomolmo2.processor.point_space import CLASS_NAME, PointSpace
 from nanomolmo2.processor.points import SCALE
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_NOTEBOOK_SIDE = 800  # most pixels of a side of what notebooks show
+
 Confidence = tuple[float, float, float]  # probabilities of a point's row, slot and cell
+
+
+class Usage(NamedTuple):
+    """What an answer took, in tokens; images and video frames count with all their visual tokens.
+
+    ``reused_tokens`` of the prompt were known from earlier questions.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    reused_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and answer together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+class Shown(NamedTuple):
+    """What an answer is about, for drawing: images, or a video's frames and their times."""
+
+    images: Sequence[Any]
+    times: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -38,7 +71,8 @@ class Answer:
         input_tokens: length of the prompt; an image that the model expands counts as one token.
         output_tokens: length of the answer with its end token, or the tokens of a stop text.
         timings: seconds: ``prepare`` (images and text to tensors), then ``first_token`` (to the
-            first token of the answer) and ``generate`` (to the last).
+            first token of the answer, waiting for other questions included) and ``generate`` (to
+            the last).
         reused_tokens: positions of the prompt that were known from an earlier question; an image
             that the model expands counts with all its visual tokens.
         finish_reason: ``stop`` (an end token or a stop text), ``length`` (cut off at
@@ -49,6 +83,13 @@ class Answer:
             programs read; the text itself where nothing in it was selected.
         confidences: of each of the ``points`` the probabilities of its row, slot and cell, from
             point models; their product is `Point.confidence`.
+        confidence: geometric mean of the probabilities of all tokens that were written, 0 to 1: how
+            sure the model was of its words, which says little about whether they are true.
+        token_ids: of the ``output_tokens``; parts of points that were selected have ids behind the
+            vocabulary.
+        prompt_tokens: positions of the prompt; an image that the model expands counts with all its
+            visual tokens.
+        show: loads what the answer is about; None where it is not known any more.
     """
 
     text: str
@@ -66,10 +107,80 @@ class Answer:
     logprobs: tuple[Sampled, ...] = ()
     coordinates: str = ""
     confidences: tuple[Confidence, ...] = ()
+    confidence: float = 1.0
+    prompt_tokens: int = 0
+    token_ids: tuple[int, ...] = ()
+    show: Callable[[], Shown] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.coordinates:
             object.__setattr__(self, "coordinates", self.text)
+
+    @property
+    def usage(self) -> Usage:
+        """What the answer took, in tokens."""
+        prompt = self.prompt_tokens or self.input_tokens
+        return Usage(prompt, self.output_tokens, self.reused_tokens)
+
+    def draw(self, path: str | Path | None = None) -> Image | list[Image]:
+        """The image with the answer's points on it; a list for several images, or frames.
+
+        Args:
+            path: write it, complete or not at all: ``.png``, ``.jpg``, ``.webp``; of several images
+                ``out-1.png``, ``out-2.png``, ...; of a video an animated ``.gif``.
+        Raises: ValueError where there is nothing to draw on, or for another kind of file; OSError
+            where an image that was given by its path is there no more.
+        """
+        from nanomolmo2.generation.drawing import draw_answer
+
+        return draw_answer(self, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as `json.dumps` takes it, with the fields that docs/cli.md lists."""
+        video: dict[str, Any] | None = None
+        if self.video_size is not None:
+            width, height = self.video_size
+            video = {"width": width, "height": height, "frame_times": list(self.frame_times)}
+        return {
+            "text": self.text,
+            "count": self.count,
+            "points": points_to_json(self.points, self.image_sizes, video_size=self.video_size),
+            "problems": list(self.problems),
+            "confidence": round(self.confidence, 4),
+            "images": [{"width": width, "height": height} for width, height in self.image_sizes],
+            "video": video,
+            "finish_reason": self.finish_reason,
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "reused_tokens": self.reused_tokens,
+            "timings": {name: round(seconds, 4) for name, seconds in self.timings.items()},
+        }
+
+    def _repr_png_(self) -> bytes | None:
+        """The image with the points, for notebooks; of several the first. None without one."""
+        return next(iter(self._drawn()), None)
+
+    def _repr_html_(self) -> str:
+        """The images with the points and the text below, for notebooks."""
+        data = [base64.b64encode(png).decode() for png in self._drawn()]
+        images = [f'<img src="data:image/png;base64,{one}" alt="the points">' for one in data]
+        return f"<div>{''.join(images)}<p>{escape(self.text)}</p></div>"
+
+    def _drawn(self) -> list[bytes]:
+        """PNG files for notebooks; none of a video, nor where an image is there no more."""
+        if self.show is None or not self.image_sizes:
+            return []
+        try:
+            drawn = self.draw()
+        except (OSError, ValueError):
+            return []
+        files = []
+        for image in drawn if isinstance(drawn, list) else [drawn]:
+            image.thumbnail((_NOTEBOOK_SIDE, _NOTEBOOK_SIDE))
+            stream = io.BytesIO()
+            image.save(stream, "PNG")
+            files.append(stream.getvalue())
+        return files
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ one more, see `nanomolmo2.generation.pointing`.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -74,7 +75,7 @@ class _Row:
         if request.sampling.stop and request.stops is None:
             raise ValueError(
                 f"sampling has the stop texts {list(request.sampling.stop)}, but the engine knows "
-                f"only token ids: use Pipeline.ask(stop=...), or pass `stops`, which is called "
+                f"only token ids: use VLM.ask(stop=...), or pass `stops`, which is called "
                 f"with every new id"
             )
         ids = request.input_ids
@@ -116,6 +117,7 @@ class _Row:
         self.content: list[int] = []  # of the tokens, for the prefix cache
         self.settled = 0  # tokens of the steps before
         self.sampled: list[Sampled] = []
+        self.logprob = 0.0  # of all tokens together
         self.reused = 0
         self.reason: str | None = None  # why the answer ended
         self.at_point: tuple[int, Sampled] | None = None  # a position of this step, and its PATCH
@@ -173,6 +175,7 @@ class _Row:
         token = sampled.token
         is_class = self.pointing is not None and token >= self.pointing.classes.first
         self.tokens.append(token)
+        self.logprob += self.sampler.logprob
         self.sampler.take(self.newest, repeats=not is_class)
         self.content.append(token if self.pointing is None else self.pointing.take(token))
         if self.request.sampling.logprobs is not None:
@@ -189,8 +192,10 @@ class _Row:
         return "length" if len(self.tokens) >= self.request.max_new_tokens else None
 
     def result(self, reason: str) -> Result:
-        confidences = () if self.pointing is None else tuple(self.pointing.confidences)
-        return Result(self.tokens, reason, self.T, self.reused, tuple(self.sampled), confidences)
+        points = () if self.pointing is None else tuple(self.pointing.confidences)
+        confidence = math.exp(self.logprob / max(1, len(self.tokens)))
+        sampled = tuple(self.sampled)
+        return Result(self.tokens, reason, self.T, self.reused, sampled, points, confidence)
 
 
 class Engine:
@@ -240,6 +245,11 @@ class Engine:
         """Whether a request waits or runs."""
         return bool(self._waiting or self._rows)
 
+    @property
+    def running(self) -> int:
+        """Requests that have a row."""
+        return len(self._rows)
+
     @torch.no_grad()
     def submit(self, request: Request) -> int:
         """Take a request; it starts with the next step that has room. Returns: its number.
@@ -267,32 +277,51 @@ class Engine:
     def step(self) -> list[Event]:
         """Start what waits, as far as there is room, and continue every other row.
 
-        Returns: the new tokens in order, at least one of every row.
+        What goes wrong with one row, such as logits that are no numbers, ends that row alone.
+
+        Returns: the new tokens in order, at least one of every row, or its error.
         """
         events: list[Event] = []
         running = list(self._rows)
         while self._waiting and len(self._rows) < self.max_rows:
-            self._start(self._waiting.popleft(), events)
+            row = self._waiting.popleft()
+            with self._alone(row, events):
+                self._start(row, events)
         if running:
             self._continue(running, events)
         return events
 
+    @contextmanager
+    def _alone(self, row: _Row, events: list[Event]) -> Iterator[None]:
+        """Whatever is raised ends the row, and nothing else."""
+        try:
+            yield
+        except Exception as error:
+            if row in self._rows:
+                self._rows.remove(row)
+            events.append(Event(row.id, None, error=error))
+
     def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
-        """Submit the requests, then step until everything has ended, event by event."""
+        """Submit the requests, then step until everything has ended, event by event.
+
+        Raises, while it is iterated: what went wrong with a row.
+        """
         for request in requests:
             self.submit(request)
         return self._events()
 
     def _events(self) -> Iterator[Event]:
         while self.busy:
-            yield from self.step()
+            for event in self.step():
+                yield checked(event)
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
         """The results of the requests, in their order; events of others pass unseen."""
         ids = [self.submit(request) for request in requests]
         results: dict[int, Result] = {}
         while self.busy and not results.keys() >= set(ids):
-            results |= {e.request_id: e.result for e in self.step() if e.result is not None}
+            ended = [checked(event) for event in self.step()]
+            results |= {e.request_id: e.result for e in ended if e.result is not None}
         return [results[id] for id in ids]
 
     def _start(self, row: _Row, events: list[Event]) -> None:
@@ -398,7 +427,9 @@ class Engine:
             samplers = [row.sampler for row, draft in text for _ in range(1 + len(draft))]
             fetched = iter(fetch(of_all, samplers))
             for row, draft in text:
-                self._take(row, list(itertools.islice(fetched, 1 + len(draft))), draft, events)
+                of_positions = list(itertools.islice(fetched, 1 + len(draft)))
+                with self._alone(row, events):
+                    self._take(row, of_positions, draft, events)
         pending += [row for row, _ in text if row.at_point is not None]
         if pending:
             self._select(pending, of_row, logits, events)
@@ -444,18 +475,20 @@ class Engine:
         for row, of_classes in zip(rows, fetch_scores(scores), strict=True):
             assert row.pointing is not None
             at, marker = row.at_point or (0, None)
-            sampled = row.pointing.choose(of_classes, marker)
-            if sampled is None:
-                logits[row.id][at, row.pointing.patch] = -torch.inf
-                refused.append((row, logits[row.id][at]))
-            else:
-                events.append(row.write(sampled))
-                self._settle(row)
+            with self._alone(row, events):
+                sampled = row.pointing.choose(of_classes, marker)
+                if sampled is None:
+                    logits[row.id][at, row.pointing.patch] = -torch.inf
+                    refused.append((row, logits[row.id][at]))
+                else:
+                    events.append(row.write(sampled))
+                    self._settle(row)
         if refused:  # text goes on in place of a point
             again = fetch(torch.stack([own for _, own in refused]), [r.sampler for r, _ in refused])
             for (row, _), of_text in zip(refused, again, strict=True):
-                events.append(row.write(row.sampler.pick(of_text)))
-                self._settle(row)
+                with self._alone(row, events):
+                    events.append(row.write(row.sampler.pick(of_text)))
+                    self._settle(row)
 
     def _settle(self, row: _Row) -> None:
         """A row's step is over: forget positions of a draft that did not hold."""
@@ -518,6 +551,13 @@ class Engine:
     def _blocks(self) -> AbstractContextManager[object]:
         """What makes results batch-invariant, if they are to be."""
         return FixedBlocks() if self.batch_invariant else nullcontext()
+
+
+def checked(event: Event) -> Event:
+    """Raises: the error of a row."""
+    if event.error is not None:
+        raise event.error
+    return event
 
 
 def _more_than_causal(mask: Tensor | None, T: int) -> Tensor | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Unpack
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class SamplingParams:
             visual token, that of its marker in the text plus its own among the visual tokens; of a
             patch or a place in it, its own among those there are.
         stop: texts that end the answer; they are no part of it. For a layer that knows text, such
-            as `Pipeline`.
+            as `VLM`.
         stop_token_ids: tokens that end the answer, besides the model's own.
         constraint: a grammar of the answer, such as `PointsConstraint`; None = off.
         sample_points: at a temperature, also draw the parts of a point that a model selects
@@ -73,6 +74,7 @@ class SamplingParams:
     sample_points: bool = False
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         if not 0 <= self.temperature < math.inf:
             raise ValueError(
                 f"temperature must be 0 (greedy) or more, found {self.temperature}: usual values "
@@ -107,6 +109,23 @@ class SamplingParams:
             )
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+    def _check_kinds(self) -> None:
+        """Numbers are numbers and texts texts, told before they are compared and computed with."""
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            if not hasattr(value := getattr(self, name), "__float__"):
+                raise ValueError(f"{name} must be a number, found {value!r}")
+        _check_whole("top_k", self.top_k)
+        if self.logprobs is not None:
+            _check_whole("logprobs", self.logprobs)
+        seeds = [*self.seed] if isinstance(self.seed, Sequence) else [self.seed or 0]
+        for seed in seeds:
+            _check_whole("seed", seed)
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Iterable) or not all(isinstance(text, str) for text in stop):
+            raise ValueError(f"stop must be a text or a list of texts, found {self.stop!r}")
+        if any(not hasattr(id, "__index__") for id in self.logit_bias or {}):
+            raise ValueError("logit_bias must give ids of tokens their bias, as in {42: -100}")
 
     @property
     def greedy_only(self) -> bool:
@@ -143,6 +162,11 @@ class SamplingParams:
         return [torch.Generator().manual_seed(seed) for seed in self.seeds(rows)]
 
 
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be a whole number, found {value!r}")
+
+
 class GenerateKeywords(TypedDict, total=False):
     """The names by which calls take the fields of `GenerateOptions` and of its sampling."""
 
@@ -169,14 +193,14 @@ class GenerateKeywords(TypedDict, total=False):
 class GenerateOptions:
     """Everything that decides how a prompt is continued.
 
-    ``Pipeline.ask`` and the ``generate`` of the nets take the fields by name, and those of
+    ``VLM.ask`` and the ``generate`` of the nets take the fields by name, and those of
     ``sampling`` beside them: ``ask(image, question, max_new_tokens=64, temperature=0.5)``.
 
     Attributes:
         max_new_tokens: longest answer; it is cut off there.
         sampling: how to choose tokens, and where to stop.
         eos_token_id: ends the answer, any of several; None = nothing does; ``config`` = those of
-            the model, and in the `Pipeline` of the chat format.
+            the model, and in the `VLM` of the chat format.
         lookup: draft tokens that repeat earlier text and check several in a step, where that is
             faster; the answer is the same.
         batch_invariant: bit-identical logits alone, in any batch, with and without reuse and
@@ -188,6 +212,9 @@ class GenerateOptions:
     eos_token_id: int | Sequence[int] | Literal["config"] | None = "config"
     lookup: bool = True
     batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        _check_whole("max_new_tokens", self.max_new_tokens)
 
     def updated(self, **changes: Unpack[GenerateKeywords]) -> GenerateOptions:
         """With other values for some fields, those of ``sampling`` included.
@@ -206,6 +233,12 @@ class GenerateOptions:
                 f"found sampling and beside it {', '.join(beside)}: sampling holds all settings, "
                 f"put them there"
             )
+        known = [f.name for f in fields(GenerateOptions)]
+        for name in options:
+            if name not in known:
+                near = get_close_matches(name, [*known, *off], n=1)
+                said = f": did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"got an unexpected keyword argument {name!r}{said}")
         return replace(self, sampling=sampling, **options)
 
     def end_ids(self, config: Iterable[int] = ()) -> tuple[int, ...]:

@@ -349,7 +349,11 @@ class Pointing:
         Args:
             scores: see :meth:`scores`. marker: PATCH as it was chosen in the text, if it was.
         """
-        return self._choose_part(scores) if marker is None else self._choose_row(scores, marker)
+        before = 0.0 if marker is None else self._sampler.logprob
+        sampled = self._choose_part(scores) if marker is None else self._choose_row(scores, marker)
+        if sampled is not None:
+            self._sampler.logprob = before + math.log(max(self._chances[-1], 1e-30))
+        return sampled
 
     def _choose_row(self, scores: Tensor, marker: Sampled) -> Sampled | None:
         selectable = np.append(self.prompt.selectable, True)

@@ -50,10 +50,13 @@ class Prefix:
 
     def shared(self, keys: Keys, lookahead: int) -> int:
         """Positions that a prompt can take from here."""
-        n = min(len(self.keys), len(keys), self.row.length)
+        n, least = min(len(self.keys), len(keys), self.row.length), max(self.lookahead, lookahead)
+        # Of thousands, most are of other images: one number tells, the last of those.
+        if n < least or (least and self.keys[least - 1] != keys[least - 1]):
+            return 0
         unequal = np.flatnonzero(self.keys[:n] != keys[:n])
         n = int(unequal[0]) if len(unequal) else n
-        return n if n >= max(self.lookahead, lookahead) else 0
+        return n if n >= least else 0
 
 
 class PrefixCache:
@@ -134,7 +137,10 @@ class PrefixCache:
         with self._lock:
             for key, held in self._prefixes():
                 n = min(len(held.keys), length)
-                if np.array_equal(held.keys[:n], keys[:n]) and held.lookahead == prefix.lookahead:
+                last = (prefix.lookahead or n) - 1
+                if held.lookahead != prefix.lookahead or held.keys[last] != keys[last]:
+                    continue  # as in `Prefix.shared`
+                if np.array_equal(held.keys[:n], keys[:n]):
                     if len(held.keys) >= length:
                         self._touch(key)
                         return  # it is the beginning of one that is held

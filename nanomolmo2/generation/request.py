@@ -71,6 +71,8 @@ class Result:
         sampled: every token with its log-probabilities, if ``sampling.logprobs`` asks for them.
         confidences: of every complete point, in order, the probabilities of its visual token, of
             the patch in it and of the place in the patch, each among those it was chosen from.
+        confidence: geometric mean of the probabilities of all that was chosen, tokens and parts of
+            points, the model's own; 1 where nothing was.
     """
 
     token_ids: list[int]
@@ -79,6 +81,7 @@ class Result:
     reused_tokens: int
     sampled: tuple[Sampled, ...] = ()
     confidences: tuple[tuple[float, float, float], ...] = ()
+    confidence: float = field(default=1.0, compare=False)  # other rows beside it round otherwise
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,13 @@ class Event:
     """A new token of a request; with ``result`` it is the last.
 
     ``sampled`` is the token with its log-probabilities; None only where an answer ends without one.
+    ``error`` is what went wrong with this request alone; it ends there, others go on.
     """
 
     request_id: int
     sampled: Sampled | None
     result: Result | None = None
+    error: Exception | None = None
 
     @property
     def token(self) -> int | None:
@@ -98,4 +103,4 @@ class Event:
 
     @property
     def finished(self) -> bool:
-        return self.result is not None
+        return self.result is not None or self.error is not None

@@ -38,6 +38,15 @@ class Likeliest(NamedTuple):
 
     token: int
     value: float
+    logprob: float
+
+
+class ChoiceError(ValueError):
+    """The settings of a request leave nothing to choose, or name tokens that there are not."""
+
+
+class DamagedError(ValueError):
+    """What the model computed is no number."""
 
 
 class Sampler:
@@ -45,6 +54,9 @@ class Sampler:
 
     Drafts are verified with it too: `sample` for each position as long as the tokens agree. As it
     draws once a token, the answer is the same as without drafts, also at a temperature.
+
+    ``logprob``: of the token, or the part of a point, that was picked last, the model's own, in
+    front of all settings.
     """
 
     def __init__(
@@ -59,6 +71,7 @@ class Sampler:
             generator: on the CPU; by default from the seed of params.
         """
         self.params = params
+        self.logprob = 0.0
         self._generator = generator
         self._seen = set(prompt_ids) if params.repetition_penalty != 1 else set()
         self._state = params.constraint.start() if params.constraint else None
@@ -84,6 +97,7 @@ class Sampler:
         """`choose` a token that counts only once :meth:`take` is told."""
         if isinstance(logits, Likeliest):
             _check_best(logits.value)
+            self.logprob = logits.logprob
             return Sampled(logits.token)
         row = self._process(logits)
         if self.params.temperature == 0:
@@ -91,6 +105,7 @@ class Sampler:
             _check_best(float(row[token]))
         else:
             token = _draw(row, self.params, self._generator)
+        self.logprob = float(logits[token] - logits.logsumexp(dim=-1))
         return Sampled(token, *_logprobs(logits, token, self.params.logprobs))
 
     def take(self, token: int, *, repeats: bool = True) -> None:
@@ -116,7 +131,7 @@ class Sampler:
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias))
             if int(ids.max()) >= size:
-                raise ValueError(
+                raise ChoiceError(
                     f"logit_bias names token {int(ids.max())}, but the model has {size} tokens"
                 )
             row = row.clone()
@@ -158,7 +173,8 @@ def fetch(logits: Tensor, samplers: Sequence[Sampler]) -> list[Likeliest | Tenso
     if greedy:
         rows = torch.stack([logits[b] for b in greedy]) if whole else logits
         likeliest = rows.argmax(dim=-1)  # finds nan and inf before all else, the first of equals
-        parts.append(rows.gather(-1, likeliest[:, None])[:, 0].float())
+        value = rows.gather(-1, likeliest[:, None])[:, 0].float()
+        parts += [value, value - rows.float().logsumexp(dim=-1)]
         tokens = likeliest.int()
     if not parts:
         return []
@@ -168,8 +184,9 @@ def fetch(logits: Tensor, samplers: Sequence[Sampler]) -> list[Likeliest | Tenso
     ids = host[len(values) :].tolist()
     brought: dict[int, Likeliest | Tensor] = {}
     brought |= zip(whole, values[: len(whole) * V].view(len(whole), V), strict=True)
-    best = values[len(whole) * V :].tolist()
-    brought |= {b: Likeliest(*one) for b, *one in zip(greedy, ids, best, strict=True)}
+    best, logprobs = values[len(whole) * V :].view(2, -1).tolist()
+    found = map(Likeliest, ids, best, logprobs)
+    brought |= zip(greedy, found, strict=True)
     return [brought[b] for b in range(B)]
 
 
@@ -238,7 +255,8 @@ def _distribution(row: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor |
                 scores, ids = _likeliest((row - best) / params.temperature, len(row))
             weights = scores.exp()
         before = weights.double().cumsum(dim=0) - weights  # of the likelier tokens
-        weights = weights.masked_fill(before >= share, 0.0)
+        # The likeliest always stays: a share may be so small that rounding makes it 0.
+        weights[1:] = weights[1:].masked_fill(before[1:] >= share, 0.0)
     if params.min_p:
         weights = weights.masked_fill(weights < params.min_p, 0.0)  # the likeliest one has 1
     return weights, ids
@@ -269,12 +287,12 @@ def _logprobs(
 def _check_best(value: float) -> None:
     """Refuse a row by its largest logit (nan counts as larger than all)."""
     if math.isnan(value) or value == math.inf:
-        raise ValueError(
+        raise DamagedError(
             f"the logits of a row hold {value}, expected finite numbers: are the weights damaged, "
             f"or does 16-bit arithmetic overflow (load the model with dtype float32)?"
         )
     if value == -math.inf:
-        raise ValueError(
+        raise ChoiceError(
             "every token of a row is excluded: logit_bias, the constraint and the model leave none "
             "to choose; loosen one of them"
         )

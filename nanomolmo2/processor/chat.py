@@ -73,8 +73,8 @@ class ContentItem(TypedDict):
     """A part of a message: of ``type`` text, image, video or point.
 
     Parts as servers take them are read too: ``{"type": "image_url", "image_url": {"url": ...}}``,
-    ``video_url``, ``input_text``, ``input_image``, and ``{"type": "image", "url": ...}``. Their
-    address is a data URL or that of a local file (``file:///...``).
+    ``video_url``, ``input_text``, ``input_image``, and ``{"type": "image", "url": ...}`` or
+    ``"path": ...``. An address is a data URL or that of a local file (``file:///...``).
 
     ``image`` is anything that `processor.image.load_image` takes, ``video`` anything that
     `processor.video.load_video` takes; without it the item stands for the next of the images, or
@@ -104,6 +104,7 @@ class ContentItem(TypedDict):
     image: NotRequired[Any]
     video: NotRequired[Any]
     url: NotRequired[str]
+    path: NotRequired[Any]
     image_url: NotRequired[str | Mapping[str, Any]]
     video_url: NotRequired[str | Mapping[str, Any]]
 
@@ -366,9 +367,11 @@ def _as_ours(part: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if name in ("image", "video"):
         given = part.get(name)
         if given is None and isinstance(part.get("url"), str):  # as transformers writes it
-            return {"type": name, name: _from_address(part["url"], name, where)}
+            return {"type": name, name: from_address(part["url"], name, where)}
+        if given is None and part.get("path") is not None:
+            return {"type": name, name: part["path"]}
         if isinstance(given, str) and given[:5].lower() == "data:":
-            return {**part, name: _from_address(given, name, where)}
+            return {**part, name: from_address(given, name, where)}
         return part
     kind = _OF_SERVERS.get(name) if isinstance(name, str) else None
     if kind is None or kind == "text":
@@ -380,11 +383,14 @@ def _as_ours(part: Mapping[str, Any], where: str) -> Mapping[str, Any]:
             f"{where} holds a part of type {name!r} without an address, expected "
             f"{{'type': {name!r}, '{kind}_url': {{'url': 'data:...;base64,...'}}}}"
         )
-    return {"type": kind, kind: _from_address(address, kind, where)}
+    return {"type": kind, kind: from_address(address, kind, where)}
 
 
-def _from_address(address: str, kind: str, where: str) -> bytes | str:
-    """The bytes of a data URL; a local file's address as it is."""
+def from_address(address: str, kind: str, where: str) -> bytes | str:
+    """The bytes of a data URL; a local file's address as it is.
+
+    Raises: ValueError, which says ``where`` it stands, for other addresses and a broken data URL.
+    """
     if address[:5].lower() == "file:":
         return address
     if address[:5].lower() == "data:":

@@ -46,6 +46,7 @@ _WHOLE_BYTES = 1 << 28  # of files whose decoder reads them whole
 
 # Only formats decoded in memory from one file: never EPS, which starts another program.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
+_STARTS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF"}
 _FORMAT_NAMES = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 # Bytes a pixel that a decoder holds beside the picture itself.
 _DECODER_BYTES = {"WEBP": 12, "AVIF": 12, "JPEG2000": 16}
@@ -122,7 +123,7 @@ def stored_size(source: ImageSource) -> tuple[tuple[int, int], Image.Transpose |
     """
     with open_input(source, "picture") as file, _no_warnings():
         try:
-            image = Image.open(file.stream, formats=_known_formats())
+            image = Image.open(file.stream, formats=_formats(file.head))
             return image.size, _turn(image)
         except Exception:  # notes that are damaged, say
             pass
@@ -204,7 +205,7 @@ def _open(file: Input, stream: Any, max_pixels: int) -> Image.Image:
     stream.seek(0)
     try:
         with _no_warnings():
-            image = Image.open(stream, formats=_known_formats())
+            image = Image.open(stream, formats=_formats(file.head))
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise _too_large(
@@ -262,6 +263,14 @@ def _read_pnm(file: Input, max_pixels: int) -> Image.Image | None:
         raise
     except ValueError as error:
         raise _damaged(file.name, "PPM", error) from None
+
+
+def _formats(head: bytes) -> tuple[str, ...]:
+    """Whom to ask to read a file that begins so. For most files Pillow need not load them all."""
+    for start, name in _STARTS.items():
+        if head.startswith(start):
+            return (name,)
+    return _known_formats()
 
 
 @lru_cache(maxsize=1)

@@ -171,8 +171,10 @@ def _input(name: str, stream: Any, *, has_number: bool = False) -> Input:
 # ---- kinds, by the first bytes ----
 
 
-def is_video_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins like a video, whatever its name; False if it cannot be opened."""
+def is_video_file(path: str | os.PathLike[str] | bytes) -> bool:
+    """Whether a file (or its bytes) begins like a video, whatever its name; False if it cannot be
+    opened.
+    """
     try:
         with open_input(path, "video") as file:
             return video_container(file.head) is not None

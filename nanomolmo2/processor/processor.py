@@ -113,6 +113,10 @@ class Processor:
         self._visual = VisualLoader(config)
         self._prefix = lru_cache(maxsize=64)(self._encode_prefix)
 
+    def with_settings(self, **changes: Any) -> Processor:
+        """A processor with other fields of `ProcessorConfig`, and the same tokenizer."""
+        return type(self)(replace(self.config, **changes), self.tokenizer)
+
     # ---- messages and images -> numbers ----
 
     def encode(

@@ -5,7 +5,6 @@ recipe -> build -> model, processor -> (training) -> plain_model -> save_model
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from pathlib import Path
 
@@ -108,8 +107,7 @@ def processor_of_rows(processor: Processor, model: NanoMolmo2Config) -> Processo
     config = processor.config
     if config.multicrop is not None or config.image_tokens is not None:
         return processor
-    config = dataclasses.replace(config, image_tokens=model.num_visual_tokens)
-    return Processor(config, processor.tokenizer)
+    return processor.with_settings(image_tokens=model.num_visual_tokens)
 
 
 @torch.no_grad()

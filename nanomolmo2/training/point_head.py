@@ -85,7 +85,7 @@ def point_processor(processor: Processor, model: NanoMolmo2Config) -> Processor:
     assert rule is not None
     if (given := processor.config.points) is not None:
         given = dataclasses.replace(given, points_in_prompt=rule.points_in_prompt)
-        return Processor(dataclasses.replace(processor.config, points=given), processor.tokenizer)
+        return processor.with_settings(points=given)
     points = PointTokens(
         overview_token="<im_low>" if has_crops else None,
         num_embeddings=llm.num_embeddings,

@@ -104,7 +104,7 @@ def with_sources_of(recipe: Recipe, processor: Processor) -> Processor:
     names = tuple(dict.fromkeys((*before, *learned)))
     if names == processor.config.trained_on:
         return processor
-    return Processor(dataclasses.replace(processor.config, trained_on=names), processor.tokenizer)
+    return processor.with_settings(trained_on=names)
 
 
 def replay_note(recipe: Recipe, processor: Processor) -> str:

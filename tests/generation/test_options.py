@@ -7,6 +7,7 @@ import sys
 from dataclasses import fields
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,8 +52,37 @@ def test_what_cannot_be_meant() -> None:
         GenerateOptions().updated(top_p=0.0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
         GenerateOptions().updated(temprature=0.7)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="'max_tokens': did you mean 'max_new_tokens'"):
+        GenerateOptions().updated(max_tokens=7)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
         small_model().generate(text_ids(1, 3), temprature=0.7)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_new_tokens": "5"}, "max_new_tokens must be a whole number, found '5'"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, found 2.5"),
+        ({"temperature": "hot"}, "temperature must be a number, found 'hot'"),
+        ({"top_p": None}, "top_p must be a number, found None"),
+        ({"top_k": 1.5}, "top_k must be a whole number, found 1.5"),
+        ({"logprobs": True}, "logprobs must be a whole number, found True"),
+        ({"seed": "a"}, "seed must be a whole number, found 'a'"),
+        ({"stop": 5}, "stop must be a text or a list of texts, found 5"),
+        ({"stop": ["a", 5]}, "stop must be a text or a list of texts, found"),
+        ({"logit_bias": {"a": 1}}, "logit_bias must give ids of tokens their bias"),
+    ],
+)
+def test_values_of_another_kind_are_refused_in_one_sentence(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GenerateOptions().updated(**given)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    made = GenerateOptions().updated(
+        max_new_tokens=np.int64(3), temperature=np.float32(0.5), top_p=torch.tensor(0.5), seed=[1]
+    )
+    assert (made.max_new_tokens, float(made.sampling.temperature)) == (3, 0.5)
 
 
 def test_what_ends_an_answer() -> None:

@@ -396,3 +396,13 @@ def test_stop_settings() -> None:
     assert SamplingParams(stop="end").stop == ("end",)
     assert SamplingParams(stop=["a", "b"], stop_token_ids=[3]).stop_token_ids == (3,)
     assert SamplingParams().with_seed(4) == SamplingParams(seed=4)
+
+
+def test_the_likeliest_token_stays_however_small_the_share() -> None:
+    """1e-320 of the mass of two rounds to 0, which no token would be below."""
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    for top_p in (1e-9, 1e-300, 5e-324):
+        params = SamplingParams(temperature=1.0, top_p=top_p, seed=0)
+        assert sample(logits, params, params.generators(1)).tolist() == [1]
+        tiny = SamplingParams(temperature=1e-300, top_p=top_p, seed=0)
+        assert sample(logits, tiny, tiny.generators(1)).tolist() == [1]
