@@ -107,3 +107,10 @@ def test_make_refuses_an_interpreter_that_is_not_there(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "python0.0 does not run or is older than 3.11" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_folders_of_tests_are_packages() -> None:
+    """Two files of one name are refused otherwise, in the process that happens to read both."""
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(folders) > 5
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
