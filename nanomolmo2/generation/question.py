@@ -18,6 +18,7 @@ from nanomolmo2.processor import Message
 from nanomolmo2.processor.chat import from_address, read_messages
 from nanomolmo2.processor.image import ImageSource, load_image
 from nanomolmo2.processor.inputs import is_file
+from nanomolmo2.processor.processor import gather_images, gather_video
 from nanomolmo2.processor.video import VideoSource
 
 # A token stands for about four characters; long ones, such as runs of spaces, for a few dozen.
@@ -77,14 +78,7 @@ class Conversation(NamedTuple):
     def shown(self) -> tuple[list[Any], Any]:
         """(images, video) wherever they stand, in order; video None without one."""
         turns = read_messages(self.messages)
-        beside = iter(self.images)
-        images = [
-            next(beside, None) if image is None else image
-            for turn in turns
-            for image in turn.images
-        ]
-        videos = [video for turn in turns for video in turn.videos if video is not None]
-        return [*images, *beside], videos[0] if videos else self.video
+        return gather_images(turns, self.images), gather_video(turns, self.video)
 
 
 def read_question(asked: Question, context: int, *, allow_remote: bool = False) -> Conversation:

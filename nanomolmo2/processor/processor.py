@@ -148,7 +148,7 @@ class Processor:
         """
         has_crops = self.config.multicrop is not None
         turns = read_messages(messages, styled=has_crops)
-        visual = self._visual.load(_gather_images(turns, images), _gather_video(turns, video))
+        visual = self._visual.load(gather_images(turns, images), gather_video(turns, video))
         space = self._space(visual.fields)
         segments = render(
             self.config.chat_format,
@@ -527,7 +527,7 @@ def _several(images: Sequence[Any] | None) -> Sequence[Any]:
     return images
 
 
-def _gather_images(turns: Sequence[Turn], images: Sequence[Any] | None) -> list[Any]:
+def gather_images(turns: Sequence[Turn], images: Sequence[Any] | None) -> list[Any]:
     """All images of a conversation in order, from the messages and from beside them."""
     in_messages = [image for turn in turns for image in turn.images]
     beside = list(_several(images))
@@ -544,7 +544,7 @@ def _gather_images(turns: Sequence[Turn], images: Sequence[Any] | None) -> list[
     return [next(remaining) if image is None else image for image in in_messages]
 
 
-def _gather_video(turns: Sequence[Turn], video: VideoSource | None) -> VideoSource | None:
+def gather_video(turns: Sequence[Turn], video: VideoSource | None) -> VideoSource | None:
     """The video of a conversation, from the messages or from beside them; None without one."""
     in_messages = [found for turn in turns for found in turn.videos]
     if not in_messages:
