@@ -146,6 +146,25 @@ def answered(page: Page) -> None:
     page.wait_for_selector(".turn:last-child:not(.writing)")
 
 
+def show_one(page: Page, x: float, y: float, *, picture: int = -1) -> None:
+    """Click a place as an example, in pixels of the picture; `picture` counts those shown."""
+    pad = page.locator(f".frame:visible >> nth={picture} >> .pad")
+    pad.scroll_into_view_if_needed()
+    box = pad.bounding_box()
+    width, height = page.evaluate(
+        "(pad) => { const { naturalWidth, naturalHeight } = pad.parentNode.querySelector('.shown');"
+        "return [naturalWidth, naturalHeight]; }",
+        pad.element_handle(),
+    )
+    assert box is not None
+    page.mouse.click(box["x"] + x / width * box["width"], box["y"] + y / height * box["height"])
+
+
+def found(page: Page) -> None:
+    """Wait until nothing is looked for."""
+    page.wait_for_selector("#find-result[aria-busy='false']")
+
+
 def centres(page: Page) -> list[tuple[float, float]]:
     """Where the visible points are, in pixels of the picture's upper left corner on the screen, and
     as shares of its sides: (x_share, y_share) of each marker's middle."""

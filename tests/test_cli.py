@@ -1261,6 +1261,8 @@ LOADS = {
     "demo": (),
     "train": ("smoke", "--out", "out"),
     "serve": ("--port", "0", "--model", "MODEL"),
+    "find": ("picture.png", "--at", "9,9", "--model", "MODEL"),
+    "teach": ("walnut", "picture.png@1,2", "--model", "MODEL", "--out", "out"),
 }
 
 

@@ -35,8 +35,8 @@ Module = TypeVar("Module", bound=nn.Module)
 Modes: TypeAlias = "str | Mapping[str, str | None] | None"
 Samples: TypeAlias = Any  # a tensor, keyword arguments as a mapping, or a sequence of these
 
-# A part that a mode for the whole model leaves as it is.
-_FLOATING = "point_predictor."
+# Parts that a mode for the whole model leaves as they are.
+_FLOATING = ("point_predictor.", "finder.")
 # Numbers that a cache holds of a position, from which it is kept in 16 bit beside int8 weights.
 _WORTH_ROUNDING = 2**14
 _TINY = torch.finfo(torch.float32).tiny
@@ -71,8 +71,9 @@ def quantize(
     """Replace every linear layer in place, the head of a tied language model included.
 
     Linear layers become `QuantizedLinear`, and attention and SwiGLU are fused, see
-    `fuse_projections`. Embeddings, norms and convolutions stay, and so does what selects points,
-    unless ``mode`` names it (``{"point_predictor": "int8"}``). The embedding table of a quantised
+    `fuse_projections`. Embeddings, norms and convolutions stay, and so do what selects points,
+    unless ``mode`` names it (``{"point_predictor": "int8"}``), and what finds. The embedding table
+    of a quantised
     language model is rounded to 16 bit, as it is saved, but keeps its dtype. No weight needs a
     gradient afterwards.
 

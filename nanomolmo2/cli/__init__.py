@@ -40,7 +40,7 @@ from nanomolmo2.terminal import visible
 # Each is a module of its name here, with a class of its name. Only the one that runs is imported.
 COMMANDS = (
     *("ask", "chat", "info", "download", "quantize", "export", "train", "plan", "plot", "inspect"),
-    *("data", "eval", "bench", "demo", "serve"),
+    *("data", "eval", "bench", "demo", "serve", "teach", "find"),
 )
 
 

@@ -89,6 +89,74 @@ class Emoji:
 
 
 @dataclass(frozen=True)
+class Things:
+    """Draw scenes of things that are to be found by example, with exact truth.
+
+    Each picture comes with questions such as "Point to everything like <point>." and their answers,
+    and with the boxes, masks and kinds of all things, which `nanomolmo2 train --data` and
+    `nanomolmo2 inspect` read. The same options give the same files, and a larger count begins with
+    what a smaller one gives. The fields are in docs/things-data.md.
+    """
+
+    out: Annotated[
+        Path, arg(metavar="DIR", help="new or empty folder, written whole or not at all")
+    ]
+    count: Annotated[int, arg(metavar="N", help="how many examples"), AtLeast(1)] = 100
+    seed: Annotated[
+        int, arg(metavar="SEED", help="another one gives other pictures"), AtLeast(0)
+    ] = 0
+    test_set: Annotated[
+        Literal["few", "crowded", "alike", "made"] | None,
+        arg(help="a set of things that training never has; none = scenes to train on"),
+    ] = None
+    width: Annotated[int, arg(metavar="PX", help="of the pictures, pixels"), AtLeast(64)] = 384
+    height: Annotated[int, arg(metavar="PX", help="of the pictures, pixels"), AtLeast(64)] = 384
+    pairs: Annotated[
+        float | None,
+        arg(
+            metavar="SHARE",
+            help="share of the questions about another picture than the one with the examples; "
+            "none = 0.15, of a test set 0; there all or none, 1 or 0",
+        ),
+    ] = None
+    drawings: Annotated[
+        Path | None,
+        arg(
+            metavar="FOLDER",
+            help="drawings that scripts/build_drawings.py gathered; none = those of emoji",
+        ),
+    ] = None
+    debug: Debug = False
+
+    def run(self) -> None:
+        pairs = self.pairs
+        if pairs is None:
+            pairs = 0.0 if self.test_set else 0.15
+        if not 0 <= pairs <= 1 or (self.test_set and pairs not in (0, 1)):
+            expected = "0 or 1 of a test set" if self.test_set else "a share of 0 to 1"
+            raise UsageError(f"--pairs is {pairs:g}, expected {expected}")
+        if self.test_set and self.drawings is not None:
+            raise UsageError("--drawings is for scenes to train on: leave out --test-set")
+        from nanomolmo2.things.settings import TEST_SETS, ThingScene
+        from nanomolmo2.things.source import sized
+        from nanomolmo2.things.write import write_things
+
+        folder = "" if self.drawings is None else str(self.drawings)
+        scene = TEST_SETS[self.test_set] if self.test_set else ThingScene(drawings=folder)
+        with named_errors(self.out), progress_bars() as add_bar:
+            records = write_things(
+                self.out,
+                self.count,
+                seed=self.seed,
+                scene=sized(scene, self.width, self.height),
+                pairs=pairs,
+                test_set=self.test_set or "",
+                on_progress=add_bar("examples"),
+            )
+        say(f"wrote {self.count} examples and their records, {records}")
+
+
+@dataclass(frozen=True)
 class Import:
     """Take labels over from another program, into a file of records to train and evaluate on.
 
@@ -269,6 +337,7 @@ class Export:
 
 Action = (
     Annotated[Emoji, subcommand("emoji")]
+    | Annotated[Things, subcommand("things")]
     | Annotated[Import, subcommand("import")]
     | Annotated[Split, subcommand("split")]
     | Annotated[Export, subcommand("export")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,6 +14,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from nanomolmo2 import __version__
 from nanomolmo2.checks import MOST_JSON, named_errors, written
+from nanomolmo2.cli.eval_find import run_find
 from nanomolmo2.cli.loading import files_of, load_pipeline, precision
 from nanomolmo2.cli.options import (
     AdapterFolders,
@@ -39,7 +40,15 @@ if TYPE_CHECKING:
     from nanomolmo2.generation.pipeline import Pipeline
 
 
-EMOJI = "emoji"
+EMOJI, FIND = "emoji", "find"
+
+# Options of some of the things to measure only.
+OF_DATA = (
+    *("scorer", "radius", "limit", "baseline", "out", "pictures", "points_scale"),
+    *("files", "split"),
+)
+OF_EMOJI = ("group", "styles", "scenes", "pairs", "clips", "tasks")
+OF_FIND = ("sets", "clicks", "also", "max_crops", "min_confidence")
 
 
 @dataclass(frozen=True)
@@ -55,16 +64,23 @@ class Eval:
     nanomolmo2 eval emoji asks about fixed test scenes: one to six emoji, pairs of them and videos
     of 8 frames; art groups: seen (styles of the training, in new scenes), mild and openmoji (styles
     it was never shown). Answers are greedy.
+
+    nanomolmo2 eval find shows a thing and measures how well the others like it are found, a click a
+    picture, on fixed sets of 500 pictures; eval find my.jsonl on your own: see docs/find.md.
     """
 
     data: Annotated[
         Positional[tuple[str, ...]],
         arg(
             metavar="DATA...",
-            help="files, folders or patterns of examples; or the name of a benchmark: emoji, or a "
-            "public one with --files",
+            help="files, folders or patterns of examples; or the name of a benchmark: emoji, "
+            "find (also with files of your own), or a public one with --files",
         ),
-    ]
+    ] = ()
+    more_data: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(name="data", metavar="DATA", help="the same as DATA without --data"),
+    ] = ()
     model: ModelName = "tiny"
     scorer: Annotated[
         UseAppendAction[tuple[str, ...]],
@@ -84,7 +100,11 @@ class Eval:
     ] = None
     limit: Annotated[
         int | None,
-        arg(metavar="N", help="only the first N records of each DATA; none = all"),
+        arg(
+            metavar="N",
+            help="only the first N records of each DATA, or pictures of each set of find; none = "
+            "all, of find 500",
+        ),
         AtLeast(1),
     ] = None
     baseline: Annotated[
@@ -100,7 +120,7 @@ class Eval:
         arg(
             metavar="DIR",
             help="of own data: write every answer, the scores and a page of the worst into this "
-            "folder; the same command goes on with it",
+            "folder; of find: every answer; the same command goes on with it",
         ),
     ] = None
     pictures: PictureFolder = None
@@ -155,6 +175,33 @@ class Eval:
             help="of emoji: only these questions, such as: presence count point; none = all",
         ),
     ] = ()
+    sets: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="SET",
+            help="of find: only these, of few crowded photos pair alike made coins; none = all",
+        ),
+    ] = ()
+    clicks: Annotated[
+        int,
+        arg(metavar="N", help="of find: examples of each picture, one after the other"),
+        AtLeast(1),
+    ] = 1
+    also: Annotated[
+        tuple[Literal["int8", "int8-weight-only", "fp16-weights", "written"], ...],
+        arg(
+            help="of find: further rows, of the same model with smaller weights, and of lists that "
+            "it writes token by token"
+        ),
+    ] = ()
+    max_crops: Annotated[
+        int | None,
+        arg(metavar="N", help="of find: most tiles of a picture; none = by its size"),
+        AtLeast(1),
+    ] = None
+    min_confidence: Annotated[
+        float, arg(metavar="P", help="of find: points count from this confidence on, 0 to 1")
+    ] = 0.5
     batch_size: Annotated[
         int | None,
         arg(
@@ -170,13 +217,13 @@ class Eval:
         Path | None,
         arg(
             metavar="DIR",
-            help="of emoji: also write a page with the scores and pictures of the worst answers "
-            "into this new or empty folder",
+            help="of emoji and find: also write a page with the scores and pictures of the worst "
+            "answers into this new or empty folder",
         ),
     ] = None
     failures: Annotated[
         int,
-        arg(metavar="N", help="with --report: pictures of bad answers, of each group"),
+        arg(metavar="N", help="with --report: pictures of bad answers, of each group or set"),
         AtLeast(0),
     ] = 24
     device: DeviceName = None
@@ -187,11 +234,16 @@ class Eval:
     debug: Debug = False
 
     def run(self) -> None:
+        if self.more_data:
+            joined = dataclasses.replace(self, data=self.data + self.more_data, more_data=())
+            return joined.run()
         if not self.data:
             raise UsageError("expected data, as in: nanomolmo2 eval my.jsonl --model tiny")
         if self.json is not None:
             check_writable(self.json, (".json",), [*files_of(self.model), *self.data])
-        if self.data == (EMOJI,):
+        if self.data[0] == FIND and (len(self.data) == 1 or not os.path.exists(FIND)):
+            run_find(self)
+        elif self.data == (EMOJI,):
             self._run_emoji()
         else:
             self._run_data()
@@ -200,8 +252,9 @@ class Eval:
 
     def _run_data(self) -> None:
         self._check_data()
-        sources = [self._open(name) for name in self.data]
+        sources = [self.open_source(name) for name in self.data]
         from nanomolmo2.evaluation import evaluate
+        from nanomolmo2.evaluation.breakdown import LEGEND as PART_LEGEND
         from nanomolmo2.evaluation.summary import LEGEND
 
         options = precision(self.dtype, self.quantize, self.device, self.adapter)
@@ -221,6 +274,8 @@ class Eval:
                 on_progress=add_bar("questions"),
             )
         say(f"{report.table()}\n\n{LEGEND}")
+        if parts := report.part_table():
+            say(f"\n{parts}\n\n{PART_LEGEND}")
         for task, count in report.unscored.items():
             say(f"{task}: {count} answers were not scored, nothing tells what they should hold")
         if self.json is not None:
@@ -232,14 +287,11 @@ class Eval:
 
     def _check_data(self) -> None:
         """Raises: UsageError for what would be refused after the model was loaded."""
-        of_emoji = ("group", "styles", "scenes", "pairs", "clips", "tasks", "report")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in of_emoji:
-            if getattr(self, name) != defaults[name]:
-                raise UsageError(
-                    f"{option(name)} is of the benchmark emoji: leave it out"
-                    f"{', and name a folder by --out' if name == 'report' else ''}"
-                )
+        self.refuse(OF_EMOJI, "is of the benchmark emoji: leave it out")
+        self.refuse(
+            ("report",), "is of the benchmark emoji: leave it out, and name a folder by --out"
+        )
+        self.refuse(OF_FIND, "is of the benchmark find: leave it out")
         if EMOJI in self.data:
             raise UsageError("emoji is a benchmark of its own: measure it by itself")
         if self.radius is not None and not 0 < self.radius < 1e9:
@@ -247,6 +299,13 @@ class Eval:
         self._scorers()
         if self.out is not None and self.out.exists() and not self.out.is_dir():
             raise UsageError(f"{self.out} is a file: name a folder")
+
+    def refuse(self, names: Sequence[str], why: str) -> None:
+        """Raises: UsageError for the first of these options that was given."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise UsageError(f"{option(name)} {why}")
 
     def _scorers(self) -> str | dict[str, str] | None:
         """What evaluation takes. Raises: UsageError for unknown names, and several for all."""
@@ -266,7 +325,7 @@ class Eval:
             )
         return {task: name for task, _, name in pairs}
 
-    def _open(self, name: str) -> Source:
+    def open_source(self, name: str) -> Source:
         """A public benchmark by its name, or what training reads."""
         from nanomolmo2.data.sources import SourceConfig, open_source
 
@@ -288,7 +347,7 @@ class Eval:
         try:
             return open_source(config)
         except FileNotFoundError as error:
-            known = ", ".join((EMOJI, *public))
+            known = ", ".join((EMOJI, FIND, *public))
             raise FileNotFoundError(f"{error}, or a benchmark ({known})") from None
 
     def _baseline(self, options: dict[str, Any]) -> tuple[str, Pipeline] | None:
@@ -341,11 +400,7 @@ class Eval:
         from nanomolmo2.emoji.scorers import SCORERS
         from nanomolmo2.evaluation import report
 
-        of_data = ("scorer", "radius", "limit", "baseline", "out", "pictures", "points_scale")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in (*of_data, "files", "split"):
-            if getattr(self, name) != defaults[name]:
-                raise UsageError(f"{option(name)} is not of the benchmark emoji: leave it out")
+        self.refuse((*OF_DATA, *OF_FIND), "is not of the benchmark emoji: leave it out")
         for task in self.tasks:
             if task not in SCORERS:
                 raise UsageError(f"--tasks has {task!r}, choose from {', '.join(SCORERS)}")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from nanomolmo2.cli.loading import files_of, load_model, precision
+from nanomolmo2.cli.loading import files_of, load_model, note_words_left, precision
 from nanomolmo2.cli.options import (
     MODEL_HELP,
     CacheDir,
@@ -66,4 +66,5 @@ class Export:
             export(model, self.out, processor, max_shard_size=self.max_shard_size)
         for remark in remarks:
             note(f"warning: {remark.message}")
+        note_words_left(self.model, "exported")
         say(f"wrote {self.out}")

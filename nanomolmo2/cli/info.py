@@ -27,7 +27,8 @@ class Info:
             metavar="MODEL",
             help=MODEL_HELP + "; also a SigLIP or Qwen3 folder, a .pt file that `nanomolmo2 "
             "download` made, or the sizes alone of nanomolmo2, nanomolmo2-pooling, molmo2-4b, "
-            "molmo2-8b, molmo-point-8b, molmo-point-vid-4b or tiny-point, which loads nothing",
+            "molmo2-8b, molmo-point-8b, molmo-point-vid-4b, tiny-point or tiny-find, which "
+            "loads nothing",
         ),
     ]
     device: DeviceName = None
@@ -52,7 +53,7 @@ class Info:
             say(
                 f"\npicture: {side} x {side} pixels, {config.num_visual_tokens} visual tokens"
                 f"\ncontext: {config.llm_config.max_position_embeddings:,} tokens"
-                f"{points_text(config)}"
+                f"{points_text(config)}{words_text(self.model)}"
             )
         else:
             say(f"{type(model).__name__}: {count:,} parameters\n")
@@ -66,6 +67,18 @@ class Info:
             say(where(model))
         say("configuration:")
         say(json.dumps(model.config.to_dict(), indent=2))
+
+
+def words_text(model: str) -> str:
+    """The words that a model was taught by example, a line; nothing where there are none."""
+    from nanomolmo2.generation.words import words_of
+
+    words = words_of(model)
+    if words is None or not words.words:
+        return ""
+    numbers = {word.name: len(word.samples) for word in words.words.values()}
+    said = ", ".join(f"{n}, taught by {k} example{'s' * (k != 1)}" for n, k in numbers.items())
+    return f"\nwords: {said}"
 
 
 def points_text(config: NanoMolmo2Config) -> str:

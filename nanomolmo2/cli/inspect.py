@@ -47,7 +47,7 @@ class Inspect:
         arg(
             metavar="SOURCE",
             help="file, folder or pattern of files with examples (.jsonl, .json, .parquet, .tar), "
-            "hub:NAME of a data set on the Hugging Face hub, or emoji",
+            "hub:NAME of a data set on the Hugging Face hub, emoji or things",
         ),
     ]
     pictures: Annotated[

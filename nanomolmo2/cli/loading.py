@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from nanomolmo2.cli.options import UsageError, library_name
-from nanomolmo2.cli.output import announce
+from nanomolmo2.cli.output import announce, note
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +91,16 @@ def load_pipeline(name: str, cache_dir: Path, **options: Any) -> Pipeline:
     collect_again()
     announce(where(pipeline.model))
     return pipeline
+
+
+def note_words_left(model: str, what: str) -> None:
+    """Say that the words that a model was taught by example are not in what is made of it."""
+    from nanomolmo2.generation.words import listed, words_of
+
+    if (words := words_of(model)) is not None and words.words:
+        names = listed(words.words)
+        verb = "is" if len(words.words) == 1 else "are"
+        note(f"note: {names}, taught by example, {verb} not part of what is {what}")
 
 
 def collect_again() -> None:

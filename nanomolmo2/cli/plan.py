@@ -45,15 +45,17 @@ class Plan(RecipeOptions):
             metavar="PRESET",
             help="sizes of the model where the recipe names a folder that is not there yet: "
             "nanomolmo2, nanomolmo2-pooling, molmo2-4b, molmo2-8b, molmo-point-8b, "
-            "molmo-point-vid-4b, tiny, tiny-point",
+            "molmo-point-vid-4b, tiny, tiny-point, tiny-find",
         ),
     ] = None
     debug: Debug = False
 
     def run(self) -> None:
         limit = None if self.gpu_memory is None else parse_size(self.gpu_memory, "--gpu-memory")
-        if self.recipe == "tiny":
-            raise UsageError("tiny's stages are its own and fit into 2 GB: choose another recipe")
+        if self.recipe in ("tiny", "find"):
+            raise UsageError(
+                f"the stages of {self.recipe} are its own and fit into 2 GB: choose another recipe"
+            )
         if self.is_finetune and not self.data and not self.model:
             raise UsageError(
                 "expected a recipe, --data FILE or --model MODEL, as in: nanomolmo2 plan --data "

@@ -90,6 +90,7 @@ class Quantize:
             quantization_report,
         )
         from nanomolmo2.convert.pretrained import load, save_pretrained
+        from nanomolmo2.generation.words import words_of
         from nanomolmo2.processor import collate
 
         options = precision(self.dtype, device=self.device)
@@ -108,6 +109,8 @@ class Quantize:
         before = 4 * count_weights(model)
         model.quantize(self.mode, keep=keep, calibration=calibration)
         save_pretrained(model, self.out, processor)
+        if (words := words_of(self.model)) is not None:  # they are found as before
+            words.save(self.out)
         size = sum(f.stat().st_size for f in self.out.glob("*.safetensors"))
         start = time.perf_counter()
         load(str(self.out), device=device)

@@ -49,7 +49,8 @@ class RecipeOptions:
         Positional[str],
         arg(
             metavar="RECIPE",
-            help="smoke, tiny (the bundled model from scratch), base, stage1, stage2, stage3, "
+            help="smoke, tiny (the bundled model from scratch), find (from tiny, one that finds by "
+            "example), base, stage1, stage2, stage3, "
             "molmo_point_stage1, molmo_point_stage2, molmo_point_stage3, gui, finetune (with "
             "--data it may be left out), or a .json file, such as the recipe.json of another run",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shlex
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from nanomolmo2.cli.loading import device_of
+from nanomolmo2.cli.loading import device_of, note_words_left
 from nanomolmo2.cli.options import AtLeast, CacheDir, Debug, DeviceName, UsageError, option
 from nanomolmo2.cli.output import note, say
 from nanomolmo2.cli.recipe_options import RecipeOptions, check_text, same_place
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # Options of `Train` alone that stand for a field of the recipe.
 RECIPE_FIELDS = ("save_every", "keep")
+# Recipes of several stages, on data that they draw themselves.
+STAGED = ("tiny", "find")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,14 @@ class Train(RecipeOptions):
         ),
         AtLeast(1),
     ] = None
+    minutes: Annotated[
+        float | None,
+        arg(
+            metavar="N",
+            help="with own data: how long the run may take, in place of --steps and --epochs; its "
+            "first steps are timed, and as many are taken as fit",
+        ),
+    ] = None
     save_every: Annotated[
         int | None,
         arg(metavar="N", help="steps between checkpoints; none = as the recipe says"),
@@ -78,10 +89,19 @@ class Train(RecipeOptions):
     scale: Annotated[
         Literal["full", "small", "smoke"],
         arg(
-            help="of tiny, how long: full makes the shipped model (between six and seven hours "
-            "on two cores), small shows that it learns, smoke only that everything runs"
+            help="of tiny and find, how long: full makes the shipped model (between six and seven "
+            "hours of tiny on two cores), small shows that it learns, smoke only that everything "
+            "runs"
         ),
     ] = "full"
+    drawings: Annotated[
+        Path | None,
+        arg(
+            metavar="DIR",
+            help="of find: drawings to train on, as scripts/build_drawings.py writes them; none = "
+            "the emoji that tiny is trained on",
+        ),
+    ] = None
     stop_after: Annotated[
         int | None,
         arg(metavar="STEPS", help="stop after so many steps of this call, to be resumed"),
@@ -92,7 +112,7 @@ class Train(RecipeOptions):
         arg(
             metavar="N",
             help="processes that prepare data: 0 = prepare it between the steps; more than 1 only "
-            "for tiny",
+            "for tiny and find",
         ),
         AtLeast(0),
     ] = 1
@@ -105,7 +125,7 @@ class Train(RecipeOptions):
     debug: Debug = False
 
     def run(self) -> None:
-        self._check()
+        self.check()
         # Idle threads of torch would spin and take the core that the data workers need.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         from nanomolmo2.training.loop import Stopped
@@ -113,13 +133,15 @@ class Train(RecipeOptions):
         name = self.recipe or "finetune"
         out = self.out or Path("runs") / Path(name).stem
         again = f"go on with: nanomolmo2 train {name} --out {shlex.quote(str(out))} --resume"
-        if name == "tiny" and self.scale != "full":
+        if name in STAGED and self.scale != "full":
             again += f" --scale {self.scale}"
+        if self.drawings is not None:
+            again += f" --drawings {shlex.quote(str(self.drawings))}"
         if self.find_lr:
             self._find_lr(name, out)
             return
         try:
-            finished = self._train_tiny(out) if name == "tiny" else self._train(name, out)
+            finished = self._train_staged(out) if name in STAGED else self.train_into(out, name)
         except Stopped as stopped:
             note(f"nanomolmo2: {stopped}; {again}")
             raise SystemExit(stopped.code) from None
@@ -128,6 +150,9 @@ class Train(RecipeOptions):
         model = out / "model"
         if not finished:
             say(f"stopped; {again}")
+        elif name == "find":
+            quoted = shlex.quote(str(model))
+            say(f"wrote {model}; try it with: nanomolmo2 serve --model {quoted}")
         elif name == "tiny":
             say(f"wrote {model}; measure it with: nanomolmo2 eval emoji --model {model}")
         else:
@@ -138,28 +163,49 @@ class Train(RecipeOptions):
     def _resume(self) -> Resume:
         return "required" if self.require_checkpoint else self.resume
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises: UsageError for options that do not go together."""
         check_text(str(self.out or ""))
         self.check_recipe_options()
         if not self.recipe and not self.data and not (self._resume and self.out):
             raise UsageError(
                 "expected a recipe or --data FILE, as in: nanomolmo2 train smoke --out runs/smoke"
             )
-        if self.recipe == "tiny" and (given := self._not_of_tiny()):
+        is_staged = self.recipe in STAGED
+        if is_staged and (given := self._not_of_stages()):
             raise UsageError(
-                f"{', '.join(given)} are not for the recipe tiny, which makes the bundled model; "
-                f"to train that on your data leave the recipe out"
+                f"{', '.join(given)} are not for the recipe {self.recipe}, which draws its own "
+                f"data; to train the bundled model on yours leave the recipe out"
             )
-        if self.find_lr and (self.recipe == "tiny" or self._resume):
+        if self.find_lr and (is_staged or self._resume):
             raise UsageError(
-                "--find-lr looks for a rate before a run starts, from --data and a model: leave "
-                "--resume and the recipe tiny out"
+                f"--find-lr looks for a rate before a run starts, from --data and a model: leave "
+                f"--resume and the recipe {self.recipe or 'tiny'} out"
             )
-        if self.recipe != "tiny" and self.scale != "full":
-            raise UsageError("--scale is for the recipe tiny; --steps sets the length of others")
+        if not is_staged and self.scale != "full":
+            raise UsageError(
+                "--scale is for the recipe tiny, and find; --steps sets the length of others"
+            )
+        if self.recipe != "find" and self.drawings is not None:
+            raise UsageError("--drawings is for the recipe find; --data names the data of others")
 
-    def _not_of_tiny(self) -> list[str]:
-        """The options that were given and that the stages of tiny do not have."""
+        self._check_minutes(is_staged)
+
+    def _check_minutes(self, is_staged: bool) -> None:
+        if self.minutes is None:
+            return
+        if not (self.minutes > 0 and math.isfinite(self.minutes)):
+            raise UsageError(f"--minutes must be above 0, found {self.minutes:g}")
+        if self.steps is not None or self.epochs is not None:
+            raise UsageError("--minutes says how long to train, and so do --steps and --epochs")
+        if is_staged or self.find_lr or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(
+                "--minutes is for one process that trains on own data: leave it out, and give "
+                "--steps"
+            )
+
+    def _not_of_stages(self) -> list[str]:
+        """The options that were given and that the recipes `STAGED` do not have."""
         given = [
             field.name
             for field in dataclasses.fields(RecipeOptions)
@@ -168,8 +214,7 @@ class Train(RecipeOptions):
         named = {"pictures": "--images", "settings": "--set"}
         return [named.get(name, option(name)) for name in (*given, *(self.log_to and ["log_to"]))]
 
-    def _train_tiny(self, out: Path) -> bool:
-        from nanomolmo2.emoji.train import train_tiny
+    def _train_staged(self, out: Path) -> bool:
         from nanomolmo2.training.loop import LoopConfig
 
         given: dict[str, Any] = {"save_every": self.save_every, "keep": self.keep}
@@ -181,18 +226,30 @@ class Train(RecipeOptions):
         )
         if self.device is not None and device_of(self.device).type != "cpu":
             raise UsageError(
-                f"--device is {self.device}, but the recipe tiny trains on the CPU only: leave it "
-                f"out"
+                f"--device is {self.device}, but the recipe {self.recipe} trains on the CPU only: "
+                f"leave it out"
             )
-        return train_tiny(
-            out, scale=self.scale, seed=self.seed or 0, resume=self._resume, config=config
-        )
+        settings: dict[str, Any] = {
+            "scale": self.scale,
+            "seed": self.seed or 0,
+            "resume": self._resume,
+            "config": config,
+        }
+        if self.recipe == "find":
+            from nanomolmo2.things.train import train_find
 
-    def _train(self, name: str, out: Path) -> bool:
+            return train_find(out, drawings=str(self.drawings or ""), **settings)
+        from nanomolmo2.emoji.train import train_tiny
+
+        return train_tiny(out, **settings)
+
+    def train_into(self, out: Path, name: str = "finetune") -> bool:
+        """Train in a folder. Returns: whether the run is done."""
         from nanomolmo2.training.distributed import World
         from nanomolmo2.training.trainer import train_recipe
 
         recipe = self._recipe(name, out)
+        note_words_left(recipe.model, "trained")
         if self.device is not None:
             device_of(self.device)
         with World.from_env(self.device) as world:
@@ -247,7 +304,20 @@ class Train(RecipeOptions):
         made = options.make_recipe(began)
         changes = {name: getattr(self, name) for name in RECIPE_FIELDS}
         changes = {name: value for name, value in changes.items() if value is not None}
-        return dataclasses.replace(made, **changes)
+        made = dataclasses.replace(made, **changes)
+        return made if self.minutes is None or began is not None else self._timed(made)
+
+    def _timed(self, recipe: Recipe) -> Recipe:
+        """The recipe with as many steps as there is time for."""
+        from nanomolmo2.recipes.changes import with_steps
+        from nanomolmo2.training.pace import measure_pace
+
+        assert self.minutes is not None
+        say(f"timing the first steps, to see how many {self.minutes:g} minutes are enough for")
+        pace = measure_pace(recipe, self.cache_dir)
+        timed = with_steps(recipe, pace.steps_in(recipe, self.minutes))
+        say(f"{timed.steps} steps of about {pace.step:.1f} s each")
+        return timed
 
     def _options_of(self, began: Recipe, out: Path, options: Train) -> Train:
         """What of the options can be meant for a run that goes on.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from nanomolmo2.convert.molmo_point_config import (
 )
 from nanomolmo2.convert.parts import CONFIG_NAME
 from nanomolmo2.models import NanoMolmo2
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 
 if TYPE_CHECKING:
     from nanomolmo2.processor import Processor
@@ -55,7 +57,8 @@ def export_molmo_point(
     head is left out, as there. What the format can not say, such as a rule of pointing that is not
     ``released``, stands in ``nanomolmo2_config.json``, which only we read. Files are written aside
     and moved in when all are complete; other files in the folder stay. What other programs would do
-    differently is a warning, and said in the model card.
+    differently is a warning, and said in the model card. A finder has no place there: it is left
+    out.
 
     Args:
         model: with a ``point_config``.
@@ -66,7 +69,9 @@ def export_molmo_point(
         quantised model; for a processor of another model; for a path that is a file.
     """
     check_floating(model)
-    tensors = molmo_point_tensors(model.state_dict(), model.config)
+    config = _without_finder(model.config)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("finder.")}
+    tensors = molmo_point_tensors(state, config)
     if processor is not None:
         check_agreement(model.config, processor)
     notes = _notes(model, processor)
@@ -78,11 +83,17 @@ def export_molmo_point(
             from nanomolmo2.convert.molmo_point_processor import write_molmo_point_processor
 
             write_molmo_point_processor(processor, aside, model.config)
-        model.config.save(aside / OWN_CONFIG_NAME)  # also where it says no more: none of old stays
+        config.save(aside / OWN_CONFIG_NAME)  # also where it says no more: none of old stays
         write_card(aside, out_dir, _card(model, notes))
         write_weights(tensors, aside, max_shard_size)
     for note in notes:
         warnings.warn(note, stacklevel=2)
+
+
+def _without_finder(config: NanoMolmo2Config) -> NanoMolmo2Config:
+    if config.point_config is None:
+        return config  # refused in a moment
+    return replace(config, point_config=replace(config.point_config, finder_dim=None))
 
 
 def _config(model: NanoMolmo2, processor: Processor | None) -> dict[str, Any]:
@@ -109,6 +120,11 @@ def _notes(model: NanoMolmo2, processor: Processor | None) -> list[str]:
         notes.append(
             f"MolmoPoint's processor files can not say that {settings}: nanomolmo2 reads its own "
             f"nanomolmo2_processor.json, other programs prepare the same picture differently"
+        )
+    if point.finder_dim is not None:
+        notes.append(
+            "MolmoPoint has no part that finds all at once: it is left out, and the exported model "
+            "selects one point after the other"
         )
     if point.rule != "released":
         notes.append(

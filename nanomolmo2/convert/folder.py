@@ -122,7 +122,7 @@ def write_weights(
     from huggingface_hub import split_torch_state_dict_into_shards
 
     pieces = {n: (t,) if isinstance(t, Tensor) else tuple(t) for n, t in tensors.items()}
-    plan = {name: torch.cat([p.detach().to("meta") for p in t]) for name, t in pieces.items()}
+    plan = {name: _stacked([p.detach().to("meta") for p in t]) for name, t in pieces.items()}
     pattern = WEIGHTS_NAME.replace(".", "{suffix}.")
     split = split_torch_state_dict_into_shards(
         plan, max_shard_size=max_shard_size, filename_pattern=pattern
@@ -155,7 +155,12 @@ def _joined(pieces: Sequence[Tensor]) -> Tensor:
     on_cpu = [piece.detach().cpu() for piece in pieces]
     # Rows of one tensor under several names must not share memory in a file.
     whole = len(on_cpu) == 1 and on_cpu[0].untyped_storage().nbytes() == on_cpu[0].nbytes
-    return on_cpu[0].contiguous() if whole else torch.cat(on_cpu)
+    return on_cpu[0].contiguous() if whole else _stacked(on_cpu)
+
+
+def _stacked(pieces: Sequence[Tensor]) -> Tensor:
+    """A copy of all; a single number cannot be put on top of others."""
+    return pieces[0].clone() if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def _move_into(aside: Path, directory: Path) -> None:

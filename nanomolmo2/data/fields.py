@@ -20,7 +20,7 @@ _IMAGES = frozenset({"image", "images"})
 TRUTH = ("answers", "choices", "boxes", "masks", "radius", "count", "categories", "pair", "scorer")
 _BRANCH = frozenset(
     {"messages", "question", "answer", "caption", "task", "truth", *TRUTH}
-    | {"points", "label", "mode", "points_scale"}
+    | {"points", "label", "mode", "points_scale", "like", "unlike"}
 )
 FIELDS: dict[str, frozenset[str]] = {
     "own": _IMAGES | _BRANCH | {"video", "branches"},

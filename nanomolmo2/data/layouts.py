@@ -265,9 +265,11 @@ def _own_branch(record: Record, values: Any, images: list[Image.Image], video: A
         record.bad(f"task {short(task)} must be text, truth {short(truth)} an object")
 
     truth = {**_truth_beside(values, record.points_scale), **(truth or {})}
+    inherited = {"points_scale": values.get("points_scale")}
+    examples = _examples(record, values, inherited, images, video)
+    truth |= {name: [[p["x"], p["y"]] for p in places] for name, places in examples.items()}
 
     def content(value: Any) -> Any:
-        inherited = {"points_scale": values.get("points_scale")}
         if isinstance(value, Mapping) and "points" in value:
             return points_text(record, {**inherited, **value}, images, video)
         if isinstance(value, list):
@@ -287,31 +289,69 @@ def _own_branch(record: Record, values: Any, images: list[Image.Image], video: A
         ]
         messages = without_tags(record, messages, len(images), video)
         return check_branch(record, messages, task, truth)
-    question, answer = values.get("question"), values.get("answer")
+    question: Any = values.get("question")
+    answer = values.get("answer")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         if record.needs_answer:
             record.bad(f"found the answer {short(answer)}, expected text: put it in quotes")
         answer = str(answer)
     if answer is None and "points" in values:
         answer = {key: values[key] for key in _POINTS if key in values}
+        if "like" in examples and "label" not in values:
+            answer["label"] = NAMELESS
     if answer is None and values.get("caption") is not None:
         answer = values["caption"]
         question = question or _one_of(record, CAPTION_QUESTIONS)
+    if question is None and "like" in examples:
+        question = _like_question(examples, len(images))
+    elif isinstance(question, list):
+        question = content(question)
     if question is None:
         record.bad(
-            "it has neither messages nor a question: expected 'branches', 'messages', or "
-            "'question' and 'answer'",
+            "it has neither messages nor a question: expected 'branches', 'messages', 'question' "
+            "and 'answer', or 'like' and 'points'",
             "bad record" if answer is not None else "no answer",
         )
     if answer is None and record.lacks_answer(truth):
         record.bad("its question has no answer", "no answer")
-    question = content(question) if isinstance(question, list) else question
     asked: list[Message] = [{"role": "user", "content": question}]
     messages = asked if answer is None else exchange(question, content(answer))
     return check_branch(record, without_tags(record, messages, len(images), video), task, truth)
 
 
 _POINTS = ("points", "label", "mode", "points_scale")
+NAMELESS = "thing"  # what is found by example is called
+
+
+def _examples(
+    record: Record, values: Mapping[str, Any], inherited: Mapping[str, Any], images: Any, video: Any
+) -> dict[str, list[Any]]:
+    """The examples that are shown, ``like``, and those that are not meant, ``unlike``: each a list
+    of [x, y] in the first picture. As parts of a message, in pixels."""
+    found: dict[str, list[Any]] = {}
+    sizes = [image.size for image in images]
+    for name in ("like", "unlike"):
+        if (places := values.get(name)) is None:
+            continue
+        pairs = [p for p in places if isinstance(p, list) and len(p) == 2] if places else []
+        if not isinstance(places, list) or not places or len(pairs) < len(places):
+            record.bad(f"found {name} {short(places)}, expected places [[x, y], ...]", "bad points")
+        parts = [{"type": "point", "x": x, "y": y, "image": 1} for x, y in pairs]
+        found[name] = [_point_part(record, part, inherited, sizes, video) for part in parts]
+    return found
+
+
+def _like_question(examples: Mapping[str, list[Any]], images: int) -> list[Any]:
+    """ "Point to everything like <point>, not like <point>." """
+    parts: list[Any] = [{"type": "text", "text": "Point to everything like "}]
+    for name, places in examples.items():
+        for number, place in enumerate(places):
+            joint = " and " if number else ", not like " if name == "unlike" else ""
+            parts += [{"type": "text", "text": joint}] if joint else []
+            parts.append(place)
+        if name == "like" and images > 1:
+            parts.append({"type": "text", "text": " in the second picture"})
+    return [*parts, {"type": "text", "text": "."}]
 
 
 def _truth_beside(values: Mapping[str, Any], scale: str) -> dict[str, Any]:

@@ -34,4 +34,7 @@ class SourceOptions(Config):
         return cls()
 
 
-SOURCES: Registry[type[SourceOptions]] = Registry(emoji="nanomolmo2.emoji.source:EmojiConfig")
+SOURCES: Registry[type[SourceOptions]] = Registry(
+    emoji="nanomolmo2.emoji.source:EmojiConfig",
+    things="nanomolmo2.things.source:ThingsConfig",
+)

@@ -68,10 +68,17 @@ class QuestionStage(TinyStage):
 
     def encode(self, step: int) -> tuple[list[Encoded], Sequence[Scene | Clip]]:
         """The examples of a step, and the pictures or the videos in them."""
-        kind = self.plan.kinds[step % len(self.plan.kinds)]
+        kind = self.kind(step)
         if kind == "c":
             return self._clips(step)
-        return self._pairs(step) if kind == "p" else self._scenes(step)
+        if kind == "p":
+            return self._pairs(step)
+        asked = self.asked(step)
+        return [encoded for encoded, _, _ in asked], [scene for _, scene, _ in asked]
+
+    def kind(self, step: int) -> str:
+        """What a step shows: s scenes, p pairs, c clips."""
+        return self.plan.kinds[step % len(self.plan.kinds)]
 
     def batch(self, step: int) -> QuestionBatch:
         encoded, shown = self.encode(step)
@@ -91,19 +98,21 @@ class QuestionStage(TinyStage):
         side = len(clip.video.frames[frame]) // CELL_SIZE
         return cell_owners(centres, side, CELL_SIZE, self.plan.margin)
 
-    def _scenes(self, step: int) -> tuple[list[Encoded], list[Scene]]:
+    def asked(self, step: int) -> list[tuple[Encoded, Scene, list[Branch]]]:
+        """The scenes of a step, and what is asked about each in the order of its branches."""
         plan, processor = self.plan, self.tiny.processor
         rng = train_rng(self.seed, 100 + plan.stream, step)
         # The answer to these is long, and all rows of a step are as long as the longest.
         mix = replace(plan.mix, unknown=plan.mix.unknown * (step % UNKNOWN_EVERY == 0))
         capacity = ROW_LENGTH - CONFIG.num_visual_tokens - ROW_FRAME
         scenes = render_scenes(self.seed, plan.stream, step, self.batch_size, self.look)
-        encoded = []
+        asked = []
         for scene in scenes:
             branches = make_branches(scene, rng, mix, plan.snap)
             branches = self._fitting(branches, rng, capacity)
-            encoded.append(processor.encode_tree([scene.image], [b.messages for b in branches]))
-        return encoded, scenes
+            encoded = processor.encode_tree([scene.image], [b.messages for b in branches])
+            asked.append((encoded, scene, branches))
+        return asked
 
     def _fitting(
         self, branches: list[Branch], rng: np.random.Generator, capacity: int

@@ -14,6 +14,7 @@ ever read (`additional_vocab_size`), in Molmo2's order.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models
@@ -90,8 +91,8 @@ def pieces() -> list[str]:
         for wording in wordings:
             for direction in DIRECTIONS.values():
                 text = wording.replace("{where}", direction)
-                found += _words_around_slots(text)
-                found += _words_around_slots(text[0].lower() + text[1:])
+                found += words_around_slots(text)
+                found += words_around_slots(text[0].lower() + text[1:])
     for words in (*ORDERS.values(), *EXTREMES.values(), PICTURES):
         found += [f" {word}" for phrase in words for word in phrase.split()]
     found += [f" {word} " for words in AMOUNTS.values() for word in words]
@@ -112,11 +113,13 @@ def pieces() -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def build_tokenizer() -> tokenizers.Tokenizer:
-    """The tokenizer of `tiny`; see the head of this file for its ids."""
+def build_tokenizer(further: Iterable[str] = ()) -> tokenizers.Tokenizer:
+    """The tokenizer of `tiny`, and of models with further pieces; see the head of this file for
+    its ids.
+    """
     vocabulary = [("<unk>", _BAD_SCORE)]
     vocabulary += [(f"<0x{byte:02X}>", _BAD_SCORE) for byte in range(256)]
-    vocabulary += [(piece, _SCORE) for piece in pieces()]
+    vocabulary += [(piece, _SCORE) for piece in dict.fromkeys([*pieces(), *further])]
     tokenizer = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
 
@@ -158,7 +161,7 @@ def _id_of(tokenizer: tokenizers.Tokenizer, piece: str) -> int:
     return int(found)
 
 
-def _words_around_slots(wording: str) -> list[str]:
+def words_around_slots(wording: str) -> list[str]:
     """Words of a template; the last one before a slot takes the space that follows it."""
     found: list[str] = []
     parts = _SLOT.split(wording)

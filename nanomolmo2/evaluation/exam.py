@@ -22,6 +22,7 @@ from nanomolmo2.evaluation.intervals import bootstrap_interval
 from nanomolmo2.evaluation.questions import shown_in as shown_in
 from nanomolmo2.evaluation.scorers import Scorer, Shown
 from nanomolmo2.generation.answer import in_coordinates
+from nanomolmo2.generation.generate import generate_encoded
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.processor.chat import Message
 from nanomolmo2.processor.collate import collate
@@ -176,7 +177,6 @@ def answer_all(
     visual = None
     if processor.config.multicrop is None and processor.config.points is None:
         visual = _encode_examples(model, processor, exam.examples, batch_size)
-    device = next(model.parameters()).device
     tasks = list(exam.benchmark.scorers)
     order = sorted(exam.asked, key=lambda one: tasks.index(one.branch.task))
     done = 0
@@ -184,22 +184,39 @@ def answer_all(
         limits = [exam.benchmark.limit(row.branch.task) for row in rows]
         blank = visual is not None
         encoded = [_encode_question(processor, exam, row, blank=blank) for row in rows]
-        batch = collate(encoded, processor.pad_token_id, padding_side="left").to(device)
-        ids = model.generate(
-            batch.input_ids,
-            batch.pixel_values,
-            attention_mask=batch.attention_mask,
-            visual_tokens=torch.cat([visual[row.example] for row in rows]) if visual else None,
-            image_token_pooling=batch.image_token_pooling,
-            max_new_tokens=max(limits),
-            lookup=False,  # a batch this large has nothing to gain from guesses
-        )
-        answers = ids[:, batch.input_ids.shape[1] :]
+        known = [visual[row.example] for row in rows] if visual else None
+        answers = _answers(model, processor, encoded, max(limits), known)
         for row, prompt, new, limit in zip(rows, encoded, answers, limits, strict=True):
             row.answer = in_coordinates(processor.decode(new[:limit]), prompt.point_space)
         done += len(rows)
         if on_progress is not None:
             on_progress(done, len(order))
+
+
+def _answers(
+    model: NanoMolmo2,
+    processor: Processor,
+    encoded: Sequence[Encoded],
+    max_new_tokens: int,
+    visual: Sequence[Tensor] | None,
+) -> list[list[int]]:
+    """The new ids for each prompt. ``visual``: of each, where they are known."""
+    # A batch this large has nothing to gain from guesses.
+    if processor.config.points is not None:
+        return generate_encoded(model, encoded, max_new_tokens=max_new_tokens, lookup=False)
+    device = next(model.parameters()).device
+    batch = collate(encoded, processor.pad_token_id, padding_side="left").to(device)
+    ids = model.generate(
+        batch.input_ids,
+        batch.pixel_values,
+        attention_mask=batch.attention_mask,
+        visual_tokens=None if visual is None else torch.cat(list(visual)),
+        image_token_pooling=batch.image_token_pooling,
+        max_new_tokens=max_new_tokens,
+        lookup=False,
+    )
+    answers: list[list[int]] = ids[:, batch.input_ids.shape[1] :].tolist()
+    return answers
 
 
 def _batches(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,6 +172,16 @@ def _size(shown: Shown, image: int, time: float | None) -> Size:
         f"a true point lies in {'the video' if time is not None else f'picture {image}'}, which "
         f"the question does not show"
     )
+
+
+def median_side(things: Sequence[Thing]) -> float | None:
+    """Median of the longer sides of the boxes around things, pixels; None without any."""
+    sides = []
+    for thing in things:
+        corners = [corner for ring in thing.region.outline for corner in ring]
+        if corners:
+            sides.append(max(max(v) - min(v) for v in zip(*corners, strict=True)))
+    return statistics.median(sides) if sides else None
 
 
 def matched(things: Sequence[Thing], points: Sequence[Point]) -> int:

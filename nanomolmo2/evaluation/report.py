@@ -159,7 +159,7 @@ def worst_answers(folder: Path, group: str, failures: Sequence[Failure]) -> list
             drawn = draw_failure(failure)
             if drawn is not None:
                 drawn.save(folder / name)
-            sections.append(_figure(failure, f"{PICTURES}/{name}" if drawn is not None else ""))
+            sections.append(figure(failure, f"{PICTURES}/{name}" if drawn is not None else ""))
         sections.append("</div>")
     return sections
 
@@ -240,7 +240,9 @@ def html_rows(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(rows)
 
 
-def _figure(failure: Failure, image: str) -> str:
+def figure(failure: Failure, image: str) -> str:
+    """HTML of an answer; ``image``: address of what is drawn of it, or empty."""
+
     def escaped(text: object) -> str:
         return html.escape(str(text))
 

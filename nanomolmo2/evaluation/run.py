@@ -18,6 +18,7 @@ from nanomolmo2.checks import written
 from nanomolmo2.data.example import BadExample, Branch, Example, Source, brief
 from nanomolmo2.data.record import short
 from nanomolmo2.data.sources import RecordSource, SourceConfig, open_source
+from nanomolmo2.evaluation.breakdown import LEGEND as PART_LEGEND
 from nanomolmo2.evaluation.exam import Failure
 from nanomolmo2.evaluation.measures import DEFAULT_RADIUS, SCORERS
 from nanomolmo2.evaluation.questions import Choice, Question, Questions, find_questions
@@ -76,7 +77,7 @@ def evaluate(
     Raises: ValueError where nothing can be scored, a scorer is unknown or does not fit, or ``out``
         holds something else; TypeError for records in place of a source; errors of `open_source`.
     """
-    sources = _opened(source)
+    sources = opened(source)
     other = baselines if isinstance(baselines, Pipeline) else None
     questions = find_questions(sources, scorer, limit, radius)
     described = {**(about or {}), **_about(sources, questions, scorer, limit, radius)}
@@ -111,18 +112,22 @@ def evaluate(
     if not predictions:
         raise ValueError(f"no question could be asked: {questions.first_bad['not encodable']}")
     report = summarize(questions, predictions, {name: a for name, a in others.items() if a})
-    report.about = described
-    _warn(questions)
+    report.about, report.predictions = described, predictions
+    warn_of(questions)
     if folder is not None:
         _write(folder, report, sources)
     return report
 
 
-def _opened(source: Data | Sequence[Data]) -> list[Source]:
+def opened(source: Data | Sequence[Data]) -> list[Source]:
+    """What is evaluated on: records need no answer in words.
+
+    Raises: ValueError where there is nothing, TypeError for records in place of a source.
+    """
     given: list[Any] = list(source) if isinstance(source, (list, tuple)) else [source]
     if not given:
         raise ValueError("there is no data to evaluate on: give a file, a folder or a source")
-    opened: list[Source] = []
+    found_all: list[Source] = []
     for one in given:
         found = open_source(one) if isinstance(one, (str, Path, SourceConfig)) else one
         if isinstance(found, RecordSource):
@@ -135,8 +140,8 @@ def _opened(source: Data | Sequence[Data]) -> list[Source]:
             )
         if not len(found):
             raise ValueError(f"{found.name} is empty: there is nothing to evaluate on")
-        opened.append(found)
-    return opened
+        found_all.append(found)
+    return found_all
 
 
 def _about(
@@ -158,7 +163,7 @@ def _about(
     }
 
 
-def _warn(questions: Questions) -> None:
+def warn_of(questions: Questions) -> None:
     """One warning for each cause of what was left out, and for what is hardly meant."""
     for cause, count in questions.bad.items():
         number = "1 record was" if count == 1 else f"{count} records were"
@@ -254,24 +259,28 @@ def _write(folder: Path, report: Report, sources: Sequence[Source]) -> None:
         text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
     with written(folder / "table.md") as temporary:
-        temporary.write_text(f"{report.table()}\n\n{LEGEND}\n", encoding="utf-8")
+        texts = [report.table(), LEGEND]
+        if parts := report.part_table():
+            texts += [parts, PART_LEGEND]
+        temporary.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     with atomic_path(folder / PICTURES) as pictures:
         pictures.mkdir()
-        failures = [_failure(one, sources) for one in report.worst]
+        failures = [failure_of(one, sources) for one in report.worst]
         sections = worst_answers(pictures, ", ".join(map(str, report.about["data"])), failures)
     page = html_page(
         name="data",
         title="Evaluation",
         about={name: value for name, value in report.about.items() if value is not None},
-        table=html_rows(*report.cells()),
-        legend=LEGEND,
+        table=html_rows(*report.cells()) + "\n</table><table>\n" + html_rows(*report.part_cells()),
+        legend=f"{LEGEND}. Second table: {PART_LEGEND}",
         sections=sections,
     )
     with written(folder / PAGE) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
 
 
-def _failure(one: Prediction, sources: Sequence[Source]) -> Failure:
+def failure_of(one: Prediction, sources: Sequence[Source]) -> Failure:
+    """An answer with its example, as it is drawn on a page."""
     question = one.question
     truth = {**question.truth, "answer": question.reference or "the places in the picture"}
     branch = Branch([{"role": "user", "content": question.text}], question.task, truth)

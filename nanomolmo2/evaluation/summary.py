@@ -12,8 +12,24 @@ from typing import Any
 import numpy as np
 
 from nanomolmo2.evaluation.answers import plain
+from nanomolmo2.evaluation.breakdown import (
+    HEAD,
+    Tally,
+    by_count,
+    by_size,
+    figures,
+    part_line,
+    part_lines,
+)
 from nanomolmo2.evaluation.intervals import bootstrap_interval
-from nanomolmo2.evaluation.measures import SCORERS, count_of
+from nanomolmo2.evaluation.measures import (
+    SCORERS,
+    count_of,
+    matched,
+    median_side,
+    says_nothing,
+    things_of,
+)
 from nanomolmo2.evaluation.questions import Question, Questions
 from nanomolmo2.evaluation.report import format_score, markdown_table
 from nanomolmo2.processor.points import points_to_json
@@ -90,6 +106,8 @@ class Row:
         unreadable, cut_off: shares of the answers.
         blind: share of the pairs of questions with different truths that got the same answer; None
             where there are no pairs. ``pairs``: how many there are.
+        parts: of points and counts: figures of all answers (``all``), and of those ``by_count`` and
+            ``by_size`` of the things, see `breakdown`.
     """
 
     task: str
@@ -105,6 +123,7 @@ class Row:
     baselines: dict[str, float] = field(default_factory=dict)
     blind: float | None = None
     pairs: int = 0
+    parts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -115,7 +134,7 @@ class Report:
         rows: one for each task.
         about: what was evaluated and how.
         left_out: bad records by cause. ``unscored``: answers that nothing can be compared with.
-        worst: bad answers, the worst first within each task.
+        worst: bad answers, the worst first within each task. predictions: all answers.
     """
 
     rows: list[Row]
@@ -123,6 +142,7 @@ class Report:
     left_out: dict[str, int] = field(default_factory=dict)
     unscored: dict[str, int] = field(default_factory=dict)
     worst: list[Prediction] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list, repr=False)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -152,6 +172,7 @@ class Report:
                 "blind": row.blind,
                 "pairs": row.pairs,
                 "baselines": row.baselines,
+                **row.parts,
             }
             for row in self.rows
         }
@@ -185,6 +206,22 @@ class Report:
             [" ".join(visible(cell).replace("|", "/").split()) for cell in line] for line in lines
         ]
         return markdown_table(head, clean, left=2)
+
+    def part_cells(self) -> tuple[list[str], list[list[str]]]:
+        """(head, lines) of a second table: the points and counts of every task with more than one
+        question, in all, by how many things there are and by size."""
+        lines = []
+        for row in self.rows:
+            if row.parts and row.questions > 1:
+                lines.append(part_line(row.task, "all", row.parts["all"]))
+                lines += part_lines(row.task, row.parts["by_count"], row.parts["by_size"])
+        return ["task", "things", "questions", *HEAD], lines
+
+    def part_table(self) -> str:
+        """The same in Markdown; empty if nobody was asked for points or counts."""
+        head, lines = self.part_cells()
+        clean = [[visible(cell).replace("|", "/") for cell in line] for line in lines]
+        return markdown_table(head, clean, left=2) if lines else ""
 
 
 LEGEND = (
@@ -238,6 +275,7 @@ def summarize(
                 },
                 blind=same / pairs if pairs else None,
                 pairs=pairs,
+                parts=_parts(answers, numbers.tolist()),
             )
         )
     return Report(
@@ -290,6 +328,29 @@ def _further(answers: Sequence[Prediction]) -> dict[str, float]:
         if kind == "category":
             further["average"] = float(np.mean(list(means.values())))
     return further
+
+
+def _parts(answers: Sequence[Prediction], pictures: Sequence[int]) -> dict[str, Any]:
+    tallies = [_tally(one, picture) for one, picture in zip(answers, pictures, strict=True)]
+    known = [tally for tally in tallies if tally is not None]
+    if not known:
+        return {}
+    return {"all": figures(known), "by_count": by_count(known), "by_size": by_size(known)}
+
+
+def _tally(one: Prediction, picture: int) -> Tally | None:
+    """Of an answer with points in one picture, or with a number; None for any other."""
+    question = one.question
+    truth, shown = question.truth, question.shown
+    counted = SCORERS[question.scorer].counted
+    if counted is not None:
+        return Tally(picture, count_of(truth), counted(one.answer, shown))
+    if question.scorer != "points":
+        return None
+    things, points = things_of(truth, shown), shown.points(one.answer)
+    said = len(points) if points or says_nothing(one.answer, shown) else None
+    hits = matched(things, points)
+    return Tally(picture, len(things), said, len(points), hits, median_side(things))
 
 
 def _share_out(groups: Mapping[str, Sequence[Prediction]], number: int) -> list[Prediction]:

@@ -84,7 +84,8 @@ class Answer:
         confidences: of each of the ``points`` the probabilities of its row, slot and cell, from
             point models; their product is `Point.confidence`.
         confidence: geometric mean of the probabilities of all tokens that were written, 0 to 1: how
-            sure the model was of its words, which says little about whether they are true.
+            sure the model was of its words, which says little about whether they are true. Of
+            `VLM.find` that of its points, or that there are none.
         token_ids: of the ``output_tokens``; parts of points that were selected have ids behind the
             vocabulary.
         prompt_tokens: positions of the prompt; an image that the model expands counts with all its
@@ -240,7 +241,7 @@ def in_coordinates(text: str, space: PointSpace | None) -> str:
         parts.append(text[at:start])
         opening = _OPENING.search(text, max(0, start - _LONGEST_OPENING), start)
         at = _end_of_list(text, start, space, in_tag=opening is not None)
-        coords = _coords([point for place, point in found if start <= place < at], space)
+        coords = coords_of([point for place, point in found if start <= place < at], space)
         if opening is None:
             parts.append(f'<points coords="{coords}"/>' if coords else "")
         elif text[at : at + 1] not in ('"', "'"):
@@ -285,8 +286,12 @@ def _is_cell(number: str, space: PointSpace) -> bool:
     return int(number) > space.num_rows + space.num_slots
 
 
-def _coords(points: Sequence[Point], space: PointSpace) -> str:
-    """Value of the coords attribute, see `nanomolmo2.processor.points`."""
+def coords_of(points: Sequence[Point], space: PointSpace | Encoded) -> str:
+    """Value of the coords attribute, see `nanomolmo2.processor.points`; in the order given.
+
+    Args:
+        space: of the prompt, or the prompt: the sizes of what it shows are read.
+    """
     groups = []
     for key, group in groupby(points, key=_key):
         triples = []

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from nanomolmo2.generation.engine import Engine, Request, Result
+from nanomolmo2.generation.finding import finding_request
 from nanomolmo2.generation.options import GenerateKeywords, GenerateOptions
 from nanomolmo2.generation.prefix_cache import PrefixCache
 from nanomolmo2.generation.prompt import requests_of
 from nanomolmo2.generation.speculative import DraftProposer
 from nanomolmo2.models import LanguageModel, NanoMolmo2
 from nanomolmo2.models.forms import Images, check_ids
+from nanomolmo2.processor import Encoded
 
 DEFAULTS = GenerateOptions(max_new_tokens=512)
 
@@ -91,6 +93,22 @@ def generate(
     requests = _continued(requests, options, config.eos_token_ids, rows)
     pad = config.pad_token_id if rows.pad_token_id is None else rows.pad_token_id
     return _run(_engine(model.llm, len(requests), options, rows), prompt_ids, requests, rows, pad)
+
+
+def generate_encoded(
+    model: NanoMolmo2, prompts: Sequence[Encoded], **keywords: Unpack[RowKeywords]
+) -> list[list[int]]:
+    """The new ids for each of several prompts as the processor made them, points included; lists of
+    points are found all at once where the model can.
+    """
+    options, rows = _split(keywords)
+    requests = [finding_request(model, prompt) for prompt in prompts]
+    requests = _continued(requests, options, model.config.eos_token_ids, rows)
+    answers: list[list[int]] = [[] for _ in requests]
+    for event in _engine(model.llm, len(requests), options, rows).stream(requests):
+        if event.token is not None:
+            answers[event.request_id].append(event.token)
+    return answers
 
 
 def generate_text(

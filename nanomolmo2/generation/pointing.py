@@ -19,7 +19,7 @@ olmo/models/molmo_point (generate), which differ in fields of `PointConfig`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -83,6 +83,16 @@ class Classes(NamedTuple):
         )
 
 
+Target = tuple[int, int, int]  # row, slot, cell; -1 what is not there
+
+
+class Selected(NamedTuple):
+    """A point that was found: what selects it, and how sure that is, 0 to 1."""
+
+    target: Target
+    confidence: float
+
+
 @dataclass(frozen=True, eq=False)
 class PointPrompt:
     """What a prompt of N visual tokens offers to point at; it does not change.
@@ -96,6 +106,11 @@ class PointPrompt:
         tokens: (N, D) visual tokens: they are read back where one is selected.
         features: (patches, F) of the vision encoder, likewise.
         targets: (P, 3) row, slot and cell behind every PATCH token of the prompt, as in `Batch`.
+        goes_on: whether the prompt ends within a list of points; None: it does if it ends with a
+            point, or with one and a few tokens that may be its number.
+        find: what a list should hold, where a model finds all at once: from the tokens of the
+            answer so far, as markers, and their targets -> `Selected`, in order; None: it selects
+            one point after the other.
     """
 
     predictor: PointPredictor
@@ -106,6 +121,8 @@ class PointPrompt:
     tokens: Tensor
     features: Tensor
     targets: NDArray[np.int64]
+    goes_on: bool | None = None
+    find: Callable[[Sequence[int], Sequence[Target]], list[Selected]] | None = None
 
     @property
     def rule(self) -> PointConfig:
@@ -217,12 +234,17 @@ class Pointing:
         self._content = None if content is None else content[prompt.places]
         self._sampler = sampler
         self._chances: list[float] = []  # of the parts of the point that is being written
+        self._written: list[int] = []  # the answer, as markers
+        self._targets: list[Target] = []  # of its PATCH tokens
+        self._found: list[Selected] | None = None  # what the list is to hold, see `PointPrompt`
         for part in parts_of(prompt.targets):
             self.grammar.advance(_KINDS[len(part)], part[-1] if part else 0)
         if not ids or ids[-1] not in self.rule.marker_ids:
             self.grammar.expects = "text"  # a point that an earlier answer broke off is not gone on
         # Points of the question restrict no answer; a list that is being written goes on.
-        open_ = not set(self.rule.marker_ids).isdisjoint(ids[-1 - _LONGEST_NUMBER :])
+        open_ = prompt.goes_on
+        if open_ is None:
+            open_ = not set(self.rule.marker_ids).isdisjoint(ids[-1 - _LONGEST_NUMBER :])
         if self.rule.several_lists and not open_:
             self.grammar.new_list()
 
@@ -263,10 +285,12 @@ class Pointing:
 
     def take(self, id: int) -> int:
         """Count a token as written. Returns: its number for the prefix cache, by content."""
+        self._written.append(self.marker(id))
         if id < self.classes.first:
             return id
         kind, number = self.classes.read(id)
         self.grammar.advance(kind, number)
+        self._note(kind, number)
         if kind == "cell" and len(self._chances) == 3:
             row, slot, cell = self._chances
             self.confidences.append((row, slot, cell))
@@ -277,6 +301,17 @@ class Pointing:
         row, slot = self.grammar.row, self.grammar.slot
         parts = {"none": (), "row": (row,), "slot": (row, slot)}
         return content_of(parts.get(kind, (row, slot, number)), self._content, self.rule)
+
+    def _note(self, kind: Kind, number: int) -> None:
+        """Keep what is selected, in place of what was known of the same point."""
+        row, slot = self.grammar.row, self.grammar.slot
+        targets: dict[Kind, Target] = {"none": (NO_MORE_POINTS, -1, -1), "row": (number, -1, -1)}
+        if kind in targets:
+            self._targets.append(targets[kind])
+        elif self._targets:  # else the prompt ended within the point
+            self._targets[-1] = (row, slot, number if kind == "cell" else -1)
+        if kind == "none":
+            self._found = None
 
     # ---- what is computed, on the device ----
 
@@ -350,10 +385,30 @@ class Pointing:
             scores: see :meth:`scores`. marker: PATCH as it was chosen in the text, if it was.
         """
         before = 0.0 if marker is None else self._sampler.logprob
+        if marker is not None and self.prompt.find is not None and self.grammar.last is None:
+            self._found = self.prompt.find(self._written, self._targets) or None
+        if self._found is not None:
+            return self._choose_found(scores, marker, before)
         sampled = self._choose_part(scores) if marker is None else self._choose_row(scores, marker)
         if sampled is not None:
             self._sampler.logprob = before + math.log(max(self._chances[-1], 1e-30))
         return sampled
+
+    def _choose_found(self, scores: Tensor, marker: Sampled | None, before: float) -> Sampled:
+        """The next part of the list as it was found: what is near its end is not looked for."""
+        found, grammar = self._found or [], self.grammar
+        kind: Kind = grammar.expects if grammar.expects != "text" else "row"
+        if kind == "row" and not found:
+            kind, number, chance = "none", self.classes.rows, 1.0
+        else:
+            number = found[0].target[("row", "slot", "cell").index(kind)]
+            chance = found[0].confidence if kind == "row" else 1.0
+        if kind == "cell":
+            self._found = found[1:]
+        self._chances.append(chance)
+        self._sampler.logprob = before + math.log(max(chance, 1e-30))
+        token = self.classes.id(kind, 0 if kind == "none" else number)
+        return self._sampled(token, number, scores, marker)
 
     def _choose_row(self, scores: Tensor, marker: Sampled) -> Sampled | None:
         selectable = np.append(self.prompt.selectable, True)
@@ -495,3 +550,17 @@ def fetch_scores(scores: Sequence[Tensor]) -> list[Tensor]:
         return []
     host = torch.cat([one.float() for one in scores]).cpu()
     return list(host.split([len(one) for one in scores]))
+
+
+def given_points(ids: NDArray[np.int64], prompt: PointPrompt) -> NDArray[np.bool_]:
+    """(P,) which points of the text were given in questions; the others were listed in answers.
+
+    A list goes on with its next point right behind a number, and ends with no-more-points.
+    """
+    rule, rows = prompt.rule, prompt.targets[:, 0]
+    at = np.flatnonzero(ids == rule.patch_token_id)
+    given = np.ones(len(at), dtype=np.bool_)
+    for i in range(len(at) - 1, -1, -1):
+        behind = i + 1 < len(at) and at[i + 1] - at[i] <= 3 + _LONGEST_NUMBER
+        given[i] = rows[i] != NO_MORE_POINTS and not (behind and not given[i + 1])
+    return given

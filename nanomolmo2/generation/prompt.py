@@ -33,7 +33,9 @@ from nanomolmo2.processor import Encoded
 
 @torch.no_grad()
 def request_of(model: NanoMolmo2, encoded: Encoded, cache: PrefixCache | None = None) -> Request:
-    """The prompt of one example as the processor made it. See `requests_of`."""
+    """The prompt of one example as the processor made it: it ends with a question, whose points may
+    be its last words. See `requests_of`.
+    """
     pixels, windows = encoded.pixel_values, encoded.image_token_pooling
     targets = encoded.point_targets
     (request,) = requests_of(
@@ -44,6 +46,8 @@ def request_of(model: NanoMolmo2, encoded: Encoded, cache: PrefixCache | None = 
         point_targets=None if targets is None else torch.from_numpy(targets),
         cache=cache,
     )
+    if request.points is not None:
+        request.points = replace(request.points, goes_on=False)
     return request
 
 
@@ -143,6 +147,12 @@ def _embed(
             index = torch.from_numpy(points.index).to(device, non_blocking=True)
             batch = replace(batch, visual_features=points.features[None], image_token_pooling=index)
     return model.embed(batch)[0]
+
+
+def embed_points(model: NanoMolmo2, ids: NDArray[np.int64], points: PointPrompt) -> Tensor:
+    """(T,) ids with markers, of which a prompt's are the first -> (T, D)."""
+    everything = torch.arange(len(points.tokens))
+    return _embed(model, torch.from_numpy(ids), _Seen(points.tokens), everything, points)
 
 
 def _points(

@@ -8,7 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
+
+import numpy as np
 
 from nanomolmo2.generation.answer import Answer, Shown, read_answer
 from nanomolmo2.generation.request import Event, Result
@@ -187,6 +189,47 @@ class Stream:
         if isinstance(item, Answer) and self.then is not None:
             self.then(item)
         return item
+
+
+class Said(Stream):
+    """A stream of an answer that is there already: its text, its points, itself."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.then = None
+        self._ready = deque((answer.text, *answer.points, answer))
+        self._closed = threading.Event()
+        self._shown = Encoded(
+            np.empty(0, np.int64),
+            np.empty(0, np.int64),
+            image_sizes=answer.image_sizes,
+            frame_times=answer.frame_times,
+            video_size=answer.video_size,
+        )
+
+    @property
+    def encoded(self) -> Encoded:
+        """The sizes of what was asked about; the rest is empty."""
+        return self._shown
+
+    def forget_images(self) -> None:
+        """Let go of what is shown."""
+        self._ready[-1] = replace(cast(Answer, self._ready[-1]), show=None)
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        self._closed.set()
+
+    cancel = close
+
+    def __next__(self) -> Item:
+        if self._closed.is_set() or not self._ready:
+            raise StopIteration
+        return self._given()
+
+    async def __anext__(self) -> Item:
+        if self._closed.is_set() or not self._ready:
+            raise StopAsyncIteration
+        return self._given()
 
 
 async def begun(start: Callable[..., Stream], *arguments: Any, **keywords: Any) -> Stream:

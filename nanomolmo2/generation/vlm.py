@@ -12,11 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
@@ -24,29 +20,25 @@ import torch
 
 from nanomolmo2.accelerate.device import Device, choose_device, usual_dtype
 from nanomolmo2.accelerate.quantization import Modes
-from nanomolmo2.batch import NO_MORE_POINTS
 from nanomolmo2.generation.answer import Answer as Answer
-from nanomolmo2.generation.answer import Shown
+from nanomolmo2.generation.asking import Asking, checked
 from nanomolmo2.generation.chat import Chat
-from nanomolmo2.generation.constraint import PointsConstraint, PointsProposer
-from nanomolmo2.generation.engine import Engine, Request
+from nanomolmo2.generation.engine import Engine
+from nanomolmo2.generation.find import Place, find, read_examples
 from nanomolmo2.generation.options import GenerateKeywords, GenerateOptions
-from nanomolmo2.generation.prefix_cache import DEFAULT_BYTES, PrefixCache
-from nanomolmo2.generation.prompt import request_of
+from nanomolmo2.generation.prefix_cache import DEFAULT_BYTES
 from nanomolmo2.generation.question import (
-    Conversation,
     Images,
     Question,
     as_question,
-    read_question,
 )
-from nanomolmo2.generation.scheduler import Scheduler, Way
-from nanomolmo2.generation.stream import Asked, Item, Stream, begun
-from nanomolmo2.generation.text_stream import TextStream
+from nanomolmo2.generation.scheduler import Way
+from nanomolmo2.generation.stream import Asked, Item, Said, Stream, begun
+from nanomolmo2.generation.taught import answer_about_words
+from nanomolmo2.generation.words import words_of
 from nanomolmo2.models import NanoMolmo2
-from nanomolmo2.processor import Encoded, Message, Processor, load_image
-from nanomolmo2.processor.config import VideoConfig
-from nanomolmo2.processor.video import VideoSource, load_video
+from nanomolmo2.processor import Message, Processor
+from nanomolmo2.processor.video import VideoSource
 
 if TYPE_CHECKING:
     from nanomolmo2.generation.looked import Looked
@@ -78,7 +70,7 @@ class LoadKeywords(TypedDict, total=False):
     adapter_weights: Sequence[float] | None
 
 
-class VLM:
+class VLM(Asking):
     """A vision-language model together with its processor.
 
     What an earlier question had computed for the beginning of a prompt is not computed again: the
@@ -113,6 +105,7 @@ class VLM:
         Raises: ValueError for a processor that writes points in another way than the model, and as
             :func:`nanomolmo2.convert.pretrained.load`.
         """
+        taught = words_of(model)
         if not isinstance(model, torch.nn.Module):
             if processor is not None:
                 raise ValueError(
@@ -125,22 +118,8 @@ class VLM:
                 f"found {', '.join(loading)} beside a model that is loaded already: give the name "
                 f"of a model, or leave them out"
             )
-        if processor is None:
-            raise ValueError("a model needs its processor: VLM(model, processor)")
-        ways = "coordinates as text", "selections of what is seen"
-        ours, found = (
-            ways[x is not None] for x in (model.config.point_config, processor.config.points)
-        )
-        if ours != found:
-            raise ValueError(
-                f"the processor does not belong to the model: it writes points as {found}, the "
-                f"model as {ours}; use the processor that was saved with the weights"
-            )
-        self.model = model.eval()
-        self.processor = processor
-        self.allow_remote = allow_remote
-        self.prefix_cache = PrefixCache(reuse_bytes)
-        self.scheduler = Scheduler(model.llm, self.prefix_cache, max_rows=max_rows)
+        super().__init__(model, processor, reuse_bytes, max_rows, allow_remote)
+        self.words = taught
 
     @classmethod
     def from_pretrained(
@@ -238,8 +217,10 @@ class VLM:
             cut_at_context: let the answer end where the model's context does, in place of refusing
                 a ``max_new_tokens`` that does not fit behind the prompt.
         """
-        options = _checked(options or GenerateOptions()).updated(**keywords)
+        options = checked(options or GenerateOptions()).updated(**keywords)
         question_ = Question(question, images, video)
+        if (known := self._known(question_)) is not None:
+            return Said(known)
         request, asked = self._prepare(question_, options, well_formed_points, reuse)
         if cut_at_context:
             request = self._cut(request)
@@ -257,6 +238,50 @@ class VLM:
     def caption(self, images: Images, **keywords: Unpack[GenerateKeywords]) -> Answer:
         """Say what is in an image."""
         return self.ask(images, CAPTION, **keywords)
+
+    def find(
+        self,
+        image: Images,
+        like: Sequence[Place],
+        unlike: Sequence[Place] = (),
+        reference: Images = None,
+        max_crops: int | None = None,
+        min_confidence: float = 0.5,
+    ) -> Answer:
+        """Show one, it finds the rest: ``vlm.find("pills.jpg", like=[(120, 80)]).count``.
+
+        Needs no name of the things, and a model that has learned to find by example. What counts
+        as like, and when not to trust it, is told in docs/find.md.
+
+        Args:
+            image: the picture that is asked about.
+            like: places on things that are meant, (x, y) in pixels of the reference, or of the
+                image where there is none; (x, y, 2) is a place in the image beside a reference.
+                Up to 3 were learned; more may be given.
+            unlike: places on things that are not meant, likewise; up to 2 were learned. What lies
+                under one is never listed.
+            reference: another picture, in which the examples lie.
+            max_crops: most detail crops of a picture: more finds smaller things, and takes longer;
+                None: as many as keep the picture about as large as it is.
+            min_confidence: what is less likely meant is left out, 0 to 1.
+        Returns: its ``points`` are things with their ``confidence`` and ``size``, in the order in
+            which the model lists them, the examples among them; ``count`` is their number, and
+            ``problems`` say what may be wrong.
+        Raises: ValueError for a model that has not learned it, places outside of their picture,
+            and what `ask` refuses.
+        """
+        return find(
+            self.model,
+            self.processor,
+            image,
+            read_examples(like, unlike),
+            reference=reference,
+            max_crops=max_crops,
+            min_confidence=min_confidence,
+            allow_remote=self.allow_remote,
+            cache=self._cache,
+            seeing=self.scheduler.seeing,
+        )
 
     def chat(self, images: Images = None, *, video: VideoSource | None = None) -> Chat:
         """A conversation that remembers what was said and shown.
@@ -323,7 +348,7 @@ class VLM:
         options: GenerateOptions | None = None,
         **keywords: Unpack[GenerateKeywords],
     ) -> list[Answer]:
-        options = _checked(options or GenerateOptions(lookup=False)).updated(**keywords)
+        options = checked(options or GenerateOptions(lookup=False)).updated(**keywords)
         if isinstance(questions, (str, Mapping, Question)):
             raise ValueError(
                 f"expected a list of questions, found a single {type(questions).__name__}: put it "
@@ -356,7 +381,7 @@ class VLM:
             batch_size: questions that are answered together.
         Returns: for a question that :meth:`ask` would refuse, the error in place of the answer.
         """
-        options = _checked(options or GenerateOptions(lookup=False))
+        options = checked(options or GenerateOptions(lookup=False))
         return self._ask_many(questions, batch_size, options)
 
     def _ask_many(
@@ -387,6 +412,9 @@ class VLM:
                 if more:
                     asked += 1
                     try:
+                        if (known := self._known(Question(*question))) is not None:
+                            done[number] = known
+                            continue
                         id, one = self._submit(engine, Question(*question), options)
                         running[id] = number, one
                     except ValueError as error:
@@ -400,6 +428,10 @@ class VLM:
             while given in done:
                 yield done.pop(given)
                 given += 1
+
+    def _known(self, question: Question) -> Answer | None:
+        """The answer to a question about words that were taught by examples; None for others."""
+        return None if self.words is None else answer_about_words(self, self.words, question)
 
     # ---- for event loops ----
 
@@ -433,113 +465,13 @@ class VLM:
         """`count` for an event loop."""
         return await self.ask_async(images, about(COUNT, label), **keywords)
 
+    async def find_async(self, *arguments: Any, **keywords: Any) -> Answer:
+        """`find` for an event loop, which goes on meanwhile."""
+        return await asyncio.to_thread(self.find, *arguments, **keywords)
+
     async def caption_async(self, images: Images, **keywords: Unpack[GenerateKeywords]) -> Answer:
         """`caption` for an event loop."""
         return await self.ask_async(images, CAPTION, **keywords)
-
-    # ---- from a question to the engine ----
-
-    @property
-    def _cache(self) -> PrefixCache | None:
-        return self.prefix_cache if self.prefix_cache.max_bytes else None
-
-    def _encode(self, question: Question) -> tuple[Conversation, Encoded]:
-        context = self.model.config.llm_config.max_position_embeddings
-        read = read_question(question, context, allow_remote=self.allow_remote)
-        encoded = self.processor.encode(read.messages, read.images, video=read.video)
-        if read.messages[-1]["role"] != "user":
-            raise ValueError(
-                "the conversation ends with an answer, expected a question: leave the last "
-                "assistant message out"
-            )
-        return read, encoded
-
-    def _see(self, encoded: Encoded, reuse: bool = True) -> Request:
-        """A prompt for the engine, with its images as embeddings."""
-        with self.scheduler.seeing:
-            return request_of(self.model, encoded, self._cache if reuse else None)
-
-    def _prepare(
-        self, question: Question, options: GenerateOptions, well_formed_points: bool, reuse: bool
-    ) -> tuple[Request, Asked]:
-        start = time.perf_counter()
-        processor = self.processor
-        read, encoded = self._encode(question)
-        if well_formed_points and processor.config.points is None:
-            constraint = PointsConstraint(
-                processor.tokenizer,
-                len(encoded.image_sizes),
-                video=encoded.video_size is not None,
-            )
-            options = options.updated(constraint=constraint)
-        self._warn_of_earlier_points(encoded)
-        prepared = time.perf_counter()
-        text = TextStream(processor, stop=options.sampling.stop)
-        request = self._request(encoded, options, reuse, text)
-        return request, Asked(
-            encoded, text, start, prepared, partial(_shown, read, processor.config.video)
-        )
-
-    def _submit(
-        self, engine: Engine, question: Question, options: GenerateOptions
-    ) -> tuple[int, Asked]:
-        request, asked = self._prepare(question, options, False, True)
-        if question.max_new_tokens is not None:
-            request = replace(request, max_new_tokens=question.max_new_tokens)
-        return engine.submit(self._cut(request)), asked
-
-    def _cut(self, request: Request) -> Request:
-        """A request whose answer ends where the context does.
-
-        Raises: ValueError if there is no room for any.
-        """
-        assert request.inputs_embeds is not None
-        context = self.model.config.llm_config.max_position_embeddings
-        T = len(request.inputs_embeds)
-        if context - T < 1:
-            raise ValueError(
-                f"its prompt has {T} positions, and the model's context holds {context}: there is "
-                f"no room for an answer"
-            )
-        return replace(request, max_new_tokens=min(request.max_new_tokens, context - T))
-
-    def _warn_of_earlier_points(self, encoded: Encoded) -> None:
-        """Say it where a conversation has its points already, and can get no more."""
-        rule, targets = self.model.config.point_config, encoded.point_targets
-        if rule is None or rule.several_lists or targets is None:
-            return
-        if (targets[:, 0] == NO_MORE_POINTS).any():
-            warnings.warn(
-                "an earlier answer of this conversation has points, and this model points once a "
-                "conversation, as its original code: the answer will have none; ask in a new "
-                "conversation, or leave the earlier points out",
-                stacklevel=4,
-            )
-
-    def _request(
-        self,
-        encoded: Encoded,
-        options: GenerateOptions,
-        reuse: bool,
-        text: TextStream,
-    ) -> Request:
-        processor = self.processor
-        ends = sorted({*processor.stop_token_ids, *self.model.config.eos_token_ids})
-        proposer = None
-        if options.lookup and processor.config.points is None:
-            proposer = PointsProposer(
-                processor.tokenizer,
-                len(encoded.image_sizes),
-                video=encoded.video_size is not None,
-            )
-        return replace(
-            self._see(encoded, reuse),
-            max_new_tokens=options.max_new_tokens,
-            sampling=options.sampling,
-            eos_token_ids=options.end_ids(ends),
-            stops=text.put,
-            proposer=proposer,
-        )
 
 
 def _load(name: str | Path | None, loading: LoadKeywords) -> tuple[NanoMolmo2, Processor]:
@@ -550,25 +482,6 @@ def _load(name: str | Path | None, loading: LoadKeywords) -> tuple[NanoMolmo2, P
     if options.get("dtype") is None:
         options["dtype"] = usual_dtype(options["device"])
     return load(name, **options)
-
-
-def _checked(options: GenerateOptions) -> GenerateOptions:
-    if not isinstance(options, GenerateOptions):
-        raise ValueError(
-            f"options must be GenerateOptions, found {type(options).__name__}: give a mapping's "
-            f"fields by name, as in ask(image, question, **options)"
-        )
-    return options
-
-
-def _shown(read: Conversation, settings: VideoConfig | None) -> Shown:
-    """The images of a question, or the frames of its video that the model saw."""
-    images, video = read.shown()
-    if video is None:
-        return Shown([load_image(image) for image in images])
-    assert settings is not None
-    loaded = load_video(video, max_frames=settings.max_frames, max_fps=settings.max_fps)
-    return Shown(loaded.frames, loaded.times)
 
 
 def about(wording: str, label: str) -> str:

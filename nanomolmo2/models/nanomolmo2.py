@@ -63,8 +63,7 @@ class NanoMolmo2Config(Config):
                     f"connector_config.{name} is {found}, but the part it joins has hidden_size "
                     f"{expected}: the two must be equal"
                 )
-        depth = self.vision_config.num_hidden_layers
-        layers = connector.vit_layers
+        depth, layers = self.vision_config.num_hidden_layers, connector.vit_layers
         if layers is not None and (not layers or not all(-depth <= i < depth for i in layers)):
             raise ValueError(
                 f"connector_config.vit_layers is {layers}, but the vision encoder has {depth} "

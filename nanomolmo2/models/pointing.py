@@ -26,6 +26,7 @@ from torch import Tensor
 
 from nanomolmo2.batch import NO_MORE_POINTS, PACK_SUBSEGMENT, Batch
 from nanomolmo2.models import nanomolmo2
+from nanomolmo2.models.finder import Finder
 from nanomolmo2.models.loss import Reduction, Targets, next_tokens, reduce
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config, Output
 from nanomolmo2.models.point_predictor import MASKED, PointPredictor
@@ -81,12 +82,15 @@ class PointingNanoMolmo2(nanomolmo2.NanoMolmo2):
         super().__init__(config)
         has_points = self.config.point_config is not None
         self.point_predictor = PointPredictor(self.config) if has_points else None
+        size = self.config.point_config.finder_dim if self.config.point_config else None
+        widths = self.config.connector.feature_dim, self.config.llm_config.hidden_size
+        self.finder = Finder(*widths, size) if size else None
 
     def embed(self, batch: Batch) -> Tensor:
         points, rule = self.point_predictor, self.config.point_config
         if points is None or rule is None:
             return super().embed(batch)
-        batch, ids = self._encoded(batch), batch.input_ids
+        batch, ids = self.encoded(batch), batch.input_ids
         if rule.overview_embedding == "shared":
             ids = ids.masked_fill(self.config.is_visual(ids), self.config.image_token_id)
         x = super().embed(replace(batch, input_ids=ids))
@@ -106,7 +110,7 @@ class PointingNanoMolmo2(nanomolmo2.NanoMolmo2):
             logits = super().forward(batch).logits
             markers = torch.tensor(self.point_predictor.config.marker_ids, device=logits.device)
             return Output(logits.index_fill(-1, markers, NOT_TEXT), None)
-        batch = self._encoded(batch)
+        batch = self.encoded(batch)
         states = self.states(batch)
         logits = self.llm.head(self.llm.norm(states))
         (row, slot, cell), _, _ = self._selections(states.flatten(0, 1), self.see(batch), batch)
@@ -123,16 +127,22 @@ class PointingNanoMolmo2(nanomolmo2.NanoMolmo2):
         return reduce(terms.total, terms.weights, reduction)
 
     def loss_terms(
-        self, batch: Batch, z_loss: float = 0.0, *, counts_text: bool = True
+        self,
+        batch: Batch,
+        z_loss: float = 0.0,
+        *,
+        counts_text: bool = True,
+        states: Tensor | None = None,
     ) -> PointTerms:
         """The four terms of a batch with labels.
 
         A selection weighs what the label of its marker weighs: PATCH for the row, SUBPATCH for the
         slot, LOCATION for the cell; points without labels, such as a question's, weigh nothing.
         Without ``counts_text`` the tokens of the text that are right are not counted: 0.
+        ``states`` are those of the batch, if they are known.
         """
-        batch = self._encoded(batch)
-        states = self.states(batch)
+        batch = self.encoded(batch)
+        states = self.states(batch) if states is None else states
         assert batch.labels is not None
         targets = next_tokens(batch.labels, batch.loss_weights, batch.loss_rows)
         hidden = self.llm.norm(states)
@@ -168,7 +178,7 @@ class PointingNanoMolmo2(nanomolmo2.NanoMolmo2):
 
     def see(self, batch: Batch) -> Seen:
         """The visual tokens of a batch, and where they stand."""
-        batch, ids = self._encoded(batch), batch.input_ids
+        batch, ids = self.encoded(batch), batch.input_ids
         tokens, features = batch.visual_tokens, batch.visual_features
         if tokens is None or features is None:  # no image; nothing refers to these
             width = self.config.connector.feature_dim
@@ -194,7 +204,7 @@ class PointingNanoMolmo2(nanomolmo2.NanoMolmo2):
             examples,
         )
 
-    def _encoded(self, batch: Batch) -> Batch:
+    def encoded(self, batch: Batch) -> Batch:
         """The batch with the features and tokens of its images, each computed once.
 
         One with labels gets targets, if only none: also without a point the loss leads back to all

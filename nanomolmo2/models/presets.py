@@ -90,8 +90,27 @@ def _tiny_point() -> NanoMolmo2Config:
     return replace(tiny, point_config=points)
 
 
-def _tiny() -> NanoMolmo2Config:
-    vocabulary = 736
+def _tiny_find() -> NanoMolmo2Config:
+    """`tiny`'s sizes with more words, more positions, crops, and points that select.
+
+    Its connector keeps the output projection, and so all weights of `tiny`.
+    """
+    tiny = _tiny(vocabulary=928, first_special=895)
+    base = tiny.llm_config.vocab_size
+    points = PointConfig.consistent(
+        patch_token_id=base + POINT_PATCH,
+        subpatch_token_id=base + POINT_SUBPATCH,
+        location_token_id=base + POINT_LOCATION,
+        image_non_indexable_patch_id=base + IMAGE_LOW,
+        patch_embed_dim=64,
+        finder_dim=64,
+    )
+    llm = replace(tiny.llm_config, predict_additional_vocab=True, max_position_embeddings=4096)
+    special = tuple(base + offset for offset in IMAGE_SPECIAL)
+    return replace(tiny, llm_config=llm, image_special_token_ids=special, point_config=points)
+
+
+def _tiny(vocabulary: int = 736, first_special: int = 706) -> NanoMolmo2Config:
     return NanoMolmo2Config(
         vision_config=VisionConfig(
             image_size=192,
@@ -122,8 +141,8 @@ def _tiny() -> NanoMolmo2Config:
         ),
         image_token_id=vocabulary + IMAGE_PATCH,
         freeze_vision=False,
-        eos_token_id=(708, 706),
-        pad_token_id=706,
+        eos_token_id=(first_special + 2, first_special),
+        pad_token_id=first_special,
         bidirectional_image_attention=True,
         image_special_token_ids=tuple(
             vocabulary + offset for offset in (IMAGE_START, IMAGE_END, IMAGE_COL, LOW_RES_START)
@@ -164,6 +183,7 @@ PRESETS: dict[str, NanoMolmo2Config] = {
     ),
     "tiny": _tiny(),
     "tiny-point": _tiny_point(),
+    "tiny-find": _tiny_find(),
 }
 
 

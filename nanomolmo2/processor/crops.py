@@ -126,6 +126,24 @@ class MultiCrop(Config):
             "image_grid": np.array(grid, dtype=np.int64),
         }
 
+    def tiles(
+        self, image: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], tuple[int, int]]:
+        """What `__call__` makes of an RGB array (H, W, 3), without the overview.
+
+        Returns: pixel_values of the tiles; (n, K) their patches of each image token (tile * N +
+            patch); rows and columns of image tokens.
+        """
+        rows, cols = self.tiling(image.shape[1], image.shape[0])
+        (canvas,) = resize(
+            image, tuple(n * self.window_size + self.margin_size for n in (rows, cols))
+        )
+        index, (low_rows, low_cols, high_rows, high_cols) = _pooling_index(
+            rows, cols, self.patches_per_side, self.overlap_margins, self.pooling_size
+        )
+        windows = shift_windows(index[low_rows * low_cols :], -self.num_patches)
+        return self._normalise(self._cut(canvas, rows, cols)), windows, (high_rows, high_cols)
+
     def tiling(self, width: int, height: int) -> tuple[int, int]:
         """(rows, columns) of tiles for an image of this size in pixels.
 

@@ -75,12 +75,17 @@ def _without_accents(label: str) -> str:
     return "".join(part for part in parts if not unicodedata.combining(part))
 
 
+def writable(text: str) -> str:
+    """A text as the font has it, with a ``?`` for each character that it lacks."""
+    return "".join("?" if _lacks(c) else c for c in _without_accents(text))
+
+
 @lru_cache(maxsize=4096)
 def _lacks(character: str) -> bool:
     """Whether the font draws its empty box for a character."""
     if character == " ":
         return False
-    font = _font(32)
+    font = drawing_font(32)
     try:
         drawn, box = font.getmask(character), font.getmask("\uffff")
     except UnicodeError:  # the small font of a Pillow without FreeType, or half a pair
@@ -212,7 +217,7 @@ def _disc(radius: int, text: str, fill: str, ink: str) -> Image.Image:
         draw.ellipse((inset, inset, large.width - 1 - inset, large.height - 1 - inset), fill=colour)
     size = radius * _OVERSAMPLE * (1.5 if len(text) == 1 else 2.2 / len(text))
     centre = large.width / 2
-    draw.text((centre, centre), text, fill=ink, font=_font(size), anchor="mm")
+    draw.text((centre, centre), text, fill=ink, font=drawing_font(size), anchor="mm")
     return large.resize((side, side), Image.Resampling.LANCZOS)
 
 
@@ -221,7 +226,7 @@ def _draw_label(
 ) -> None:
     """A box beside the disc: to the right, or to the left where the image ends."""
     draw = ImageDraw.Draw(canvas)
-    font = _font(max(11, 1.3 * radius))
+    font = drawing_font(max(11, 1.3 * radius))
     label = label if len(label) <= 40 else label[:39] + "…"
     left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
     pad = max(2, radius // 3)
@@ -236,5 +241,6 @@ def _draw_label(
     draw.text((x + pad - left, y + pad - top), label, fill=ink, font=font)
 
 
-def _font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def drawing_font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, whose letters are about so many pixels high."""
     return ImageFont.load_default(size=size)

@@ -27,6 +27,7 @@ class Point:
         time: seconds from the start of the video; None for a point in an image.
         confidence: probability of the place that the model selected, 0 to 1; None for a point that
             was written as text, or given.
+        size: longer side of the thing there, pixels, a guess; None where it is not known.
     """
 
     x: float
@@ -36,6 +37,7 @@ class Point:
     label: str | None = None
     time: float | None = None
     confidence: float | None = None
+    size: float | None = None
 
 
 class PointsTag(NamedTuple):

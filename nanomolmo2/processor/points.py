@@ -235,7 +235,7 @@ def points_to_json(
 
     Each has ``image`` (number of its image, from 1) or ``time`` (seconds), ``id``, ``label``,
     ``x`` and ``y`` in pixels, ``x_thousandths`` and ``y_thousandths`` of the width and height, and
-    ``confidence`` where it is known.
+    ``confidence`` and ``size`` (pixels) where they are known.
 
     Raises: ValueError for a point without its image, or with a time and without ``video_size``.
     """
@@ -252,6 +252,7 @@ def points_to_json(
                 "x_thousandths": round(SCALE * point.x / width),
                 "y_thousandths": round(SCALE * point.y / height),
                 **({} if point.confidence is None else {"confidence": point.confidence}),
+                **({} if point.size is None else {"size": point.size}),
             }
         )
     return dicts

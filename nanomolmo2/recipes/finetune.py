@@ -30,6 +30,8 @@ TEXT_TOKENS = 256  # of a row, beside its largest picture
 ROW_STEP = 512  # rows are a multiple of it, as far as the model's positions allow
 REPLAY = 0.3  # of the examples, from what the model was trained on
 WARMUP = 10  # steps
+FIND_WEIGHT = 1.0  # of what is found all at once, where a model does that
+PHOTOS_A_ROW = 4  # as many of the largest have room among the crops of a row
 # Peak rate of a connector that was never trained, and at least so much more than the decoder's.
 FRESH_RATE, FRESH_RATIO = 2e-4, 2.0
 
@@ -90,8 +92,16 @@ def finetune(
             train=("vision", *recipe.train, "embeddings"),
             optimisers={"vision": vision_rates(rates), **recipe.optimisers, "embeddings": rates},
         )
-    if config_of(recipe).point_config is not None:
+    if (selects := config_of(recipe).point_config) is not None:
         recipe = with_points(recipe, rates)
+        if selects.finder_dim:
+            crops = largest_picture(config_of(recipe), load_processor(model).config)[1]
+            recipe = dataclasses.replace(
+                recipe,
+                photos=True,
+                find_weight=FIND_WEIGHT,
+                max_crops=max(recipe.max_crops, PHOTOS_A_ROW * crops),
+            )
     recipe = with_fresh_rate(recipe)
     return with_default_length(recipe) if steps is None else with_steps(recipe, steps)
 

@@ -11,6 +11,7 @@ import math
 
 from nanomolmo2.convert.pretrained import load_config
 from nanomolmo2.data.amount import Amount, measure
+from nanomolmo2.data.photos import with_photos
 from nanomolmo2.data.sources import open_mixture
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.processor.encode import EncodeTree
@@ -69,7 +70,8 @@ def amount_of(recipe: Recipe) -> Amount:
         for a processor on the hub.
     """
     processor = processor_of_rows(processor_of(recipe), config_of(recipe))
-    mixture = with_replay(open_mixture(recipe.data, recipe.seed), recipe, processor)
+    own = open_mixture(recipe.data, recipe.seed)
+    mixture = with_replay(with_photos(own) if recipe.photos else own, recipe, processor)
     encode = EncodeTree(processor, recipe.loss_weighting)
     amount = measure(mixture, encode, row_plan(recipe, processor))
     held_out = recipe.validation.share if recipe.validation else 0.0

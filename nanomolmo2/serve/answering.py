@@ -21,7 +21,7 @@ from nanomolmo2.serve.admission import Admission
 from nanomolmo2.serve.metrics import Metrics
 from nanomolmo2.serve.reading import Body, Model, is_remote, parse, read_body
 from nanomolmo2.serve.refusal import Refusal
-from nanomolmo2.serve.schemas import ChatRequest, PlainRequest, Sampling
+from nanomolmo2.serve.schemas import ChatRequest, FindRequest, PlainRequest, Sampling
 from nanomolmo2.serve.settings import ServeSettings
 from nanomolmo2.serve.store import ModelStore
 
@@ -56,6 +56,8 @@ class Server:
         self._threads = ThreadPoolExecutor(max(2, min(cores, 8)), thread_name_prefix="nanomolmo2")
         # Requests that wait for other computers do so apart, and hold nobody else up.
         self._waiting = ThreadPoolExecutor(_FETCHING, thread_name_prefix="nanomolmo2-fetch")
+        # One pass of a model takes all cores: the next waits, and pictures of others are read.
+        self._passes = ThreadPoolExecutor(1, thread_name_prefix="nanomolmo2-pass")
 
     def deadline(self) -> float:
         """When the answer to a request that begins now must be complete, of the loop's clock."""
@@ -73,8 +75,10 @@ class Server:
     async def in_thread(
         self,
         work: Callable[[], T],
-        asked: ChatRequest | PlainRequest | None = None,
+        asked: ChatRequest | PlainRequest | FindRequest | None = None,
         late: Callable[[T], object] | None = None,
+        *,
+        alone: bool = False,
     ) -> T:
         """The result of what would stop the event loop.
 
@@ -85,9 +89,10 @@ class Server:
         Args:
             asked: whose pictures are decoded.
             late: called with a result that nobody waits for any more.
+            alone: one after the other, for a pass of a model.
         """
         fetches = self.settings.allow_remote_images and asked is not None and is_remote(asked)
-        threads = self._waiting if fetches else self._threads
+        threads = self._passes if alone else self._waiting if fetches else self._threads
         job = _Job(work)
         done = threads.submit(job)
         try:
@@ -153,15 +158,10 @@ class Server:
 
         Raises: Refusal for a model that reads a picture as a whole.
         """
-        if max_crops is None:
-            return vlm
+        check_crops(vlm, max_crops)
         processor = vlm.processor
-        if processor.config.multicrop is None:
-            raise Refusal(
-                "this model reads a picture as a whole, not in crops: leave max_crops out",
-                param="max_crops",
-                code="invalid_value",
-            )
+        if max_crops is None or processor.config.multicrop is None:
+            return vlm
         known = self._crops.setdefault(vlm, {})
         if max_crops not in known:
             multicrop = replace(processor.config.multicrop, max_crops=max_crops)
@@ -224,6 +224,16 @@ async def _ended(done: Future[Any]) -> None:
     while not ended.is_set():
         with contextlib.suppress(asyncio.CancelledError):
             await ended.wait()
+
+
+def check_crops(vlm: VLM, max_crops: int | None) -> None:
+    """Raises: Refusal where crops are asked for, and the model reads a picture as a whole."""
+    if max_crops is not None and vlm.processor.config.multicrop is None:
+        raise Refusal(
+            "this model reads a picture as a whole, not in crops: leave max_crops out",
+            param="max_crops",
+            code="invalid_value",
+        )
 
 
 def _close_all(streams: Sequence[Stream]) -> None:

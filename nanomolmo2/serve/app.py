@@ -11,7 +11,7 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from nanomolmo2.serve import errors, openai, plain, responses
+from nanomolmo2.serve import errors, finding, openai, plain, responses
 from nanomolmo2.serve.answering import Server, server_of
 from nanomolmo2.serve.documents import describe, documented
 from nanomolmo2.serve.metrics import CONTENT_TYPE
@@ -42,7 +42,7 @@ def make_app(models: ModelStore, settings: ServeSettings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.server = server
-    for part in (router, openai.router, responses.router, plain.router):
+    for part in (router, openai.router, responses.router, plain.router, finding.router):
         app.include_router(part)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     errors.install(app)

@@ -47,7 +47,9 @@ def documented(
         reference = {"$ref": _REFERENCE.format(model=body.__name__)}
         content: dict[str, Any] = {"application/json": {"schema": reference}}
         if forms:
-            content["multipart/form-data"] = {"schema": _form(body)}
+            of_places = "like" in body.model_fields
+            form = _form_of_places() if of_places else _form(body)
+            content["multipart/form-data"] = {"schema": form}
         found["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
     return found
 
@@ -67,6 +69,19 @@ def _form(body: type[BaseModel]) -> dict[str, Any]:
     required = [shown for name, shown in asked.items() if name in body.model_fields]
     fields |= {shown: {"type": "string", "minLength": 1} for shown in required}
     return {"type": "object", "properties": fields, "required": required}
+
+
+def _form_of_places() -> dict[str, Any]:
+    """As `_form`, of the route that finds by example."""
+    file = {"type": "string", "format": "binary"}
+    places = {"type": "string", "minLength": 1, "description": "as JSON: [[120, 80]]"}
+    fields = {
+        "model": {"type": "string"},
+        **dict.fromkeys(("image", "reference"), file),
+        **dict.fromkeys(("like", "unlike"), places),
+        "min_confidence": {"type": "number", "minimum": 0, "maximum": 1},
+    }
+    return {"type": "object", "properties": fields, "required": ["like"]}
 
 
 def describe(app: FastAPI, *, has_keys: bool) -> None:

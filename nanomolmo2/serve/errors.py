@@ -141,7 +141,10 @@ def _field(loc: Sequence[int | str]) -> str:
 
 
 # Of a union, as pydantic names them in the place of an error.
-_ALTERNATIVES = {"str", "text_part", "image_part", "video_part", "point_part", "ImageUrl"}
+_ALTERNATIVES = {
+    *("str", "text_part", "image_part", "video_part", "point_part"),
+    *("ImageUrl", "PlaceFields"),
+}
 
 _EXPECTED = {
     "string_type": "a text",

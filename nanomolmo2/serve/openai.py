@@ -22,8 +22,9 @@ from nanomolmo2.serve import shape
 from nanomolmo2.serve.answering import Server, last, points_json, server_of, usage_json
 from nanomolmo2.serve.documents import documented
 from nanomolmo2.serve.events import EventStream, event, merged, until_left
+from nanomolmo2.serve.finding import finds
 from nanomolmo2.serve.logprobs import logprobs_json
-from nanomolmo2.serve.reading import conversation, system_use
+from nanomolmo2.serve.reading import conversation, knows_scenes_alone, system_use
 from nanomolmo2.serve.refusal import Refusal
 from nanomolmo2.serve.replies import ChatCompletion, ModelCard, ModelList
 from nanomolmo2.serve.schemas import ChatRequest
@@ -285,10 +286,11 @@ def abilities(vlm: VLM) -> dict[str, Any]:
     return {
         "video": config.video is not None,
         "points": "text" if config.points is None else "selected",
+        "find": finds(vlm),
         "several_images": True,
         "max_crops": None if crops is None else crops.max_crops,
-        # What learned from scenes alone has never seen a second question.
-        "conversation": config.trained_on != ("emoji",),
+        # What learned from scenes alone has hardly seen a second question.
+        "conversation": not knows_scenes_alone(config),
         "system": system_use(config) != "left out",
         "context": vlm.model.config.llm_config.max_position_embeddings,
     }

@@ -25,6 +25,7 @@ from nanomolmo2.processor.image import load_image
 from nanomolmo2.serve.refusal import Refusal
 from nanomolmo2.serve.schemas import (
     ChatRequest,
+    FindRequest,
     ImagePart,
     Loose,
     Message,
@@ -43,17 +44,21 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]{0,20}):", re.IGNORECASE)
 _REMOTE = re.compile(r"https?:", re.IGNORECASE)
 _MAX_FIELDS = 64
 FETCH_SECONDS = 20.0  # for all files of a request that lie on other computers
-_JSON_FIELDS = ("messages", "stop")
+_JSON_FIELDS = ("messages", "stop", "like", "unlike")
 
 
 @dataclass
 class Body:
-    """A body as it came: JSON, or the fields and files of a form."""
+    """A body as it came: JSON, or the fields and files of a form.
+
+    ``references``: files in the field of that name, which examples lie in.
+    """
 
     json: bytes | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     images: list[bytes] = field(default_factory=list)
     videos: list[bytes] = field(default_factory=list)
+    references: list[bytes] = field(default_factory=list)
 
 
 async def read_body(request: Request, settings: ServeSettings, *, forms: bool = False) -> Body:
@@ -86,7 +91,8 @@ async def read_body(request: Request, settings: ServeSettings, *, forms: bool = 
             name = name.removesuffix("[]")
             if isinstance(value, UploadFile):
                 is_video = name == "video" or (value.content_type or "").startswith("video/")
-                (body.videos if is_video else body.images).append(await value.read())
+                pictures = body.references if name == "reference" else body.images
+                (body.videos if is_video else pictures).append(await value.read())
             elif name == "images":
                 body.fields.setdefault(name, []).append(value)
             elif value:
@@ -135,11 +141,13 @@ def _parse_json(text: bytes, what: str) -> Any:
         ) from None
 
 
-def is_remote(asked: ChatRequest | PlainRequest) -> bool:
+def is_remote(asked: ChatRequest | PlainRequest | FindRequest) -> bool:
     """Whether a request shows what lies on other computers."""
     addresses: list[str] = []
     if isinstance(asked, PlainRequest):
         addresses = [*asked.addresses, *asked.video_addresses]
+    if isinstance(asked, FindRequest):
+        addresses = asked.all_addresses
     messages = asked.messages if isinstance(asked, (ChatRequest, QueryRequest)) else None
     for message in messages or ():
         if not isinstance(message.content, str):
@@ -151,6 +159,7 @@ def is_remote(asked: ChatRequest | PlainRequest) -> bool:
 # ---- messages ----
 
 
+_SCENES = {"emoji", "things"}  # names of the built-in sources
 SystemUse = Literal["own", "in front", "left out"]
 
 
@@ -160,13 +169,18 @@ class _Undecoded(NamedTuple):
     source: str | bytes
 
 
+def knows_scenes_alone(config: ProcessorConfig) -> bool:
+    """Whether a model learned from nothing but drawn scenes and their questions."""
+    return bool(config.trained_on) and set(config.trained_on) <= _SCENES
+
+
 def system_use(config: ProcessorConfig) -> SystemUse:
     """What a model makes of a system message: a turn of its own, or text before the first question.
 
-    A model that learned from emoji scenes alone knows nothing but their questions; whatever stands
+    A model that learned from drawn scenes alone knows nothing but their questions; whatever stands
     before one makes it a question that it does not know, so there it is left out.
     """
-    if config.trained_on == ("emoji",):
+    if knows_scenes_alone(config):
         return "left out"
     return "in front" if config.chat_format == "molmo2" else "own"
 
@@ -216,7 +230,7 @@ def conversation(
                 image = read_image(part["image"].source, settings, deadline)
                 part["image"] = image
                 sizes.append(image.size)
-                _check_pixels(sizes, settings)
+                check_pixels(sizes, settings)
             elif part["type"] == "video":
                 part["video"] = read_bytes(part["video"].source, "video", settings, deadline)
     return ours
@@ -280,7 +294,8 @@ def _check_counts(images: int, videos: int, settings: ServeSettings) -> None:
         )
 
 
-def _check_pixels(sizes: Sequence[tuple[int, int]], settings: ServeSettings) -> None:
+def check_pixels(sizes: Sequence[tuple[int, int]], settings: ServeSettings) -> None:
+    """Raises: Refusal for pictures that have too many pixels together."""
     pixels = sum(width * height for width, height in sizes)
     if pixels > settings.max_request_pixels:
         raise Refusal(

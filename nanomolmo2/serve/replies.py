@@ -19,7 +19,10 @@ class ErrorBody(BaseModel):
 
 
 class PointFields(BaseModel):
-    """A point: in an image (its number, from 1) or at a time of the video (seconds)."""
+    """A point: in an image (its number, from 1) or at a time of the video (seconds).
+
+    ``size``: of a thing that was found by example, its longer side in pixels, a guess.
+    """
 
     x: float
     y: float
@@ -32,6 +35,7 @@ class PointFields(BaseModel):
     id: int | None
     label: str | None
     confidence: float | None = None
+    size: float | None = None
 
 
 class CachedTokens(BaseModel):
@@ -148,6 +152,7 @@ class ResponseObject(BaseModel):
 class Abilities(BaseModel):
     video: bool
     points: Literal["text", "selected"]
+    find: bool
     several_images: bool
     max_crops: int | None
     conversation: bool

@@ -6,10 +6,11 @@ are ignored, as OpenAI's servers do; those that ask for what this server can not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     AliasPath,
     BaseModel,
@@ -43,6 +44,10 @@ Seed = Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)]
 StopText = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Crops = Annotated[
+    Whole,
+    Field(ge=1, le=64, description="most detail crops a picture, for models that read crops"),
+]
 Stop = StopText | Annotated[list[StopText], Field(max_length=16)]
 
 # A picture or video as JSON can hold it.
@@ -181,9 +186,7 @@ class Sampling(Loose):
     seed: Seed | None = None
     stop: Stop | None = None
     stream: bool | None = None
-    max_crops: Annotated[Whole, Field(ge=1, le=64)] | None = Field(
-        None, description="most detail crops a picture, for models that read crops"
-    )
+    max_crops: Crops | None = None
     well_formed_points: bool | None = Field(
         None, description="hold the model to the grammar of points"
     )
@@ -391,6 +394,80 @@ class CaptionRequest(PlainRequest):
     """``POST /v1/caption``."""
 
 
+class PlaceFields(Loose):
+    """A place as an object."""
+
+    x: float
+    y: float
+    image: Annotated[Whole, Field(ge=1, le=2)] | None = Field(
+        None, description="1 = the first picture shown (the reference, where there is one), 2 = ..."
+    )
+
+
+class Place(NamedTuple):
+    """A place in pixels of picture number ``image``: 1 or 2; None where the request names none."""
+
+    x: float
+    y: float
+    image: int | None
+
+
+def _of_a_picture(given: list[float]) -> list[float]:
+    if len(given) == 3 and given[2] not in (1, 2):
+        raise ValueError(
+            f"the third number of a place is {given[2]:g}, expected the number of its picture: 1 "
+            f"or 2"
+        )
+    return given
+
+
+Numbers = Annotated[
+    list[float],
+    Field(min_length=2, max_length=3, description="x, y in pixels, and maybe the picture's number"),
+    AfterValidator(_of_a_picture),
+]
+Places = list[Numbers | PlaceFields]
+
+
+def _place(given: Sequence[float] | PlaceFields) -> Place:
+    if isinstance(given, PlaceFields):
+        return Place(given.x, given.y, given.image)
+    x, y, *number = given
+    return Place(x, y, int(number[0]) if number else None)
+
+
+class FindRequest(Loose):
+    """``POST /v1/find``: examples, and the picture in which to find what is like them."""
+
+    model: str | None = Field(None, description="none = the server's first")
+    image: Sources | None = _named("image", "images", "image_url", "image_base64")
+    reference: Source | None = Field(
+        None, description="the picture that the examples lie in, where it is not the image"
+    )
+    like: Annotated[Places, Field(min_length=1, examples=[[[120, 80]]])]
+    unlike: Places | None = None
+    max_crops: Crops | None = None
+    min_confidence: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="points below are left out; none = 0.5"
+    )
+
+    @property
+    def examples(self) -> dict[str, list[Place]]:
+        """The places by the names of their fields."""
+        given = {"like": self.like, "unlike": self.unlike or []}
+        return {name: [_place(one) for one in places] for name, places in given.items()}
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of the pictures to look in."""
+        return _addresses(self.image)
+
+    @property
+    def all_addresses(self) -> list[str]:
+        """Of those, and of the reference."""
+        return [*self.addresses, *_addresses(self.reference)]
+
+
 REQUESTS = (
     ChatRequest,
     ResponsesRequest,
@@ -398,4 +475,5 @@ REQUESTS = (
     ObjectRequest,
     CaptionRequest,
     AttentionRequest,
+    FindRequest,
 )

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -39,8 +40,10 @@ from nanomolmo2.training.recipe import NEW_WORD, Recipe
 
 CLOSED = 8192  # pieces; a Unigram vocabulary of fewer has no pieces for words in general
 MOST_WORDS = 512
+PAIR = 2  # letters: of so many are the pieces in which words are spelled
 FEWEST_TIMES = 2  # that a word is found; what is said once is not learned as a word
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # of letters that a vocabulary does not have
 _RESERVED = re.compile(r"<\|reserved_\d+\|>")
 # Of the pieces, as logarithms of probabilities. The split of the highest sum is taken, so in a tie
 # the old pieces win: texts without the new words are read as before.
@@ -81,19 +84,27 @@ def find_new_words(sources: Iterable[Source], tokenizer: Tokenizer) -> list[str]
 
 
 def spelled_words(text: str, tokenizer: Tokenizer) -> Iterator[str]:
-    """The words of a text of which letters are tokens of their own, but for a final "s"."""
+    """The words of a text that are not whole tokens: bytes, or one or two of their letters, are
+    tokens of their own, other than a final "s" or "es".
+    """
     try:
-        offsets = tokenizer.backend.encode(text, add_special_tokens=False).offsets
+        encoded = tokenizer.backend.encode(text, add_special_tokens=False)
     except TypeError:  # half a surrogate pair: a bad record
         return
-    alone = [False] * len(text)
-    for start, end in offsets:
-        if end - start <= 1:
-            alone[start:end] = [True] * (end - start)
+    offsets, tokens = encoded.offsets, encoded.tokens
+    begins = [start for start, _ in offsets]
     for match in NEW_WORD.finditer(text):
-        word = match[0]
-        if any(alone[match.start() : match.end() - word.endswith("s")]):
-            yield word
+        first, end = match.span()
+        for i in range(max(0, bisect_right(begins, first) - 1), len(offsets)):
+            start, stop = offsets[i]
+            if start >= end:
+                break
+            part = text[max(start, first) : min(stop, end)]
+            is_plural = stop >= end and part in ("s", "es")
+            is_short = len(part) <= PAIR and part != match[0] and not is_plural
+            if part and (is_short or _BYTE.fullmatch(tokens[i])):
+                yield match[0]
+                break
 
 
 def _singular(counts: Counter[str], tokenizer: Tokenizer) -> Counter[str]:

@@ -135,7 +135,8 @@ def set_trainable(model: NanoMolmo2, train: Sequence[str]) -> None:
         train: of ``vision``; ``connector``, with the rows that the embedding has beyond the base
             vocabulary, and an untied head that writes those tokens; ``llm``: blocks, norms and an
             untied head; ``embeddings``: the whole table, which is the head too where they are tied;
-            ``points``: what selects visual tokens; ``lora``: the matrices of ``add_lora``.
+            ``points``: what selects visual tokens, and what finds all at once;
+            ``lora``: the matrices of ``add_lora``.
     Raises: ValueError for unknown parts, ``lora`` where there are none or beside ``llm``, and
         ``points`` of a model that writes coordinates as text.
     """
@@ -162,8 +163,9 @@ def set_trainable(model: NanoMolmo2, train: Sequence[str]) -> None:
         model.vision_encoder.freeze()
     model.connector.requires_grad_("connector" in train)
     model.llm.requires_grad_("llm" in train)
-    if model.point_predictor is not None:
-        model.point_predictor.requires_grad_("points" in train)
+    for part in (model.point_predictor, model.finder):
+        if part is not None:
+            part.requires_grad_("points" in train)
     for parameter in adapters:
         parameter.requires_grad_("lora" in train)
     new_rows = "connector" in train and model.config.llm_config.additional_vocab_size > 0
@@ -235,6 +237,8 @@ def components(
     }
     if model.point_predictor is not None:
         chosen["points"] = select(model.point_predictor)
+        if model.finder is not None:
+            chosen["points"].parameters.extend(select(model.finder).parameters)
     base = model.config.llm_config.vocab_size
     if isinstance(rows, NewRowsEmbedding):
         chosen["connector"].parameters.append(rows.new_rows)

@@ -93,6 +93,10 @@ class Recipe(Config):
             those that the data have, which are then written here.
         point_head: let a model that writes coordinates as text point by selecting what it sees
             (`training/point_head.py`); one that does stays as it is.
+        photos: learn from each picture once for all questions about it, turned, mirrored, lit and
+            sized otherwise every time (`data/photos.py`).
+        find_weight: of what a model finds all at once, beside its answers, where its design has
+            that (`training/find_terms.py`); nouns of the data are then found so. 0 = not at all.
         crop_weight: what a crop is worth beside a token when rows are packed.
         max_bad_fraction: share of examples that may be bad before the run stops.
         train: parts that learn: vision, connector, llm, embeddings, points (what selects visual
@@ -132,6 +136,8 @@ class Recipe(Config):
     replay: float | None = None
     new_words: tuple[str, ...] | None = ()
     point_head: bool = False
+    photos: bool = False
+    find_weight: float = 0.0
     crop_weight: float = 1.0
     max_bad_fraction: float = 0.05
     train: tuple[str, ...] = ("connector", "llm")
@@ -173,6 +179,8 @@ class Recipe(Config):
         for word in self.new_words or ():
             if not NEW_WORD.fullmatch(word):
                 raise ValueError(f"new_words has {word!r:.60}, expected words of 2 to 32 letters")
+        if not 0 <= self.find_weight < float("inf"):
+            raise ValueError(f"find_weight is {self.find_weight}, expected 0 (off) or more")
         if not 0 <= self.max_bad_fraction < 1:
             raise ValueError(
                 f"max_bad_fraction is {self.max_bad_fraction}, expected a share from 0 to below 1"

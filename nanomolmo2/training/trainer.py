@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nanomolmo2.accelerate import bf16_matmul, checkpoint_activations
 from nanomolmo2.accelerate.device import device_text
 from nanomolmo2.batch import IGNORED_LABEL, Batch
 from nanomolmo2.convert.pretrained import (
@@ -25,6 +26,8 @@ from nanomolmo2.convert.pretrained import (
 )
 from nanomolmo2.data.amount import measure
 from nanomolmo2.data.loader import PackedLoader, RowPlan, Step, merge_states
+from nanomolmo2.data.mixture import Mixture
+from nanomolmo2.data.photos import VARIANTS, with_photos
 from nanomolmo2.data.sources import open_source
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.forms import check_batch
@@ -47,6 +50,12 @@ from nanomolmo2.training.distributed import (
 )
 from nanomolmo2.training.dropout import residual_dropout
 from nanomolmo2.training.feature_cache import FeatureCache
+from nanomolmo2.training.find_terms import (
+    Finding,
+    FindPart,
+    FindStep,
+    find_loss,
+)
 from nanomolmo2.training.fingerprint import fingerprints
 from nanomolmo2.training.frozen import placeholder, start_of
 from nanomolmo2.training.loop import LoopConfig, Stage, run
@@ -216,6 +225,8 @@ def open_stage(
 ) -> Opened:
     """Model, sharded if need be, and steps of a recipe; call it on every rank."""
     model, processor = build(recipe, cache_dir, info, split_table=True)
+    if recipe.photos:  # a small model, whose steps are to be short
+        model = bf16_matmul(checkpoint_activations(model, "none"))
     start = start_of(model, recipe)
     shard(
         model,
@@ -287,9 +298,9 @@ class RecipeStage(Stage):
         encode = EncodeTree(processor, recipe.loss_weighting)
         rows = row_plan(recipe, processor)
         self.encode, self.rows = encode, rows
-        self.mixture = with_replay(split.mixture, recipe, processor)
+        self.mixture = with_replay(self._own(split.mixture, 1), recipe, processor)
         self.loader = PackedLoader(
-            self.mixture,
+            with_replay(self._own(split.mixture, VARIANTS), recipe, processor),
             encode,
             rows,
             rank=world.rank,
@@ -303,11 +314,16 @@ class RecipeStage(Stage):
         table, row = placeholder(model)
         self.holds_placeholder = not bool(full_tensor(table)[row].any())
         self.split = split
+        self.finder = Finding.of(recipe, model, processor)
         self.validation = Validation.of(recipe, split, encode, rows, processor)
         history = None if self.validation is None else self.validation.history
         self.watch = Watch(recipe.steps, history)
         self._told: set[str] = set()  # causes of what was left out
         self.left_out = ""
+
+    def _own(self, mixture: Mixture, variants: int) -> Mixture:
+        """The run's own data, of which each photo has so many looks if the recipe wants others."""
+        return with_photos(mixture, variants) if self.recipe.photos else mixture
 
     def components(self) -> Mapping[str, tuple[nn.Module | Selection, OptimConfig]]:
         return components(self.model, self.recipe.train, self.recipe.optimisers)
@@ -364,16 +380,18 @@ class RecipeStage(Stage):
         total = sum_over_ranks(self._moved(torch.stack([w.sum() for w in on_cpu]).sum()))
         loss, points = torch.zeros((), device=self.world.device), self.model.config.point_config
         terms = None if points is None else TermSums(points, self.world.device)
-        for micro, weight in zip(batch.micro_batches, weights, strict=True):
+        finds = FindStep(self.finder, batch.micro_batches)
+        for number, (micro, weight) in enumerate(zip(batch.micro_batches, weights, strict=True)):
             micro = check_batch(micro, self.model.config).prepared()
-            part = self._loss(micro.to(self.world.device), weight, terms) / total
+            summed = self._loss(micro.to(self.world.device), weight, terms, finds.of(number))
+            part = finds.add(number, summed / total)
             part.backward()
             loss += part.detach()
         self._hold_placeholder()
         metrics: dict[str, float | Tensor] = {"loss": sum_over_ranks(loss)}
         metrics |= self._by_task(batch, weights, total)
         metrics |= {} if terms is None else terms.metrics()
-        return metrics | self._counts(batch)
+        return metrics | finds.metrics() | self._counts(batch)
 
     def evaluate(self) -> dict[str, float]:
         """See `Validation.measure`."""
@@ -389,8 +407,10 @@ class RecipeStage(Stage):
     def _summed_loss(self, batch: Batch) -> tuple[float, float]:
         """(loss of all labels of a batch, their weight), added up."""
         weights = label_weights(batch)
+        finds = FindStep(self.finder, [batch])
         micro = check_batch(batch, self.model.config).prepared().to(self.world.device)
-        return float(self._loss(micro, self._moved(weights))), float(weights.sum())
+        summed, labels = self._loss(micro, self._moved(weights), finds=finds.of(0)), weights.sum()
+        return float(labels * finds.add(0, summed / labels)) if labels else 0.0, float(labels)
 
     def lower_rate(self) -> str:
         rate = self.recipe.optimisers[self.recipe.leading_part].lr
@@ -403,8 +423,16 @@ class RecipeStage(Stage):
         """On the device of this rank, without waiting for it."""
         return tensor.to(self.world.device, non_blocking=True)
 
-    def _loss(self, batch: Batch, weights: Tensor, terms: TermSums | None = None) -> Tensor:
-        """The sum over the labels of a batch; the terms of a model that points are added up too."""
+    def _loss(
+        self,
+        batch: Batch,
+        weights: Tensor,
+        terms: TermSums | None = None,
+        finds: FindPart | None = None,
+    ) -> Tensor:
+        """The sum over the labels of a batch; the terms of a model that points are added up too.
+        What a model finds that finds all at once is told to ``finds``.
+        """
         batch = dataclasses.replace(batch, loss_weights=weights)
         if self.cache is not None and batch.pixel_values is not None:
             features = self.cache.features(batch.pixel_values)
@@ -412,12 +440,20 @@ class RecipeStage(Stage):
         if self.recipe.dropout_at_targets:
             assert batch.loss_rows is not None
             self.dropout.at_rows(batch.loss_rows, batch.input_ids.shape)
-        if terms is None:
+        if terms is None and finds is None:
             return self.model.loss(batch, reduction="sum", z_loss=self.recipe.z_loss)
-        found = self.model.loss_terms(batch, self.recipe.z_loss)
-        assert batch.labels is not None
-        terms.add(found, batch.labels, weights)
-        return found.total
+        states = None
+        if finds is not None:
+            batch = self.model.encoded(batch)
+            states = self.model.states(batch)
+            finds.sums = find_loss(self.model, batch, states, finds.targets.to(self.world.device))
+        parts = self.model.loss_terms(
+            batch, self.recipe.z_loss, counts_text=terms is not None, states=states
+        )
+        if terms is not None:
+            assert batch.labels is not None
+            terms.add(parts, batch.labels, weights)
+        return parts.total
 
     def _by_task(
         self, step: Step, weights: Sequence[Tensor], total: Tensor

@@ -25,6 +25,7 @@ from nanomolmo2.data.inspect import Encode, read_record
 from nanomolmo2.data.loader import RowPlan
 from nanomolmo2.data.mixture import Mixture
 from nanomolmo2.data.packing import Waiting, join
+from nanomolmo2.data.photos import photos_of
 from nanomolmo2.generation.pipeline import Pipeline
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.processor import Encoded, Processor, collate
@@ -57,9 +58,20 @@ class ValidationRows:
     """
 
     def __init__(
-        self, sources: Sequence[Source], encode: Encode, rows: RowPlan, limits: RowLimits
+        self,
+        sources: Sequence[Source],
+        encode: Encode,
+        rows: RowPlan,
+        limits: RowLimits,
+        *,
+        photos: bool = False,
     ) -> None:
+        """
+        Args:
+            photos: records about one picture are measured together: it is seen once.
+        """
         self.source = Together(sources)
+        self.examples = Together(photos_of(sources)) if photos else self.source
         self.encode, self.rows, self.limits = encode, rows, limits
         self.bad, self.first_bad = Counter[str](), ""
         self._kept: list[Batch] | None = None
@@ -110,8 +122,8 @@ class ValidationRows:
 
     def _packed(self) -> Iterator[Encoded]:
         packer: Any = self.rows.packer()
-        for k, i in self.source.places:
-            source = self.source.sources[k]
+        for k, i in self.examples.places:
+            source = self.examples.sources[k]
             try:
                 encoded = read_record(source, i, self.encode, self.limits).encoded
                 if (labels_of(encoded) == IGNORED_LABEL).all():
@@ -173,7 +185,7 @@ class Validation:
         if recipe.validation is None:
             return None
         limits = RowLimits.of(processor, recipe.sequence_length, recipe.max_crops)
-        packed = ValidationRows(split.validation, encode, rows, limits)
+        packed = ValidationRows(split.validation, encode, rows, limits, photos=recipe.photos)
         history = History(recipe.validation.best, recipe.validation.patience, _key(recipe, split))
         return cls(recipe, packed, processor, history)
 

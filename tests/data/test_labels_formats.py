@@ -494,6 +494,10 @@ def table(folder: Path, text: str, **options: Any) -> tuple[list[dict[str, Any]]
             "image,label,x,y\na.png,Bolt,10,20\na.png,Bolt,30.5,40\n",
             {"points": [[10, 20], [30.5, 40]]},
         ),
+        (
+            "image,label,x,y,image_width,image_height\na.png,bolt,10,20,80,60\n",
+            {"points": [[10, 20]]},
+        ),
         ("\ufefffilename;class;X;Y\r\na.png;bolt;10,5;20\r\n", {"points": [[10.5, 20]]}),
         ("a.png\tbolt\t10\t20\n", {"points": [[10, 20]]}),
         ("a.png,10,20,30,40,bolt\n", {"points": [[20, 30]], "boxes": [[10, 20, 30, 40]]}),

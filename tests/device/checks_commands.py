@@ -19,7 +19,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 import nanomolmo2
 from nanomolmo2 import cli, demo
 from nanomolmo2.models import NanoMolmo2
+from nanomolmo2.things.find_model import find_processor
 from tests.device.simulated import DEVICE, NAME
+from tests.find_model import find_net
 from tests.small_model import small_model, small_processor
 
 ON = ("--device", NAME)
@@ -101,6 +103,24 @@ def test_ask(
     if "--json" in options:
         found, expected = (json.loads(text) | {"timings": 0} for text in (found, expected))
     assert found == expected
+
+
+def test_find(
+    picture: Path, run: Run, places: set[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("finds") / "model"
+    find_net().save_pretrained(folder, processor=find_processor())
+    find = ("find", picture, "--at", "20,20", "--model", folder, "--json")
+    found, said = run(*find, *ON)
+    assert places == {NAME} and said.startswith(f"on {NAME}:0, float32")
+    places.clear()
+    expected, _ = run(*find)
+    assert places == {"cpu"}
+    one, other = (json.loads(text) for text in (found, expected))
+    assert one["count"] and one["text"] == other["text"]
+    for name in ("x", "y", "confidence", "size"):
+        values = [[point[name] for point in report["points"]] for report in (one, other)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
 def test_info(saved: Path, run: Run) -> None:

@@ -58,6 +58,17 @@ def test_flat_json_and_a_table_that_names_its_measures(tmp_path: Path, says, cap
     assert "seconds" not in text and "time" not in text
 
 
+def test_data_may_be_named_by_an_option(tmp_path: Path, says, capsys) -> None:
+    path = write(tmp_path, {"question": "How many dogs?", "answer": "3"})
+    target = tmp_path / "scores.json"
+    for arguments in (["--data", str(path)], [str(path), "--data", str(path)]):
+        says("3", "3")
+        assert cli.main(["eval", *arguments, "--model", "tiny", "--json", str(target)]) == 0
+        assert json.loads(target.read_text())["count"] == 1
+    capsys.readouterr()
+    assert "expected data" in refused(capsys, code=2)
+
+
 def test_scorers_of_tasks(tmp_path: Path, says, capsys) -> None:
     path = write(
         tmp_path,
@@ -120,6 +131,7 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path: Path, says, capsys) -> Non
     bare = write(tmp_path, {"question": "Is it?"}, name="bare.jsonl")
     (tmp_path / "empty.jsonl").touch()
     says("Yes.")
+    capsys.readouterr()
     assert "expected data" in refused(capsys, code=2)
     assert "there is no nowhere.jsonl" in refused(capsys, "nowhere.jsonl")
     assert "or a benchmark (emoji" in refused(capsys, "chartqaa")

@@ -65,6 +65,47 @@ def test_counts(tmp_path: Path) -> None:
     assert (row.unreadable, row.questions, row.pictures) == (0.25, 4, 1)
 
 
+def test_points_and_counts_by_how_many_and_how_large(tmp_path: Path) -> None:
+    """200 x 100 pixels: two things of 20 px, one of 50 px, none."""
+    small, large = [[10, 40, 30, 60], [100, 40, 120, 60]], [[150, 0, 200, 50]]
+    path = write(
+        tmp_path,
+        {"question": "Point to the dogs.", "boxes": small},
+        {"question": "Point to the cats.", "boxes": large},
+        {"question": "Point to the birds.", "boxes": []},
+        {"question": "How many dogs are there?", "count": 2},
+        {"question": "How many cats are there?", "count": 1},
+    )
+    found = tag((100, 500), (550, 900)), tag((900, 250)), "Hm.", "4", "1"
+    report = evaluate(scripted(*found), path, batch_size=1, baselines=False, out=tmp_path / "out")
+    points, counts = (row.parts for row in report.rows)
+    assert points["all"]["f1"] == pytest.approx((0.5 + 1 + 0) / 3) == report.scores["point"]
+    assert points["all"]["precision"] == 2 / 3 and points["all"]["recall"] == 2 / 3
+    assert points["all"]["exact"] == pytest.approx(2 / 3)  # a wrong place, but the right number
+    assert points["all"]["mae"] == 0  # of those that say a number
+    assert {n: part["f1"] for n, part in points["by_count"].items()} == {
+        "0": 0,
+        "1": 1,
+        "2 to 5": 0.5,
+    }
+    assert {n: part["f1"] for n, part in points["by_size"].items()} == {
+        "16 to 31 px": 0.5,
+        "32 to 63 px": 1,
+    }
+    assert counts["by_count"]["2 to 5"]["mae"] == 2 and counts["by_count"]["1"]["exact"] == 1
+    assert counts["by_size"] == {} and "f1" not in counts["all"]
+    lines = [line.split("|")[1:5] for line in report.part_table().splitlines()[2:]]
+    assert [[cell.strip() for cell in line[:3]] for line in lines] == [
+        ["point", "all", "3"],
+        *(["point", "0", "1"], ["point", "1", "1"], ["point", "2 to 5", "1"]),
+        *(["point", "16 to 31 px", "1"], ["point", "32 to 63 px", "1"]),
+        *(["count", "all", "2"], ["count", "1", "1"], ["count", "2 to 5", "1"]),
+    ]
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert saved["tasks"]["point"]["by_size"]["16 to 31 px"]["questions"] == 1
+    assert report.part_table() in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_points_in_boxes_beside_the_question(tmp_path: Path) -> None:
     """200 x 100 pixels: (100, 500) thousandths are pixel (20, 50)."""
     boxes = [[10, 40, 30, 60], [150, 0, 200, 50]]

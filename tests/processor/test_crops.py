@@ -362,6 +362,20 @@ def test_a_frame_is_made_as_an_overview_is():
     assert (SMALL.frame(picture) == SMALL(picture)["pixel_values"][0]).all()
 
 
+@pytest.mark.parametrize(("width", "height"), [(56, 56), (200, 80), (90, 170)])
+def test_tiles_are_what_comes_behind_the_overview(width, height):
+    image = noise(width, height)
+    cut = SMALL(image)
+    low_rows, low_cols, *grid = cut["image_grid"].tolist()
+    tiles, windows, found = SMALL.tiles(image)
+    assert np.array_equal(tiles, cut["pixel_values"][1:])
+    assert list(found) == grid
+    behind = cut["image_token_pooling"][low_rows * low_cols :]
+    assert (behind >= 0).any() and len(windows) == len(behind)
+    assert np.array_equal(windows[behind >= 0], behind[behind >= 0] - SMALL.num_patches)
+    assert (windows[behind < 0] == -1).all()
+
+
 def test_pooling_windows():
     windows, rows, cols = pool_windows(np.arange(6).reshape(2, 3), 2)
     assert (rows, cols) == (1, 2)

@@ -27,6 +27,7 @@ TINY = {
         "system": True,
     },
 }
+FINDS = {"id": "finds", "abilities": {**TINY["abilities"], "find": True}}  # type: ignore[dict-item]
 LARGE = {"id": "large", "abilities": {**TINY["abilities"], "max_crops": 8}}  # type: ignore[dict-item]
 Event = tuple[str, dict[str, Any]]
 
@@ -45,9 +46,9 @@ class Scripted:
     Attributes:
         answer: from a request's body to the events of its answer; may raise `Refused`, and may wait
             between events.
-        attention: from a request's body to the answer of /v1/attention.
-        asked: bodies of /v1/query so far, looked: of /v1/attention. headers: of the last
-            request, names in small letters.
+        attention: from a request's body to the answer of /v1/attention, find: of /v1/find.
+        asked: bodies of /v1/query so far, looked: of /v1/attention, sought: of /v1/find. headers:
+            of the last request, names in small letters.
         left: set when a client left before its answer was complete.
         key: what requests must bring as their API key; None = nothing.
     """
@@ -55,9 +56,11 @@ class Scripted:
     def __init__(self) -> None:
         self.answer: Callable[[dict[str, Any]], Iterable[Event]] = lambda body: written("Hello.")
         self.attention: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: {}
+        self.find: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: {}
         self.models: list[dict[str, Any]] = [TINY, LARGE]
         self.asked: list[dict[str, Any]] = []
         self.looked: list[dict[str, Any]] = []
+        self.sought: list[dict[str, Any]] = []
         self.headers: dict[str, str] = {}
         self.left = threading.Event()
         self.key: str | None = None
@@ -149,6 +152,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/attention":
             self.script.looked.append(body)
             self.guarded(lambda: self.send_json(self.script.attention(body)))
+        elif self.path == "/v1/find":
+            self.script.sought.append(body)
+            self.guarded(lambda: self.send_json(self.script.find(body)))
         else:
             self.script.asked.append(body)
             self.guarded(lambda: self.stream(body))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 
 import nanomolmo2
 from scripts.page_screenshots import (
@@ -15,15 +16,21 @@ from scripts.page_screenshots import (
     answered,
     ask,
     centres,
+    found,
     give,
     missing,
     opened,
     real_server,
+    show_one,
     start_example,
 )
+from tests.serve.conftest import running
+from tests.serve.finder import Finder
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
+
+    from nanomolmo2.generation.vlm import VLM
 
 if reason := missing():
     pytest.skip(reason, allow_module_level=True)
@@ -116,6 +123,58 @@ def test_a_stopped_answer_is_followed_by_another(page: Page) -> None:
     network.send("Network.emulateNetworkConditions", {**late, "latency": 0})
     ask(page, "Is there a dog?")
     assert page.inner_text(".turn:last-child .said") == "No."
+
+
+def test_a_click_finds_the_rest(
+    browser: Browser, vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the pixel that is clicked to the model, and back to the pixels of the things."""
+    finder = Finder([(48.0, 24.0, 0.97), (96.0, 24.0, 0.4), (144.0, 96.0, 0.75)])
+    monkeypatch.setattr(vlm, "find", finder.find)
+    monkeypatch.setattr("nanomolmo2.serve.openai.finds", lambda vlm: True)
+    with running(vlm) as server, opened(browser, f"{server.url}/") as page:
+        page.click("#mode-find")
+        give(page, DEMO / "scene.png")
+        show_one(page, 50, 20)
+        page.wait_for_selector(".marker.thing")
+        found(page)
+        (call,) = finder.calls
+        assert call["image"].size == (192, 192) and call["min_confidence"] == 0.05
+        assert call["like"] == [(pytest.approx(50, abs=0.5), pytest.approx(20, abs=0.5))]
+        places = [(192 * x, 192 * y) for x, y in centres(page)]
+        assert places == [pytest.approx((48, 24), abs=0.5), pytest.approx((144, 96), abs=0.5)]
+        page.click(".marker.thing")
+        page.wait_for_selector(".marker.wrong")
+        found(page)
+        assert finder.calls[1]["unlike"] == [(144.0, 96.0)]
+        assert page.inner_text("#find-result h2") == "1 thing found"
+        # What the server refuses is said as it says it.
+        finder.error = ValueError("the example lies outside of the picture")
+        show_one(page, 150, 150)
+        page.wait_for_selector("#find-error:visible")
+        assert page.inner_text("#find-error-text") == "the example lies outside of the picture"
+
+
+def test_a_turned_photograph_has_its_places_where_they_are_seen(
+    browser: Browser, vlm: VLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A camera held upright stores 200 x 120 pixels and says to turn them: 120 x 200 are seen."""
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the orientation
+    Image.new("RGB", (200, 120), "white").save(tmp_path / "upright.jpg", exif=turned)
+    finder = Finder([(30.0, 150.0, 0.9)])
+    monkeypatch.setattr(vlm, "find", finder.find)
+    monkeypatch.setattr("nanomolmo2.serve.openai.finds", lambda vlm: True)
+    with running(vlm) as server, opened(browser, f"{server.url}/") as page:
+        page.click("#mode-find")
+        give(page, tmp_path / "upright.jpg")
+        show_one(page, 30, 150)
+        page.wait_for_selector(".marker.meant")
+        found(page)
+        (call,) = finder.calls
+        assert call["image"].size == (120, 200)
+        assert call["like"] == [(pytest.approx(30, abs=0.5), pytest.approx(150, abs=0.5))]
+        assert centres(page) == [(pytest.approx(0.25, abs=0.01), pytest.approx(0.75, abs=0.01))]
 
 
 @pytest.mark.parametrize("name", SHOTS)

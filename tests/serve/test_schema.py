@@ -51,6 +51,7 @@ def test_the_schema_has_all_routes() -> None:
         "POST /v1/caption",
         "POST /v1/chat/completions",
         "POST /v1/count",
+        "POST /v1/find",
         "POST /v1/point",
         "POST /v1/query",
         "POST /v1/responses",

@@ -6,17 +6,22 @@ import dataclasses
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
+from PIL import Image
 
 from nanomolmo2.convert import export_molmo2
 from nanomolmo2.convert.pretrained import check_agreement, load
 from nanomolmo2.data.sources import open_source
+from nanomolmo2.generation.finding import Found, find_in
+from nanomolmo2.generation.pipeline import Pipeline
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.processor import Processor, Tokenizer
 from nanomolmo2.recipes import smoke
 from nanomolmo2.recipes.molmo2 import adamw
+from nanomolmo2.things.find_model import CONFIG, find_processor
 from nanomolmo2.training.lora import LoraConfig
 from nanomolmo2.training.new_words import (
     MOST_WORDS,
@@ -331,3 +336,52 @@ def test_processors_with_new_words_are_read_back(tmp_path: Path) -> None:
     again = Processor.load(tmp_path)
     assert again.tokenizer.special_ids == processor.tokenizer.special_ids
     assert pieces(again.tokenizer, QUESTION)[2] == "walnut"
+
+
+# ---- a vocabulary that spells in pairs of letters, of a model that selects points and finds ----
+
+
+@pytest.mark.parametrize(
+    ("text", "spelled"),
+    [
+        ("How many walnuts are there?", ["walnuts"]),
+        ("Point to the hex nuts.", ["hex", "nuts"]),
+        ("Is there an ox or a penny?", ["ox", "penny"]),
+        ("How many dogs are there? Point to everything like it.", []),
+        (
+            "Where are the \u0444\u0438\u0448\u043a\u0430 and the Walnu\u00df?",
+            ["\u0444\u0438\u0448\u043a\u0430", "Walnu\u00df"],
+        ),
+    ],
+)
+def test_words_in_pairs_of_letters_are_spelled_too(text: str, spelled: list[str]) -> None:
+    """They were taken for words that the model has, and never became tokens."""
+    assert list(spelled_words(text, find_processor().tokenizer)) == spelled
+
+
+def test_a_model_that_finds_takes_any_number_of_words(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, processor = NanoMolmo2(CONFIG), find_processor()
+    words = [f"{a}{b}ute" for a in "bdfghkl" for b in "aeiouyr"]  # more than are reserved
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (192, 192, 3), np.uint8))
+    content = [{"type": "text", "text": "Like"}, {"type": "point", "x": 40.0, "y": 60.0}]
+
+    def found(vlm: Pipeline) -> list[list[Found]]:
+        encoded = vlm.processor.encode([{"role": "user", "content": content}], [image])
+        return find_in(vlm.model, encoded)
+
+    before = found(Pipeline(model, processor))
+    grown, more = add_new_words(model, processor, words)
+    added = grown.config.llm_config.vocab_size - CONFIG.llm_config.vocab_size
+    assert 0 < added < len(words)
+    ids = [more.tokenizer.encode_text(word) for word in words]
+    assert all(len(one) == 1 for one in ids) and len(set(ids)) == len(words)
+    rule, old = grown.config.point_config, CONFIG.point_config
+    assert rule is not None and old is not None
+    assert rule.marker_ids == tuple(id + added for id in old.marker_ids)
+    assert rule.finder_dim == old.finder_dim
+    grown.save_pretrained(tmp_path / "model", processor=more)
+    again = Pipeline(tmp_path / "model", device="cpu")
+    for one, other in zip(before[0], found(again)[0], strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
+    assert again.ask(image, f"Point to the {words[-1]}.", max_new_tokens=4).input_tokens > 0

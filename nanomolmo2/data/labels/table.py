@@ -102,11 +102,12 @@ def _rows(text: str, path: Path) -> list[tuple[int, dict[str, str]]]:
     if not lines:
         raise ValueError(f"{path} is empty: expected lines such as image,label,x,y")
     columns = _columns(lines[0][1])
-    if "image" in columns:
+    names = [name.lower() for name in lines[0][1]] if "image" in columns else []
+    if names:
         lines = lines[1:]
     else:
         columns = _columns_by_kind(lines, path)
-    _check(columns, path)
+    _check(columns, names, path)
     decimal_comma = separator != ","
     return [
         (
@@ -171,10 +172,10 @@ def _columns_by_kind(lines: list[tuple[int, list[str]]], path: Path) -> dict[str
     return {"image": 0, **dict(zip(names, [*places, *texts], strict=True))}
 
 
-def _check(columns: Mapping[str, int], path: Path) -> None:
+def _check(columns: Mapping[str, int], names: Sequence[str], path: Path) -> None:
     """That something is said of the pictures, and in one way."""
     said = {"caption", "answer", "label"} & columns.keys()
-    if {"x", "y", "width", "height"} <= columns.keys() and "w" not in columns:
+    if {"x", "y", "width", "height"} <= {*names} and "w" not in columns:
         raise ValueError(
             f"{path} has the columns x, y, width and height: call them x, y, w and h if they are a "
             f"box, or image_width and image_height if they are the picture's"

@@ -61,6 +61,11 @@ export async function attention(body, signal) {
   return (await request("v1/attention", { body, signal })).json();
 }
 
+/** Everything like some places: the answer of /v1/find. */
+export async function findLike(body, signal) {
+  return (await request("v1/find", { body, signal })).json();
+}
+
 /**
  * Asks, and calls `onText` and `onPoint` as the answer is written. Returns the whole answer.
  * Throws ServerError, and AbortError where `signal` stops it.

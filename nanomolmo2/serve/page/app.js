@@ -9,6 +9,7 @@ import { spoken, textUpTo } from "./answer.js";
 import { ask, attention, examples, models } from "./api.js";
 import { Conversation } from "./chat.js";
 import { announce, byId, counted, element, toast } from "./dom.js";
+import { Finder } from "./find.js";
 import { keepChat, listenForHistory, reopened } from "./history.js";
 import { dataURL, fetchFile, filesOf, readMedium, release, takePicture } from "./media.js";
 import { asCSV, asJSON, copy, download, overlay } from "./save.js";
@@ -21,6 +22,7 @@ let chat = newChat();
 let shownTurn = null; // the turn whose points are on the pictures
 let stopping = null; // of the answer that is being written
 let looking = null; // of the heat map that is being made
+let finding = false; // by example, in place of asking
 
 const settings = new Settings(() => showModel());
 const stage = new Stage({
@@ -38,6 +40,8 @@ const conversation = new Conversation({
   save: savePictures,
   again: askAgain,
 });
+
+const finder = new Finder(stage, settings, { answered: learnAbilities, locked: askForKey });
 
 function newChat() {
   return {
@@ -58,21 +62,44 @@ function allMedia() {
 
 function show() {
   const media = allMedia();
-  const started = media.length > 0 || chat.turns.length > 0;
+  const started = media.length > 0 || (chat.turns.length > 0 && !finding);
   byId("welcome").hidden = started;
-  byId("intro").hidden = chat.turns.length > 0;
+  byId("intro").hidden = finding || chat.turns.length > 0;
   byId("canvas").hidden = byId("stage-bar").hidden = !media.length;
   document.body.classList.toggle("started", started);
   byId("add-more").hidden = chat.readOnly || media.some(({ kind }) => kind === "video");
-  byId("composer").hidden = chat.readOnly;
+  byId("composer").hidden = finding || chat.readOnly;
   byId("readonly").hidden = !chat.readOnly;
   byId("undo").hidden = !chat.turns.length || stopping !== null;
   byId("stop").hidden = stopping === null;
   byId("send").hidden = stopping !== null;
+  showModes();
+  if (finding) return finder.show(media);
   stage.show(media, chat.readOnly ? media.length : media.length - chat.waiting.length);
   conversation.show(chat, shownTurn);
   showPoints();
   showSuggestions(media);
+}
+
+/** The switch between asking and finding, for models that find. What is not loaded yet may. */
+function showModes() {
+  const { model } = settings;
+  byId("modes").hidden = chat.readOnly || !model || (model.abilities && !model.abilities.find);
+  byId("mode-ask").setAttribute("aria-pressed", String(!finding));
+  byId("mode-find").setAttribute("aria-pressed", String(finding));
+  byId("finder").hidden = !finding;
+  byId("turns").hidden = finding;
+  byId("chat").setAttribute("aria-label", finding ? "Finding" : "Conversation");
+  byId("skip").textContent = finding ? "Skip to what was found" : "Skip to the question";
+  byId("skip").setAttribute("href", finding ? "#finder" : "#question");
+  document.body.classList.toggle("finding", finding);
+}
+
+function setMode(finds) {
+  if (finds === finding) return;
+  if (!finds) finder.hide();
+  finding = finds;
+  show();
 }
 
 function showPoints() {
@@ -102,6 +129,8 @@ function highlight(turn, index) {
 
 function showModel() {
   byId("model-name").textContent = settings.model?.id ?? "no model";
+  showModes();
+  if (byId("modes").hidden) setMode(false);
   const media = allMedia();
   if (media.length) showSuggestions(media);
 }
@@ -154,9 +183,10 @@ function addMedia(media) {
     });
     return;
   }
-  const goesOn = chat.turns.length > 0;
+  const goesOn = chat.turns.length > 0 && !finding;
   chat.waiting.push(...media);
   show();
+  if (finding) finder.choose(media.at(-1));
   announce(`${counted(media.length, media[0].kind)} added.`);
   if (goesOn) {
     toast("Added to this chat.", {
@@ -247,12 +277,7 @@ async function writeAnswer(turn) {
     turn.state = "done";
     takeSizes(turn.answer);
     keepChat(own);
-    // What a model can do is known once it is loaded.
-    if (!settings.model?.abilities)
-      models().then(
-        (found) => settings.setModels(found),
-        () => {},
-      );
+    learnAbilities();
     const marks = turn.points.length
       ? ` ${counted(turn.points.length, "point")} on the picture.`
       : "";
@@ -261,12 +286,22 @@ async function writeAnswer(turn) {
     turn.state = error.name === "AbortError" ? "stopped" : "error";
     turn.error = error.message;
     if (error.name === "AbortError") announce("Stopped.");
-    else if (error.status === 401)
-      toast("The server asks for a key.", { label: "Enter the key", run: () => settings.open() });
+    else if (error.status === 401) askForKey();
   } finally {
     if (stopping === controller) stopping = null;
     if (chat === own) show();
   }
+}
+
+/** What a model can do is known once it is loaded. */
+async function learnAbilities() {
+  if (settings.model?.abilities) return;
+  const found = await models().catch(() => null);
+  if (found) settings.setModels(found);
+}
+
+function askForKey() {
+  toast("The server asks for a key.", { label: "Enter the key", run: () => settings.open() });
 }
 
 /** What the server is asked: this question alone, or with the turns before it. */
@@ -336,6 +371,7 @@ function startOver(kept = []) {
   stop();
   stopping = null;
   const left = allMedia().filter((medium) => !kept.includes(medium));
+  finder.clear();
   chat = newChat();
   shownTurn = null;
   byId("toast").hidden = true; // what it offers is about the chat that ends
@@ -392,6 +428,7 @@ async function savePictures(turn) {
 /** Shows a chat of before, to read. */
 function reopen(kept) {
   startOver();
+  setMode(false);
   chat = reopened(kept);
   shownTurn = chat.turns.at(-1);
   show();
@@ -428,6 +465,8 @@ function listen() {
     event.preventDefault();
     submit();
   });
+  click("mode-ask", () => setMode(false));
+  click("mode-find", () => setMode(true));
   click("stop", stop);
   click("undo", undo);
   click("new-chat", () => {
@@ -454,6 +493,7 @@ function listen() {
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
     if (stopping) stop();
+    else if (finding) finder.cancel();
     else if (stage.selected !== null) selectPoint(shownTurn, null);
     else byId("toast").hidden = true;
   });
@@ -514,8 +554,7 @@ async function connect() {
     await showExamples();
   } catch (error) {
     settings.setModels([]);
-    if (error.status === 401)
-      toast("The server asks for a key.", { label: "Enter the key", run: () => settings.open() });
+    if (error.status === 401) askForKey();
     else toast(error.message);
   }
 }

@@ -10,13 +10,13 @@ export function asJSON(turn) {
 }
 
 /** One line a point under a line of names, after RFC 4180. */
-export function asCSV(points) {
+export function asCSV(points, columns = COLUMNS) {
   const cell = (value) => {
     const text = String(value ?? "");
     return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
-  const rows = points.map((point) => COLUMNS.map((name) => cell(point[name])).join(","));
-  return [COLUMNS.join(","), ...rows].join("\r\n") + "\r\n";
+  const rows = points.map((point) => columns.map((name) => cell(point[name])).join(","));
+  return [columns.join(","), ...rows].join("\r\n") + "\r\n";
 }
 
 /** Puts a text on the clipboard. Throws where the browser does not allow it. */
@@ -42,15 +42,15 @@ export function download(blob, name) {
 
 /**
  * A PNG of what can be drawn, in its own pixels, with points on it. Sizes follow the picture's, as
- * of those that the command line draws.
+ * of those that the command line draws; `most` pixels from the middle of a disc to its edge.
  */
-export async function overlay(source, width, height, points, all) {
+export async function overlay(source, width, height, points, all, most = Infinity) {
   const canvas = document.createElement("canvas");
   canvas.width = width;
   canvas.height = height;
   const pen = canvas.getContext("2d");
   pen.drawImage(source, 0, 0, width, height);
-  const radius = Math.max(7, Math.sqrt(width * height) / 40);
+  const radius = Math.max(5, Math.min(most, Math.max(7, Math.sqrt(width * height) / 40)));
   const colour = colouring(all);
   pen.textAlign = "center";
   pen.textBaseline = "middle";

@@ -1,0 +1,226 @@
+"""What each idea in the recipe of finding is worth: short runs, each without one of them.
+
+Every run has the steps, the number of pictures and the seed of the baseline, begins with the
+weights that the recipe begins with, and is asked about the same pictures of the fixed sets, a click
+each. The budget is small, so differences are of how fast something is learned, not of where it
+ends; one that is smaller than the intervals beside it has not been shown.
+
+
+    python -m benchmarks.finding --drawings DRAWINGS           # all; goes on where it stopped
+    python -m benchmarks.finding --runs baseline no-crops      # these only
+    python -m benchmarks.finding --page docs/find.md           # puts the table between its marks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from benchmarks.harness import write_json
+from benchmarks.report import put_into
+from nanomolmo2.evaluation import breakdown
+from nanomolmo2.evaluation.finding import click, outcomes, summarize, written
+from nanomolmo2.evaluation.report import markdown_table
+from nanomolmo2.generation.vlm import VLM
+from nanomolmo2.things.find_model import FindModel
+from nanomolmo2.things.find_sets import open_set
+from nanomolmo2.things.find_stage import FindPlan, FindStage
+from nanomolmo2.things.match_model import CROPS
+from nanomolmo2.things.match_stage import MatchPlan
+from nanomolmo2.things.settings import ThingScene
+from nanomolmo2.things.source import ThingsConfig
+from nanomolmo2.things.train import (
+    ANSWERS_FOLDER,
+    MATCH_FILE,
+    MATCH_FOLDER,
+    POINT,
+    train_match,
+    with_drawings,
+)
+from nanomolmo2.training.loop import LoopConfig, run
+
+SEED = 0
+RESULT = "result.json"
+FIGURES = {"f1": "point F1", "exact": "exact"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything.
+
+    Attributes:
+        match, point: steps of these stages.
+        pictures: of each set that is asked about.
+        sets: which.
+        small: steps of two pictures, to see whether it runs.
+    """
+
+    match: int = 200
+    point: int = 200
+    pictures: int = 60
+    sets: tuple[str, ...] = ("few", "alike", "crowded", "photos")
+    small: bool = False
+
+
+SHORT = Budget(match=2, point=2, pictures=1, sets=("few",), small=True)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A run that differs from the baseline in one thing.
+
+    Attributes:
+        scene: how its scenes of training look, made of the recipe's.
+        max_crops: most tiles of a picture, in training and when it is asked.
+        matches: whether the stage `match` comes before.
+        finder: weight of what is found all at once, beside the lists that are written.
+        writes: it is asked to write lists, token by token.
+    """
+
+    title: str
+    scene: Callable[[ThingScene], ThingScene] = lambda scene: scene
+    max_crops: int = CROPS.max_crops
+    matches: bool = True
+    finder: float = POINT.finder
+    writes: bool = False
+
+
+VARIANTS: dict[str, Variant] = {
+    "baseline": Variant("the recipe, at this budget"),
+    "no-look-alikes": Variant(
+        "no look-alikes, no cousins among the others",
+        lambda scene: replace(scene, alike=0.0, cousins=0.0),
+    ),
+    "drawings-only": Variant(
+        "no procedural things, drawings only", lambda scene: replace(scene, made=0.0)
+    ),
+    "made-only": Variant(
+        "no drawings, procedural things only", lambda scene: replace(scene, made=1.0)
+    ),
+    "no-crops": Variant("an overview and one tile, no further crops", max_crops=1),
+    "no-match": Variant("without the stage match before", matches=False),
+    "written": Variant(
+        "lists written token by token, nothing found at once", finder=0.0, writes=True
+    ),
+}
+
+
+def match_plan(variant: Variant, budget: Budget, drawings: str) -> MatchPlan:
+    """The stage `match` of a run."""
+    plan = MatchPlan(steps=budget.match, scored=min(budget.pictures, 20))
+    if budget.small:
+        plan = replace(plan, things=2, emoji=2)
+    return replace(plan, source=source_of(plan.source, variant, drawings))
+
+
+def point_plan(variant: Variant, budget: Budget, drawings: str) -> FindPlan:
+    """The stage `point` of a run."""
+    source = source_of(POINT.source, variant, drawings)
+    plan = replace(POINT, steps=budget.point, source=source, finder=variant.finder, scored=0)
+    return replace(plan, pictures=2, emoji=2, capacity=60) if budget.small else plan
+
+
+def source_of(source: ThingsConfig, variant: Variant, drawings: str) -> ThingsConfig:
+    found = with_drawings(source, drawings)
+    return replace(found, scene=variant.scene(found.scene))
+
+
+def learn(folder: Path, variant: Variant, budget: Budget, drawings: str, workers: int) -> VLM:
+    """Train a run, or go on with it."""
+    config = LoopConfig(workers=workers, quiet=True)
+    if variant.matches and not (folder / MATCH_FILE).is_file():
+        plan = match_plan(variant, budget, drawings)
+        train_match(folder, SEED, plan, config, (folder / MATCH_FOLDER).exists())
+    find = FindModel(SEED)
+    find.start_from_tiny(load_file(folder / MATCH_FILE) if variant.matches else None)
+    crops = replace(CROPS, max_crops=variant.max_crops)
+    find.processor = find.processor.with_settings(multicrop=crops)
+    find.accelerate()
+    stage = FindStage(find, SEED, point_plan(variant, budget, drawings))
+    answers = folder / ANSWERS_FOLDER
+    run(find, [stage], answers, config, resume=answers.exists())
+    return VLM(find.model.eval(), find.processor)
+
+
+def ask(vlm: VLM, variant: Variant, budget: Budget) -> dict[str, Any]:
+    """Figures of each set, see `breakdown.figures`."""
+
+    def clicked(vlm: VLM, case: Any) -> Any:
+        return click(vlm, case, variant.max_crops)
+
+    found = {}
+    for name in budget.sets:
+        cases = open_set(name, budget.pictures)
+        answers = list(outcomes(vlm, cases, written if variant.writes else clicked))
+        found[name] = summarize(name, variant.title, answers).figures
+    return found
+
+
+def measure(
+    out: Path, names: Sequence[str], budget: Budget, drawings: str = "", workers: int = 1
+) -> dict[str, Any]:
+    """Results of the runs by name; what is in the folder is not done again."""
+    results = {}
+    for name in names:
+        path = out / name / RESULT
+        if not path.is_file():
+            start = time.monotonic()
+            (out / name).mkdir(parents=True, exist_ok=True)
+            vlm = learn(out / name, VARIANTS[name], budget, drawings, workers)
+            sets = ask(vlm, VARIANTS[name], budget)
+            vlm.close()
+            minutes = round((time.monotonic() - start) / 60, 1)
+            write_json(path, {"run": name, "minutes": minutes, "sets": sets})
+        results[name] = json.loads(path.read_text(encoding="utf-8"))
+        print(f"{name}: {results[name]['minutes']} minutes", file=sys.stderr, flush=True)
+    return results
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """A line a run: F1 and exact counts of each set, with their intervals."""
+    sets = list(next(iter(results.values()))["sets"])
+    head = ["run", "", *(f"{name}: {title}" for name in sets for title in FIGURES.values())]
+    lines = [
+        [
+            name,
+            VARIANTS[name].title,
+            *(breakdown.cell(result["sets"][s], figure) for s in sets for figure in FIGURES),
+        ]
+        for name, result in results.items()
+    ]
+    return markdown_table(head, lines, left=2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.finding", description=(__doc__ or "").split("\n", 1)[0]
+    )
+    add = parser.add_argument
+    add("--runs", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="RUN")
+    add("--out", type=Path, default=Path("runs/find-ablations"), metavar="DIR")
+    add("--drawings", default="", metavar="DIR", help="to train on; without it those of emoji")
+    add("--match", type=int, default=Budget.match, metavar="STEPS", help="of the stage match")
+    add("--point", type=int, default=Budget.point, metavar="STEPS", help="of the stage point")
+    add("--pictures", type=int, default=Budget.pictures, metavar="N", help="of each set")
+    add("--workers", type=int, default=1, metavar="N", help="processes that draw scenes")
+    add("--short", action="store_true", help="two steps of each: does it work?")
+    add("--page", type=Path, metavar="FILE", help="put the table between the marks of this page")
+    given = parser.parse_args(arguments)
+    budget = Budget(given.match, given.point, given.pictures)
+    budget = SHORT if given.short else budget
+    found = table(measure(given.out, given.runs, budget, given.drawings, given.workers))
+    print(found)
+    if given.page is not None:
+        put_into(given.page, found)
+
+
+if __name__ == "__main__":
+    main()

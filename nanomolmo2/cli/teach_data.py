@@ -1,0 +1,181 @@
+"""``nanomolmo2 teach --data``: a word, and others, from annotated photos."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanomolmo2.cli.loading import load_pipeline, precision
+from nanomolmo2.cli.options import UsageError
+from nanomolmo2.cli.output import note, progress_bars, say
+
+if TYPE_CHECKING:
+    from nanomolmo2.data.example import Source
+    from nanomolmo2.evaluation.summary import Report
+    from nanomolmo2.generation.pipeline import Pipeline
+    from nanomolmo2.generation.words import Words
+
+RUN, PAGE = "run", "report.html"  # in the folder that is written
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is learned from annotated photos, and where it goes.
+
+    Attributes:
+        forms: of the word, as it is compared.
+        words: taught by examples, to be told of beside; None: none.
+        share: of the photos that is held out. minutes: how long it may take.
+    """
+
+    out: Path
+    model: str
+    data: tuple[str, ...]
+    pictures: Path | None
+    forms: tuple[str, ...]
+    words: Words | None
+    share: float
+    minutes: float
+    device: str | None
+    cache_dir: Path
+
+    def check(self) -> None:
+        """Raises: UsageError for a folder that holds other things, and for data without records."""
+        if self.out.is_file():
+            raise UsageError(f"{self.out} is a file: name a folder to write")
+        names = sorted(os.listdir(self.out)) if self.out.is_dir() else []
+        if others := [name for name in names if name != RUN]:
+            raise UsageError(
+                f"{self.out} is not empty, it holds {others[0][:80]}: name a new or empty folder"
+            )
+
+    def run(self) -> None:
+        """Train, measure on the photos that were held out, and write the model and the page."""
+        from nanomolmo2.cli.train import Train
+        from nanomolmo2.training.loop import Stopped
+
+        self._say_labels()
+        run = self.out / RUN
+        options: dict[str, Any] = {"val_share": self.share, "val_limit": 0}
+        train = Train(
+            recipe="",
+            data=self.data,
+            pictures=self.pictures,
+            model=self.model,
+            minutes=self.minutes,
+            out=run,
+            resume=run.is_dir(),
+            device=self.device,
+            cache_dir=self.cache_dir,
+            **options,
+        )
+        train.check()
+        try:
+            train.train_into(run)
+        except Stopped as stopped:
+            note(f"nanomolmo2: {stopped}; the same command goes on")
+            raise SystemExit(stopped.code) from None
+        pipeline = load_pipeline(
+            str(run / "model"), self.cache_dir, **precision(None, None, self.device)
+        )
+        sources = held_out(run)
+        report = self._measured(pipeline, sources)
+        self._write(run, report, sources, pipeline.words)
+
+    def _say_labels(self) -> None:
+        """Say it where the data never point to the word."""
+        from nanomolmo2.data.sources import SourceConfig, open_source
+        from nanomolmo2.generation.words import key_of
+
+        folder = str(self.pictures or "")
+        sources = [open_source(SourceConfig(path, image_folder=folder)) for path in self.data]
+        labels = pointed_labels(sources)
+        if labels and not {key_of(label) for label in labels} & set(self.forms):
+            found = ", ".join(list(labels)[:8])
+            note(
+                f"warning: nothing in {', '.join(self.data)} points to {self.forms[-1]}: its "
+                f"labels are {found}"
+            )
+
+    def _measured(self, pipeline: Pipeline, sources: Sequence[Source]) -> Report:
+        """The answers about what was held out: the model's own, or those by examples where they
+        are better, which it then keeps.
+        """
+        from nanomolmo2.evaluation import evaluate
+
+        with progress_bars() as bar:
+            report = evaluate(pipeline, [*sources], baselines=True, on_progress=bar("held out"))
+            if self.words is None:
+                return report
+            pipeline.words = self.words
+            other = evaluate(pipeline, [*sources], baselines=True, on_progress=bar("by example"))
+        own, by_example = mean_score(report), mean_score(other)
+        better = by_example > own
+        say(
+            f"mean score on the photos held out: {own:.3f} as learned, {by_example:.3f} by "
+            f"example; {'examples are' if better else 'what was learned is'} kept"
+        )
+        if not better:
+            pipeline.words = None
+        return other if better else report
+
+    def _write(
+        self, run: Path, report: Report, sources: Sequence[Source], words: Words | None
+    ) -> None:
+        from nanomolmo2.evaluation.every_answer import write_every_answer
+
+        about = {"data": ", ".join(self.data), "model": self.model, "held out": f"{self.share:.0%}"}
+        write_every_answer(
+            self.out / PAGE, report, sources, title="What the model says now", about=about
+        )
+        if words is not None:
+            words.save(self.out)
+        names = sorted(os.listdir(run / "model"), key=lambda name: name == "config.json")
+        for name in names:  # the last one makes a model of them
+            os.replace(run / "model" / name, self.out / name)
+        (run / "model").rmdir()
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        say(report.table())
+        quoted = shlex.quote(str(self.out))
+        say(
+            f"wrote {self.out}, and {self.out / PAGE} with every picture that was held out; try it "
+            f'with: nanomolmo2 ask PICTURE "How many {self.forms[0]} are there?" --model {quoted}'
+        )
+
+
+def held_out(run: Path) -> list[Source]:
+    """What a run did not learn from."""
+    from nanomolmo2.training.recipe import Recipe
+    from nanomolmo2.training.run_folder import RECIPE_FILE
+    from nanomolmo2.training.split import open_split, read_split
+
+    recipe = Recipe.load(run / RECIPE_FILE)
+    return open_split(recipe, read_split(run, recipe)).validation
+
+
+def pointed_labels(sources: Sequence[Source]) -> dict[str, int]:
+    """What the records of some sources point to, and how often."""
+    from nanomolmo2.data.preflight import some_rows
+    from nanomolmo2.data.sources import RecordSource
+
+    found: dict[str, int] = {}
+    for source in sources:
+        for row in some_rows(source) if isinstance(source, RecordSource) else ():
+            branches = row.values.get("branches")
+            for branch in branches if isinstance(branches, list) else [row.values]:
+                answer = branch.get("answer") if isinstance(branch, Mapping) else None
+                pointing = answer if isinstance(answer, Mapping) else branch
+                label = pointing.get("label") if isinstance(pointing, Mapping) else None
+                if isinstance(label, str) and pointing.get("points"):
+                    found[label] = found.get(label, 0) + 1
+    return found
+
+
+def mean_score(report: Report) -> float:
+    """Of all tasks alike."""
+    return sum(report.scores.values()) / len(report.scores)

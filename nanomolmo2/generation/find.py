@@ -1,0 +1,399 @@
+"""Find by example: places on things in a picture in, an `Answer` with everything like them out.
+
+The question is written as people ask it, and as the model learned it:
+
+    Point to everything like <point>, <point> and <point>, not like <point>.
+    Point to everything like <point> in the second picture.         examples lie in a reference
+
+`finding.find_in` says how likely what is meant is at which place; here is chosen, numbered and
+checked.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from nanomolmo2.generation import finding
+from nanomolmo2.generation.answer import Answer, Shown, coords_of
+from nanomolmo2.generation.finding import Found
+from nanomolmo2.generation.prefix_cache import PrefixCache
+from nanomolmo2.generation.question import Images, Question, as_list, read_question
+from nanomolmo2.models import NanoMolmo2
+from nanomolmo2.processor import Encoded, Message, Point, Processor, load_image
+from nanomolmo2.processor.points import NOTHING_THERE
+
+LABEL = "thing"  # what all that is found is called
+LEARNED = 60  # things of a kind that a picture of the training had at most
+BARE = 0.3  # a place that no candidate of this confidence holds is bare ground
+# A thing's size and its middle are guesses: a place that is so near to the middle lies on it.
+_NEAR_SIZES, _NEAR_PATCHES = 0.75, 1.25
+
+Place = Point | Sequence[float]  # (x, y), or (x, y, number of the picture in the prompt)
+Size = tuple[int, int]  # (width, height), pixels
+
+
+class Examples(NamedTuple):
+    """Places on what is meant, and on what is not; ``image`` counts pictures of the prompt."""
+
+    like: list[Point]
+    unlike: list[Point]
+
+
+class Asked(NamedTuple):
+    """What was asked, read and checked.
+
+    Attributes:
+        sources: the reference, if there is one, and the picture that is asked about, as given.
+        sizes: of these.
+    """
+
+    examples: Examples
+    sources: list[Any]
+    sizes: list[Size]
+    min_confidence: float
+
+    @property
+    def image(self) -> int:
+        """Number of the picture that is asked about."""
+        return len(self.sources)
+
+
+def find(
+    model: NanoMolmo2,
+    processor: Processor,
+    image: Images,
+    examples: Examples,
+    *,
+    reference: Images = None,
+    max_crops: int | None = None,
+    min_confidence: float = 0.5,
+    allow_remote: bool = False,
+    cache: PrefixCache | None = None,
+    seeing: AbstractContextManager[Any],
+) -> Answer:
+    """What `VLM.find` does.
+
+    Args:
+        examples: of `read_examples`.
+        cache: where to look for, and leave, what was seen.
+        seeing: held while the model sees.
+    Raises: ValueError as `VLM.find`.
+    """
+    start = time.perf_counter()
+    context = model.config.llm_config.max_position_embeddings
+    question = Question(
+        question_of(examples, in_second=reference is not None),
+        [*([] if reference is None else _one("reference", reference)), *_one("image", image)],
+    )
+    read = read_question(question, context, allow_remote=allow_remote)
+    pictures = [load_image(source) for source in read.images]
+    asked = Asked(
+        examples, read.images, [picture.size for picture in pictures], _share(min_confidence)
+    )
+    _check_inside(asked)
+    processor = with_crops(processor, max_crops, asked.sizes)
+    encoded = processor.encode(read.messages, pictures)
+    if (length := len(encoded.input_ids)) > context:
+        raise ValueError(
+            f"the pictures and their question take {length:,} positions, and the model's context "
+            f"holds {context:,}: choose a smaller max_crops"
+        )
+    prepared = time.perf_counter()
+    with seeing:
+        found = finding.find_in(model, encoded, cache)
+    done = time.perf_counter()
+    answer = _answer(asked, encoded, found)
+    spent = done - prepared
+    return replace(
+        answer,
+        timings={"prepare": prepared - start, "first_token": spent, "generate": spent},
+    )
+
+
+# ---- what is asked ----
+
+
+def read_examples(like: Any, unlike: Any = ()) -> Examples:
+    """Places as people give them.
+
+    Raises: ValueError for no example, and what is no place.
+    """
+    examples = Examples(_places("like", like), _places("unlike", unlike))
+    if not examples.like:
+        raise ValueError(
+            "like is empty, expected at least one place on a thing that is meant: like=[(x, y)]"
+        )
+    for point in examples.unlike:
+        if point in examples.like:
+            raise ValueError(
+                f"({point.x:g}, {point.y:g}) is in like and in unlike: a place is an example, or "
+                f"one of what is not meant"
+            )
+    return examples
+
+
+def _places(name: str, given: Any) -> list[Point]:
+    if isinstance(given, (str, bytes, Point)) or not isinstance(given, Iterable):
+        raise ValueError(f"{name} is {given!r:.60}, expected a list of places: {name}=[(x, y)]")
+    places = list(given)
+    if places and all(_is_number(one) for one in places):
+        raise ValueError(f"{name} is {given!r:.60}, expected a list of places: {name}=[(x, y)]")
+    return [_place(f"{name}[{i}]", one) for i, one in enumerate(places)]
+
+
+def _place(name: str, given: Any) -> Point:
+    if isinstance(given, Point):
+        if given.time is not None:
+            raise ValueError(f"{name} is a place at {given.time} s of a video: expected a picture")
+        values: list[Any] = [given.x, given.y, given.image]
+    else:
+        try:
+            values = [] if isinstance(given, (str, bytes)) else list(given)
+        except TypeError:
+            values = []
+    values = [value.item() if hasattr(value, "item") else value for value in values]
+    is_place = len(values) in (2, 3) and all(map(_is_number, values))
+    if not is_place or not all(math.isfinite(value) for value in values):
+        raise ValueError(
+            f"{name} is {given!r:.80}, expected (x, y) in pixels from the picture's top-left "
+            f"corner, or (x, y, n) in the n-th picture"
+        )
+    x, y, image = [*values, 1][:3]
+    if image not in (1, 2):
+        raise ValueError(
+            f"{name} names picture {image}: 1 is the reference, or the only picture, and 2 the one "
+            f"that is asked about with a reference"
+        )
+    return Point(float(x), float(y), int(image))
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, numbers.Real)
+
+
+def _is_count(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, numbers.Integral) and int(value) >= 1
+
+
+def _share(min_confidence: Any) -> float:
+    if not _is_number(min_confidence) or not 0 <= min_confidence <= 1:
+        raise ValueError(
+            f"min_confidence is {min_confidence!r:.40}, expected a number from 0 (all candidates) "
+            f"to 1"
+        )
+    return float(min_confidence)
+
+
+def _one(name: str, given: Any) -> list[Any]:
+    """The one picture of an argument, in a list."""
+    shown = as_list(given)
+    if len(shown) != 1 or shown[0] is None:
+        raise ValueError(
+            f"{name} holds {'no picture' if not shown else f'{len(shown)} pictures'}, expected "
+            f"one: the picture of the examples is the reference, and each other one is asked "
+            f"about in a call of its own"
+        )
+    return shown
+
+
+def _check_inside(asked: Asked) -> None:
+    """Raises: ValueError for a place outside of its picture."""
+    for point in [*asked.examples.like, *asked.examples.unlike]:
+        if point.image > asked.image:
+            raise ValueError(
+                f"({point.x:g}, {point.y:g}, {point.image}) names the second picture, but there is "
+                f"one: leave the number out, or give the picture of the examples as reference"
+            )
+        width, height = asked.sizes[point.image - 1]
+        if 0 <= point.x <= width and 0 <= point.y <= height:
+            continue
+        name = "the reference" if asked.image == 2 and point.image == 1 else "the picture"
+        said = (
+            f"the example ({point.x:g}, {point.y:g}) lies outside of {name}, which is {width} x "
+            f"{height} pixels"
+        )
+        other = asked.sizes[2 - point.image] if asked.image == 2 else (width, height)
+        if point.image == 1 and point.x <= other[0] and point.y <= other[1] and asked.image == 2:
+            raise ValueError(
+                f"{said}; the picture that is asked about is {other[0]} x {other[1]}: examples lie "
+                f"in the reference, in its own pixels, and (x, y, 2) is a place in the other one"
+            )
+        raise ValueError(f"{said}: give pixels from its top-left corner")
+
+
+def question_of(examples: Examples, *, in_second: bool = False) -> list[Message]:
+    """The question as messages, its points as parts.
+
+    Args:
+        in_second: the examples lie in the first of two pictures, and the second is asked about.
+    """
+    place = "in the second picture" if in_second else ""
+    parts = [_text("Point to everything like"), *_listed(examples.like)]
+    if examples.unlike:
+        parts += [_text(f"{place}, not like"), *_listed(examples.unlike)]
+        place = ""
+    parts.append(_text(f"{place}."))
+    return [{"role": "user", "content": parts}]
+
+
+def _listed(points: Sequence[Point]) -> list[Any]:
+    """As in a sentence: a, b and c. The chat's format has spaces between parts."""
+    parts: list[Any] = []
+    for i, point in enumerate(points):
+        if i:
+            parts.append(_text("and" if i == len(points) - 1 else ","))
+        parts.append({"type": "point", "x": point.x, "y": point.y, "image": point.image})
+    return parts
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def with_crops(processor: Processor, max_crops: int | None, sizes: Sequence[Size]) -> Processor:
+    """A processor that cuts pictures into at most so many crops; the given one stays as it is.
+
+    Args:
+        max_crops: None: as many as pictures of these sizes need.
+    Raises: ValueError for what is no number of crops, and where pictures are read as a whole.
+    """
+    multicrop = processor.config.multicrop
+    if max_crops is None:
+        if multicrop is None:
+            return processor
+        max_crops = finding.crops_for(sizes, multicrop.window_size)
+    elif not _is_count(max_crops):
+        raise ValueError(f"max_crops is {max_crops!r:.40}, expected a whole number from 1 on")
+    elif multicrop is None:
+        raise ValueError("this model reads a picture as a whole, not in crops: leave max_crops out")
+    if max_crops == multicrop.max_crops:
+        return processor
+    return processor.with_settings(multicrop=replace(multicrop, max_crops=int(max_crops)))
+
+
+# ---- what was found ----
+
+
+def _answer(asked: Asked, encoded: Encoded, found: Sequence[Sequence[Found]]) -> Answer:
+    """An answer as the model would have written it, but for the confidences."""
+    candidates = _without_unlike(asked, encoded, found[asked.image - 1])
+    chosen = [one for one in candidates if one.confidence >= asked.min_confidence]
+    points = _in_order(asked, encoded, chosen)
+    problems = _problems(asked, encoded, found, candidates)
+    text = NOTHING_THERE
+    if points:
+        listed = f'<points coords="{coords_of(points, encoded)}">{LABEL}</points>'
+        text = f"Counting the {listed} shows a total of {len(points)}."
+    sure = [one.confidence for one in chosen]
+    if not sure:  # that there are none
+        sure = [1 - max((one.confidence for one in candidates), default=0.0)]
+    return Answer(
+        text=text,
+        points=tuple(points),
+        count=len(points),
+        problems=tuple(problems),
+        image_sizes=encoded.image_sizes,
+        video_size=None,
+        frame_times=(),
+        input_tokens=len(encoded.input_ids),
+        output_tokens=0,
+        timings={},
+        confidence=math.exp(sum(math.log(max(one, 1e-9)) for one in sure) / len(sure)),
+        prompt_tokens=len(encoded.input_ids),
+        show=partial(_shown, asked.sources),
+    )
+
+
+def _shown(sources: Sequence[Any]) -> Shown:
+    return Shown([load_image(source) for source in sources])
+
+
+def _without_unlike(asked: Asked, encoded: Encoded, candidates: Sequence[Found]) -> list[Found]:
+    """What a counter-example marks is not listed, whatever the model thinks of it."""
+    left = list(candidates)
+    for point in asked.examples.unlike:
+        if point.image == asked.image:
+            marked = _at(point, encoded, left)
+            left = [one for one in left if one is not marked]
+    return left
+
+
+def _at(point: Point, encoded: Encoded, candidates: Sequence[Found]) -> Found | None:
+    """The likeliest candidate that lies under a place of the same picture."""
+    space, view = encoded.point_space, point.image - 1
+    patch = 0.0 if space is None else encoded.image_sizes[view][0] / space.views[view].cols
+
+    def holds(one: Found) -> bool:
+        near = max(_NEAR_SIZES * one.size, _NEAR_PATCHES * patch)
+        return math.hypot(one.x - point.x, one.y - point.y) <= near
+
+    return max(filter(holds, candidates), key=lambda one: one.confidence, default=None)
+
+
+def _in_order(asked: Asked, encoded: Encoded, chosen: Sequence[Found]) -> list[Point]:
+    """The points in the order of the model's lists, numbered."""
+    width, height = asked.sizes[asked.image - 1]
+    points = [
+        Point(
+            min(max(float(one.x), 0.0), float(width)),
+            min(max(float(one.y), 0.0), float(height)),
+            asked.image,
+            label=LABEL,
+            confidence=float(one.confidence),
+            size=float(one.size),
+        )
+        for one in chosen
+    ]
+    space = encoded.point_space
+    if space is None:
+        points.sort(key=lambda point: (point.y, point.x))
+    else:
+        points = [point for _, point in space.order(points)]
+    return [replace(point, id=number) for number, point in enumerate(points, start=1)]
+
+
+def _problems(
+    asked: Asked,
+    encoded: Encoded,
+    found: Sequence[Sequence[Found]],
+    candidates: Sequence[Found],
+) -> list[str]:
+    """What may be wrong, a line each; an example on bare ground is warned of, too."""
+    problems = []
+    themselves: list[Found] = []  # the examples, among what was found
+    for point in asked.examples.like:
+        there = _at(point, encoded, found[point.image - 1])
+        if there is not None and point.image == asked.image:
+            themselves.append(there)
+        confidence = 0.0 if there is None else there.confidence
+        if confidence < BARE:
+            problems.append(
+                f"nothing seems to be there: confidence {confidence:.2f} at ({point.x:g}, "
+                f"{point.y:g}), where an example was said to be: choose the middle of a thing"
+            )
+            warnings.warn(problems[-1], stacklevel=5)
+    # Where candidates are listed that are hardly meant, they are not those to speak of.
+    least = max(asked.min_confidence, finding.LIKELY)
+    likely = [one for one in candidates if one.confidence >= least]
+    others = [one for one in candidates if not any(one is example for example in themselves)]
+    if not any(one.confidence >= least for one in others):
+        beside = " beside the example itself" if likely else ""
+        best = max((one.confidence for one in others), default=0.0)
+        problems.append(
+            f"nothing like the example was found{beside}: the likeliest place has confidence "
+            f"{best:.2f}"
+        )
+    if len(likely) > LEARNED:
+        problems.append(
+            f"{len(likely)} things were listed, more than the {LEARNED} of a kind that the model "
+            f"learned to find in a picture: check them, or ask about parts of the picture"
+        )
+    return problems

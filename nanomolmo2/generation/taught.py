@@ -1,0 +1,290 @@
+"""Questions about words that a model was taught by examples: who is asked, and what is answered.
+
+    "How many walnuts are there?"
+
+What is like the walnuts that were shown is found, and said as the model says it: "Counting the
+<points ...>walnut</points> shows a total of 5."
+
+A question about one image that counts, points to or asks for a taught word is answered here. All
+others are the model's own to answer, as if nothing had been taught.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from PIL import Image
+
+from nanomolmo2.generation.answer import Answer, Shown, coords_of
+from nanomolmo2.generation.finding import LEAST_CONFIDENCE
+from nanomolmo2.generation.question import Question, read_question
+from nanomolmo2.generation.words import Sample, Word, Words, key_of, listed
+from nanomolmo2.processor import Message, Point, load_image
+from nanomolmo2.processor.points import NOTHING_THERE
+
+if TYPE_CHECKING:
+    from nanomolmo2.generation.vlm import VLM
+
+Task = Literal["point", "count", "number", "presence"]
+
+MOST_UNLIKE = 2  # counter-examples, as in training: other words that were shown in one picture
+MOST_SAMPLES = 3  # of a word in a prompt, likewise
+NEAR = 0.05  # of the diagonal: points of two searches that are farther apart are of two things
+_SURE = 0.5
+
+# A part of a question that decides what it asks for; what compares or places things is the
+# model's own to answer.
+_OTHER = re.compile(
+    r"\b(?:more|fewer|less|larger|smaller|bigger|largest|smallest|biggest|left of|right of|above|"
+    r"below|next to|between|which|track|follow|when|seconds?|frames?|go|only in)\b"
+)
+_COUNT = re.compile(r"\bhow many\b|\bcount\b|\bnumber of\b")
+_NUMBER = re.compile(r"\b(?:answer with a|just the|just a|only the|only a) number\b")
+_POINT = re.compile(
+    r"\b(?:point(?: to| at)?|where|show (?:me|the|all|every)|find|locate|mark|click|highlight)\b"
+)
+_PRESENCE = re.compile(r"^(?:is|are|do|does|can|could|any)\b")
+_PLEA = re.compile(r"^(?:can|could) you (?:please )?(?:point|show|locate|mark|tell|count)\b")
+
+
+def task_of(text: str) -> Task | None:
+    """What a question about a word asks for; None for what is not answered by finding."""
+    asked = key_of(text)
+    if _OTHER.search(asked):
+        return None
+    if _COUNT.search(asked):
+        return "number" if _NUMBER.search(asked) else "count"
+    if _PRESENCE.search(asked) and not _PLEA.search(asked):
+        return "point" if "where" in asked.split() else "presence"
+    return "point" if _POINT.search(asked) else None
+
+
+def answer_about_words(vlm: VLM, words: Words, question: Question) -> Answer | None:
+    """The answer to a question about taught words; None for one that is the model's to answer.
+
+    Raises: as `VLM.ask`.
+    """
+    text = _last_text(question.question)
+    about, others = words.mentioned(text) if text else ([], [])
+    task = task_of(text) if about else None
+    if task is None or question.video is not None:
+        return None
+    context = vlm.model.config.llm_config.max_position_embeddings
+    images, video = read_question(question, context, allow_remote=vlm.allow_remote).shown()
+    if video is not None or len(images) != 1:
+        if len(images) > 1:
+            names = listed(word.name for word in about)
+            warnings.warn(
+                f"the question is about {names}, taught by examples, which is found in one image "
+                f"at a time, and {len(images)} are shown: the model answers without them",
+                stacklevel=4,
+            )
+        return None
+    image = load_image(images[0])
+    if words.way == "prompt" and len(about) == 1:
+        return ask_with_samples(vlm, words, about[0], image, text)
+    found = [find_word(vlm, words, word, image) for word in about]
+    answer = _said(task, about, found)
+    if others:
+        note = f"the answer is about {listed(w.name for w in about)} alone: ask about "
+        answer = replace(answer, problems=(*answer.problems, f"{note}{listed(others)} apart"))
+    return answer
+
+
+def _last_text(question: str | Sequence[Message]) -> str:
+    """The text of the last turn; empty where it holds points, which say what is meant."""
+    if isinstance(question, str):
+        return question
+    last: Any = question[-1] if question and isinstance(question, Sequence) else None
+    is_asked = isinstance(last, dict) and last.get("role") == "user"
+    content = last.get("content") if is_asked else None
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, (list, tuple)) else []
+    if not all(isinstance(part, dict) for part in parts):
+        return ""
+    if any(part.get("type") == "point" for part in parts):
+        return ""
+    texts = [part.get("text") for part in parts if part.get("type") in ("text", "input_text")]
+    return " ".join(text for text in texts if isinstance(text, str))
+
+
+# ---- by finding ----
+
+
+def find_word(vlm: VLM, words: Words, word: Word, image: Image.Image) -> tuple[Answer, list[Point]]:
+    """What is like the samples of a word: an answer of `VLM.find`, and the points, all sure.
+
+    Every picture of the samples is a reference of its own; where there are several, a thing's
+    confidence is the mean of what they say. Other words that were shown in the same picture are
+    counter-examples there.
+    """
+    pictures = list(dict.fromkeys(sample.picture for sample in word.samples))
+    least = _SURE if len(pictures) == 1 else LEAST_CONFIDENCE
+    answers = []
+    for name in pictures:
+        shown = words.pictures[name]
+        unlike = [
+            (sample.x, sample.y)
+            for other in words.words.values()
+            for sample in other.samples
+            if other is not word and sample.picture == name
+        ]
+        is_asked = shown.size == image.size and shown.tobytes() == image.tobytes()
+        answers.append(
+            vlm.find(
+                image,
+                like=[(s.x, s.y) for s in word.samples if s.picture == name],
+                unlike=unlike[:MOST_UNLIKE],
+                reference=None if is_asked else shown,
+                min_confidence=least,
+            )
+        )
+    lists = [[point for point in a.points if _confidence(point) >= least] for a in answers]
+    if len(lists) == 1:
+        return answers[0], lists[0]
+    merged = merge(lists, NEAR * math.hypot(*image.size))
+    found = [point for point in merged if _confidence(point) >= _SURE]
+    return answers[0], sorted(found, key=lambda point: (point.y, point.x))
+
+
+def merge(lists: Sequence[Sequence[Point]], near: float) -> list[Point]:
+    """Points that several searches found in one image, each thing once.
+
+    Two points of different searches are of one thing if they are nearer to each other than half of
+    the way between any two points of one search, and than ``near`` (pixels).
+
+    Returns: points with the mean confidence of all searches, of those that missed it 0; each lies
+        where the surest search saw it.
+    """
+    ways = [math.dist(_at(a), _at(b)) for found in lists for a, b in combinations(found, 2)]
+    reach = min([near, *(way / 2 for way in ways if way > 0)])
+    things: list[list[Point]] = []
+    for found in lists:
+        free = list(things)  # a search names each thing once
+        for point in sorted(found, key=_confidence, reverse=True):
+            close = [one for one in free if math.dist(_at(one[0]), _at(point)) <= reach]
+            if close:
+                nearest = min(close, key=lambda one: math.dist(_at(one[0]), _at(point)))
+                nearest.append(point)
+                free = [one for one in free if one is not nearest]
+            else:
+                things.append([point])
+    return [
+        replace(
+            max(one, key=_confidence),
+            confidence=math.fsum(map(_confidence, one)) / len(lists),
+        )
+        for one in things
+    ]
+
+
+def _said(task: Task, about: Sequence[Word], found: Sequence[tuple[Answer, list[Point]]]) -> Answer:
+    """What was found, in the words that the model has for it."""
+    first, lists = found[0][0], [points for _, points in found]
+    sizes = first.image_sizes[-1:]
+    points: list[Point] = []
+    count = sum(map(len, lists)) if task in ("count", "number") else None
+    if task == "presence":
+        text = "Yes." if all(lists) else "No."
+    elif task == "number":
+        text = str(count)
+    else:
+        texts = []
+        for word, own in zip(about, lists, strict=True):
+            placed = [
+                replace(point, id=i, label=word.name, image=1)
+                for i, point in enumerate(own, start=1)
+            ]
+            points += placed
+            if placed:
+                coords = coords_of(placed, cast(Any, replace(first, image_sizes=sizes)))
+                tag = f'<points coords="{coords}">{word.name}</points>'
+                total = f"Counting the {tag} shows a total of {len(placed)}."
+                texts.append(total if task == "count" else tag)
+        text = " ".join(texts) or NOTHING_THERE
+    timings: dict[str, float] = {}
+    for answer, _ in found:
+        for name, seconds in answer.timings.items():
+            timings[name] = timings.get(name, 0.0) + seconds
+    problems = [problem for answer, _ in found for problem in answer.problems]
+    return replace(
+        first,
+        text=text,
+        coordinates=text,
+        points=tuple(points),
+        count=0 if text == NOTHING_THERE else count,
+        problems=tuple(dict.fromkeys(problems)),
+        image_sizes=sizes,
+        confidences=(),
+        timings=timings,
+        show=None if first.show is None else partial(_last_shown, first.show),
+    )
+
+
+def _last_shown(show: Callable[[], Shown]) -> Shown:
+    """The image that was asked about, without a reference before it."""
+    return Shown(show().images[-1:])
+
+
+def _confidence(point: Point) -> float:
+    return 1.0 if point.confidence is None else point.confidence
+
+
+def _at(point: Point) -> tuple[float, float]:
+    return point.x, point.y
+
+
+# ---- by telling the model ----
+
+
+def ask_with_samples(vlm: VLM, words: Words, word: Word, image: Image.Image, text: str) -> Answer:
+    """The model's own answer, told before the question what the word stands for.
+
+    The samples' picture comes first, so that what was computed for it serves every question. As in
+    training there is one such picture: of several the first.
+    """
+    samples = [s for s in word.samples if s.picture == word.samples[0].picture][:MOST_SAMPLES]
+    plain = copy.copy(vlm)
+    plain.words = None
+    shown = words.pictures[samples[0].picture]
+    answer = plain.ask(None, messages_about(word, samples, shown, image, text))
+    points = tuple(replace(p, image=1) for p in answer.points if p.image == 2)
+    said = answer.coordinates
+    if answer.points and all(point.image == 2 for point in answer.points):
+        said = re.sub(r'(coords=")2 ', r"\g<1>1 ", said)
+    return replace(
+        answer, text=said, coordinates=said, points=points, image_sizes=answer.image_sizes[-1:]
+    )
+
+
+def messages_about(
+    word: Word, samples: Sequence[Sample], shown: Image.Image, image: Image.Image, text: str
+) -> list[Message]:
+    """A conversation in which a word is explained before the question, as in training."""
+    name = f"{'an' if key_of(word.name)[0] in 'aeiou' else 'a'} {word.name}"
+    parts: list[Any] = [{"type": "image", "image": shown}, {"type": "image", "image": image}]
+    parts.append({"type": "text", "text": "This "})
+    for i, sample in enumerate(samples):
+        if i:
+            between = " and " if i == len(samples) - 1 else ", "
+            parts.append({"type": "text", "text": between})
+        parts.append({"type": "point", "x": sample.x, "y": sample.y, "image": 1})
+    parts.append({"type": "text", "text": f" is {name}."})
+    bare = text.rstrip()
+    mark = bare[len(bare.rstrip("?.!")) :] or "?"
+    asked = f"{bare.rstrip('?.! ')} in the second picture{mark}"
+    messages = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": f"{name[0].upper()}{name[1:]}."},
+        {"role": "user", "content": asked},
+    ]
+    return cast("list[Message]", messages)

@@ -1,0 +1,111 @@
+"""The model that finds by example, as it starts: all that `tiny` knows, and what `match` learned.
+
+Its vocabulary has more words, so rows of the embedding are taken over piece by piece. Keys and
+queries of points start as the embedding in which things of one kind are near to each other: a
+point begins as a search for what looks the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nanomolmo2.accelerate import bf16_matmul, fuse_projections, lean_norms, onednn
+from nanomolmo2.convert.pretrained import load
+from nanomolmo2.emoji.model import MAX_FRAMES, SCENES
+from nanomolmo2.emoji.scenes import SceneConfig
+from nanomolmo2.emoji.vocabulary import build_tokenizer
+from nanomolmo2.models import NanoMolmo2, preset
+from nanomolmo2.models.finder import Finder
+from nanomolmo2.processor.processor import Processor, ProcessorConfig, VideoConfig
+from nanomolmo2.processor.tokenizer import Tokenizer
+from nanomolmo2.things.match_model import CROPS
+from nanomolmo2.things.vocabulary import build_find_tokenizer
+from nanomolmo2.training.point_head import point_processor
+
+CONFIG = preset("tiny-find")
+EMBEDDING_STD = 0.1  # of new rows, as of `tiny`'s at its start
+
+
+def find_processor() -> Processor:
+    """An overview and up to four tiles, points as selections, also in questions."""
+    config = ProcessorConfig.molmo2(
+        multicrop=CROPS,
+        video=VideoConfig(max_frames=MAX_FRAMES, pooling_size=CROPS.pooling_size),
+        trained_on=("emoji", "things"),
+    )
+    return point_processor(Processor(config, Tokenizer(build_find_tokenizer())), CONFIG)
+
+
+class FindModel(nn.Module):
+    """The model and what its stages need beside it.
+
+    Attributes:
+        scenes: how scenes of emoji look.
+    """
+
+    def __init__(self, seed: int, scenes: SceneConfig = SCENES) -> None:
+        super().__init__()
+        self.scenes = scenes
+        self.processor = find_processor()
+        torch.manual_seed(seed)
+        self.model = NanoMolmo2(CONFIG)
+        with torch.no_grad():
+            nn.init.normal_(self.model.llm.embed_tokens.weight, std=EMBEDDING_STD)
+        self.clear_placeholders()
+
+    @torch.no_grad()
+    def start_from_tiny(self, match: Mapping[str, Tensor] | None = None) -> None:
+        """Take what the bundled `tiny` has, and encoder and connector from the part `match`.
+
+        Args: match: the state of a `MatchModel`; None: those are `tiny`'s, too.
+        """
+        tiny, _ = load("tiny", dtype=torch.float32, device="cpu")
+        self._take_words(tiny)
+        for name, value in tiny.llm.state_dict().items():
+            if not name.startswith("embed_tokens."):
+                self.model.llm.state_dict()[name].copy_(value)
+        parts = {"vision_encoder": tiny.vision_encoder, "connector": tiny.connector}
+        for name, part in parts.items():
+            state = part.state_dict()
+            if match is not None:
+                state = {key: match[f"{name}.{key}"] for key in state}
+            getattr(self.model, name).load_state_dict(state)
+        if match is not None:
+            points = self.model.point_predictor
+            assert points is not None
+            for projection in (points.patch_q, points.patch_k):
+                projection.weight.copy_(match["match_tokens.embed.weight"])
+                projection.bias.copy_(match["match_tokens.embed.bias"])
+            assert self.model.finder is not None
+            start_finder(self.model.finder, match)
+        self.clear_placeholders()
+
+    def _take_words(self, tiny: NanoMolmo2) -> None:
+        """Rows of the pieces and special tokens that `tiny` has, by what they say."""
+        table, known = self.model.llm.embed_tokens.weight, tiny.llm.embed_tokens.weight
+        before = build_tokenizer().get_vocab(with_added_tokens=True)
+        for piece, id in build_find_tokenizer().get_vocab(with_added_tokens=True).items():
+            if piece in before and not piece.startswith(("<|reserved", "<|additional")):
+                table[id] = known[before[piece]]
+
+    def accelerate(self) -> None:
+        """What makes steps faster; without checkpointed activations, for which a model of this size
+        has no need: they take 30 % off.
+        """
+        for apply in (onednn, fuse_projections, lean_norms, bf16_matmul):
+            apply(self.model)
+
+    @torch.no_grad()
+    def clear_placeholders(self) -> None:
+        """Hold the image tokens' embeddings at zero: adding to them and replacing them are one."""
+        for id in CONFIG.visual_token_ids:
+            self.model.llm.embed_tokens.weight[id] = 0
+
+
+def start_finder(finder: Finder, match: Mapping[str, Tensor]) -> None:
+    """Take what the part `match` learned to read off patches and tokens."""
+    for name, reader in (("match_patches", finder.patch), ("match_tokens", finder.token)):
+        reader.load_state_dict({key: match[f"{name}.{key}"] for key in reader.state_dict()})
