@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nanomolmo2.batch import Batch
-from nanomolmo2.generation.pointing import PointPrompt, Selected, Target, given_points
+from nanomolmo2.generation.pointing import PointPrompt, Selected, given_points
 from nanomolmo2.generation.prefix_cache import PrefixCache
 from nanomolmo2.generation.prompt import embed_points, request_of
 from nanomolmo2.generation.request import Request
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.processor import Encoded, Point
-from nanomolmo2.processor.point_space import PointSpace
+from nanomolmo2.processor.point_space import PointSpace, Target
 
 LEAST_CONFIDENCE = 0.05  # candidates below are not told
 SUREST = 0.999

@@ -34,6 +34,7 @@ from nanomolmo2.generation.prefix_cache import Keys, point_key
 from nanomolmo2.generation.sampling import Sampled, Sampler
 from nanomolmo2.models.point_config import PointConfig
 from nanomolmo2.models.point_predictor import CELLS, MASKED, PointPredictor
+from nanomolmo2.processor.point_space import END_OF_LIST, Target
 
 _EMPTY_SLOT = -1e5  # score of a slot without a patch: it is chosen only where nothing else may be
 # Most tokens of an object's number, which follows a point: behind more a list is not being written.
@@ -81,9 +82,6 @@ class Classes(NamedTuple):
             f"{self.slots} patches have the ids {self.first} to {self.end - 1}; ids of points "
             f"belong to the prompt that they were written for"
         )
-
-
-Target = tuple[int, int, int]  # row, slot, cell; -1 what is not there
 
 
 class Selected(NamedTuple):
@@ -234,8 +232,8 @@ class Pointing:
         self._content = None if content is None else content[prompt.places]
         self._sampler = sampler
         self._chances: list[float] = []  # of the parts of the point that is being written
-        self._written: list[int] = []  # the answer, as markers
-        self._targets: list[Target] = []  # of its PATCH tokens
+        self._written: list[int] = []  # the answer, as markers, where a list may be found
+        self._targets: list[Target] = []  # of its PATCH tokens, likewise
         self._found: list[Selected] | None = None  # what the list is to hold, see `PointPrompt`
         for part in parts_of(prompt.targets):
             self.grammar.advance(_KINDS[len(part)], part[-1] if part else 0)
@@ -285,12 +283,15 @@ class Pointing:
 
     def take(self, id: int) -> int:
         """Count a token as written. Returns: its number for the prefix cache, by content."""
-        self._written.append(self.marker(id))
+        finds = self.prompt.find is not None
+        if finds:
+            self._written.append(self.marker(id))
         if id < self.classes.first:
             return id
         kind, number = self.classes.read(id)
         self.grammar.advance(kind, number)
-        self._note(kind, number)
+        if finds:
+            self._note(kind, number)
         if kind == "cell" and len(self._chances) == 3:
             row, slot, cell = self._chances
             self.confidences.append((row, slot, cell))
@@ -305,7 +306,7 @@ class Pointing:
     def _note(self, kind: Kind, number: int) -> None:
         """Keep what is selected, in place of what was known of the same point."""
         row, slot = self.grammar.row, self.grammar.slot
-        targets: dict[Kind, Target] = {"none": (NO_MORE_POINTS, -1, -1), "row": (number, -1, -1)}
+        targets: dict[Kind, Target] = {"none": END_OF_LIST, "row": (number, -1, -1)}
         if kind in targets:
             self._targets.append(targets[kind])
         elif self._targets:  # else the prompt ended within the point
@@ -395,7 +396,7 @@ class Pointing:
         return sampled
 
     def _choose_found(self, scores: Tensor, marker: Sampled | None, before: float) -> Sampled:
-        """The next part of the list as it was found: what is near its end is not looked for."""
+        """The next part of the list as it was found; behind its last point, the end."""
         found, grammar = self._found or [], self.grammar
         kind: Kind = grammar.expects if grammar.expects != "text" else "row"
         if kind == "row" and not found:

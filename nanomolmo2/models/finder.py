@@ -48,12 +48,12 @@ class Reader(nn.Module):
         side, all in patches (or tokens).
     """
 
-    def __init__(self, width: int, size: int) -> None:
+    def __init__(self, width: int, size: int, temperature: float = TEMPERATURE) -> None:
         super().__init__()
         self.middle = nn.Linear(width, 1)
         self.embed = nn.Linear(width, size)
         self.way = nn.Linear(width, 3)
-        self.log_scale = nn.Parameter(torch.tensor(1 / TEMPERATURE).log())
+        self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
         self.bias = nn.Parameter(torch.tensor(-0.5))  # a likeness below is unlike
 
     def look(self, cells: Tensor) -> Tensor:
@@ -64,9 +64,13 @@ class Reader(nn.Module):
         """(..., width) -> (...) logits: is the middle of a thing in it?"""
         return self.middle(plain_norm(cells))[..., 0]
 
+    def scale(self) -> Tensor:
+        """Of likeness as logits."""
+        return self.log_scale.exp().clamp(MIN_SCALE, MAX_SCALE)
+
     def alike(self, likeness: Tensor) -> Tensor:
         """Cosines -> logits: is it of one kind?"""
-        return self.log_scale.exp().clamp(MIN_SCALE, MAX_SCALE) * (likeness + self.bias)
+        return self.scale() * (likeness + self.bias)
 
 
 class Patches(NamedTuple):

@@ -18,51 +18,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanomolmo2.batch import IGNORED_LABEL, Batch
+from nanomolmo2.batch import IGNORED_LABEL
 from nanomolmo2.data.example import Branch
 from nanomolmo2.emoji.heads import NO_LABEL, strongest
 from nanomolmo2.emoji.questions import EVERYTHING
 from nanomolmo2.emoji.scenes import Scene as EmojiScene
 from nanomolmo2.generation.finding import grid_of
-from nanomolmo2.models.finder import Patches, Scores
-from nanomolmo2.models.pointing import PointingNanoMolmo2
 from nanomolmo2.processor.processor import Encoded
 from nanomolmo2.things.find_model import CONFIG
 from nanomolmo2.things.match_labels import SAMPLES, label_cells
 from nanomolmo2.things.scenes import Scene, Thing
+from nanomolmo2.training.find_terms import (
+    FIRST_WEIGHT,
+    HITS_WEIGHT,
+    WAY_WEIGHT,
+    FindPlaces,
+    Scored,
+)
 
 # Those that ask where things of one kind are, and those that ask only how many.
 TASKS = ("like", "count_like", "named", "count_named", "point", "count", "number")
 MARGIN = 0.2  # of a patch: a thing may count beside the patch of its middle by so much
-FIRST_WEIGHT, CLAIM_WEIGHT, WAY_WEIGHT = 0.5, 0.5, 0.5  # beside the final scores
-HITS_WEIGHT = 2.0  # of a patch that holds what is asked for, beside one that does not
+CLAIM_WEIGHT = 0.5  # beside the final scores
 
 
 @dataclass
-class FindLabels:
+class FindLabels(FindPlaces):
     """Targets of a batch.
 
-    patch, row: (n,) int64, number of the patch among all crops, and of its visual token.
-    example: (n,) int64, which example of the batch it is of.
     owner: (n,) int64, number of the thing that may count here, or NO_LABEL.
     way: (n, 3) of patches that show a thing (``shows``, bool), see `match_labels.CellLabels`.
-    asked: (Q, T) bool, whether a question asks for a thing. of: (Q,) its example.
-    state_at: (Q,) position where it is asked, of B * length. like_at: (J,) of its points.
-    like, question: (J,) which of the n patches these select, and of which question they are.
+    asked: (Q, T) bool, whether a question asks for a thing.
     """
 
-    patch: Tensor
-    row: Tensor
-    example: Tensor
     owner: Tensor
     way: Tensor
     shows: Tensor
     asked: Tensor
-    of: Tensor
-    state_at: Tensor
-    like_at: Tensor
-    like: Tensor
-    question: Tensor
 
 
 class Wanted(NamedTuple):
@@ -214,29 +206,6 @@ def points_before(encoded: Encoded, at: np.ndarray) -> tuple[np.ndarray, np.ndar
         return none, none
     rows, slots, _ = encoded.point_targets[given].T
     return markers[given] + 2, space.token_pooling[rows, slots]
-
-
-class Scored(NamedTuple):
-    """What the module says about a batch."""
-
-    scores: Scores
-    mine: Tensor  # (Q, n) bool: the patch is in a picture of the question's example
-    patches: Patches
-
-
-def scores_of(
-    model: PointingNanoMolmo2, batch: Batch, states: Tensor, labels: FindLabels
-) -> Scored:
-    """Args: batch: encoded. states: (B, T, D) of the decoder, before its last norm."""
-    finder, seen = model.finder, model.see(batch)
-    assert finder is not None
-    flat = states.flatten(0, 1)
-    features = seen.features[labels.patch]
-    patches = finder.patches(features, seen.tokens, flat[seen.places], labels.row)
-    at_points = flat[labels.like_at], labels.like, labels.question
-    wanted = finder.wanted(patches, flat[labels.state_at], *at_points)
-    mine = labels.of[:, None] == labels.example
-    return Scored(finder(wanted, patches, mine), mine, patches)
 
 
 def find_loss(scored: Scored, labels: FindLabels) -> tuple[Tensor, dict[str, float]]:

@@ -26,7 +26,6 @@ from nanomolmo2.things.find_labels import (
     find_labels,
     find_loss,
     of_emoji,
-    scores_of,
     wanted_of,
 )
 from nanomolmo2.things.find_model import FindModel
@@ -36,6 +35,7 @@ from nanomolmo2.things.questions import FindMix, make_branches
 from nanomolmo2.things.scenes import Scene, train_rng
 from nanomolmo2.things.source import Things, ThingsConfig
 from nanomolmo2.things.wordless import Wordless, wordless, wordless_scores
+from nanomolmo2.training.find_terms import scores_of
 from nanomolmo2.training.loop import Stage
 from nanomolmo2.training.optim import OptimConfig
 

@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanomolmo2.config import Config
 from nanomolmo2.emoji.heads import strongest
+from nanomolmo2.models.finder import Reader, plain_norm
 from nanomolmo2.things.match_labels import GROUND, CellLabels
 
 EMBED_DIM = 64  # as wide as the keys of `models.point_predictor`
-MIN_SCALE, MAX_SCALE = 1.0, 50.0  # of similarities, which is learned
 NEVER = 1e-30  # weight of what does not compete: not 0, whose logarithm has no gradient
 
 
@@ -107,47 +107,31 @@ def pair_loss(scores: Tensor, pairs: Compared) -> Tensor:
     return total
 
 
-class MatchHead(nn.Module):
-    """Reads cells of width D."""
+class MatchHead(Reader):
+    """Reads cells of width D, and learns to."""
 
     def __init__(self, width: int, config: MatchConfig) -> None:
-        super().__init__()
+        super().__init__(width, EMBED_DIM, config.temperature)
         self.config = config
-        self.middle = nn.Linear(width, 1)
-        self.embed = nn.Linear(width, EMBED_DIM)
-        self.way = nn.Linear(width, 3)
-        self.log_scale = nn.Parameter(torch.tensor(1 / config.temperature).log())
-        self.bias = nn.Parameter(torch.tensor(-0.5))  # of pairs, a similarity
-
-    def embedding(self, cells: Tensor) -> Tensor:
-        """(..., D) -> (..., E) of length 1."""
-        return F.normalize(self.embed(F.rms_norm(cells, cells.shape[-1:])), dim=-1)
-
-    def claims(self, cells: Tensor) -> Tensor:
-        """(..., D) -> (...) logits: is the middle of a thing in it?"""
-        return self.middle(F.rms_norm(cells, cells.shape[-1:]))[..., 0]
-
-    def scale(self) -> Tensor:
-        return self.log_scale.exp().clamp(MIN_SCALE, MAX_SCALE)
 
     def forward(
         self, cells: Tensor, labels: CellLabels, looks: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
         """The weighted loss of cells (n, D), and what it consists of."""
         config = self.config
-        claims = self.claims(cells)
+        claims = self.claim(cells)
         centred = strongest(claims.detach()[None], labels.owner[None])[0]
         shows = labels.kind >= 0
-        on_things = F.rms_norm(cells[shows], cells.shape[-1:])
+        on_things = plain_norm(cells[shows])
         some = self._some(labels, centred)
         chosen = CellLabels(*(column[some] for column in vars(labels).values()))
         pairs = compared(chosen, looks)
-        embedded = self.embedding(cells[some])
+        embedded = self.look(cells[some])
         similar = embedded @ embedded.T
         losses = {
             "middle": F.binary_cross_entropy_with_logits(claims, centred.float()),
             "like": like_loss(self.scale() * similar, pairs, config.rivals, config.ground),
-            "pair": pair_loss(self.scale() * (similar + self.bias), pairs),
+            "pair": pair_loss(self.alike(similar), pairs),
             "way": F.smooth_l1_loss(self.way(on_things), labels.way[shows], beta=0.25),
         }
         with torch.no_grad():

@@ -83,7 +83,7 @@ def said_of(
     shown: Sequence[Shown], head: MatchHead, cells: Tensor, labels: CellLabels
 ) -> list[Said]:
     """What the cells (n, D) of some scenes say, scene by scene."""
-    claims, embedded = head.claims(cells), head.embedding(cells)
+    claims, embedded = head.claim(cells), head.look(cells)
     centred = strongest(claims[None], labels.owner[None])[0]
     found, before = [], 0
     for i, (scene, number, (x, y)) in enumerate(shown):

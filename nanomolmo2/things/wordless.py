@@ -17,9 +17,10 @@ from torch import Tensor
 from nanomolmo2.data.example import Branch
 from nanomolmo2.models.pointing import PointingNanoMolmo2
 from nanomolmo2.processor.crops import MultiCrop
-from nanomolmo2.things.find_labels import MARGIN, FindLabels, Scored
+from nanomolmo2.things.find_labels import MARGIN, FindLabels
 from nanomolmo2.things.match_labels import SAMPLES, label_cells
 from nanomolmo2.things.scenes import Scene
+from nanomolmo2.training.find_terms import Scored
 
 MEANT = 2.0  # of a gate before its tanh: nearly all
 

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from nanomolmo2.batch import IGNORED_LABEL, NO_MORE_POINTS, Batch
 from nanomolmo2.models import NanoMolmo2
+from nanomolmo2.models.finder import Patches, Scores
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
-from nanomolmo2.models.pointing import example_of
+from nanomolmo2.models.pointing import PointingNanoMolmo2, example_of
 from nanomolmo2.processor import Processor
 from nanomolmo2.processor.point_space import CELLS_PER_SIDE
 from nanomolmo2.processor.points import NOTHING_THERE
@@ -42,31 +43,63 @@ CELL = 1 / CELLS_PER_SIDE  # of a patch: as exact as a middle is known
 
 
 @dataclass
-class FindTargets:
-    """Targets of a batch.
+class FindPlaces:
+    """Where a batch asks, and with which examples.
 
     Attributes:
         patch, row: (n,) number of the patch among those of all crops, and of its visual token.
         example: (n,) which example of the batch it is of.
-        hits: (Q, n) bool, whether it holds the middle of what is asked for.
-        unsure: (Q, n) bool, whether such a middle lies near its edge: it may say either.
         of: (Q,) the example of a question. state_at: (Q,) its last position, of all B * T.
         like_at: (J,) the last positions of its points. like: (J,) the patches (of n) that they
             select. question: (J,) the question that they are of.
-        place: (H, 2) question and patch (of n) of every hit. way: (H, 2) from the patch's middle to
-            the thing's, right and down, in patches.
     """
 
     patch: Tensor
     row: Tensor
     example: Tensor
-    hits: Tensor
-    unsure: Tensor
     of: Tensor
     state_at: Tensor
     like_at: Tensor
     like: Tensor
     question: Tensor
+
+
+class Scored(NamedTuple):
+    """What the finder says about a batch."""
+
+    scores: Scores
+    mine: Tensor  # (Q, n) bool: the patch is in a picture of the question's example
+    patches: Patches
+
+
+def scores_of(
+    model: PointingNanoMolmo2, batch: Batch, states: Tensor, places: FindPlaces
+) -> Scored:
+    """Args: batch: encoded. states: (B, T, D) of the decoder, before its last norm."""
+    finder, seen = model.finder, model.see(batch)
+    assert finder is not None
+    flat = states.flatten(0, 1)
+    features = seen.features[places.patch]
+    patches = finder.patches(features, seen.tokens, flat[seen.places], places.row)
+    at_points = flat[places.like_at], places.like, places.question
+    wanted = finder.wanted(patches, flat[places.state_at], *at_points)
+    mine = places.of[:, None] == places.example
+    return Scored(finder(wanted, patches, mine), mine, patches)
+
+
+@dataclass
+class FindTargets(FindPlaces):
+    """Targets of a batch.
+
+    Attributes:
+        hits: (Q, n) bool, whether it holds the middle of what is asked for.
+        unsure: (Q, n) bool, whether such a middle lies near its edge: it may say either.
+        place: (H, 2) question and patch (of n) of every hit. way: (H, 2) from the patch's middle to
+            the thing's, right and down, in patches.
+    """
+
+    hits: Tensor
+    unsure: Tensor
     place: Tensor
     way: Tensor
 
@@ -241,15 +274,8 @@ def find_loss(model: NanoMolmo2, batch: Batch, states: Tensor, targets: FindTarg
     Args:
         batch: encoded. states: (B, T, D) of the decoder, before its last norm.
     """
-    finder, seen = model.finder, model.see(batch)
-    assert finder is not None
-    flat = states.flatten(0, 1)
-    features = seen.features[targets.patch]
-    patches = finder.patches(features, seen.tokens, flat[seen.places], targets.row)
-    at_points = flat[targets.like_at], targets.like, targets.question
-    wanted = finder.wanted(patches, flat[targets.state_at], *at_points)
-    of_mine, hits = targets.of[:, None] == targets.example, targets.hits
-    scores = finder(wanted, patches, of_mine)
+    scores, of_mine, patches = scores_of(model, batch, states, targets)
+    hits = targets.hits
     mine = of_mine & ~targets.unsure
     weights = torch.where(hits, HITS_WEIGHT, 1.0) * mine
     summed = weights.new_zeros(len(targets))

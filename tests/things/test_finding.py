@@ -17,13 +17,14 @@ from nanomolmo2.models.finder import both
 from nanomolmo2.processor.collate import collate
 from nanomolmo2.processor.point import Point, PointsText
 from nanomolmo2.processor.processor import Encoded
-from nanomolmo2.things.find_labels import Asked, find_labels, scores_of, wanted_of
+from nanomolmo2.things.find_labels import Asked, find_labels, wanted_of
 from nanomolmo2.things.find_model import FindModel
 from nanomolmo2.things.match_model import CROPS
 from nanomolmo2.things.questions import FindMix, make_branches
 from nanomolmo2.things.scenes import Scene
 from nanomolmo2.things.scenes import test_scene as scene_of_a_test
 from nanomolmo2.things.wordless import wordless
+from nanomolmo2.training.find_terms import scores_of
 
 
 def encoded_question(index: int) -> tuple[FindModel, Scene, Branch, Encoded]:
