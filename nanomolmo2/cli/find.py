@@ -31,6 +31,9 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
     *(".jp2", ".pgm", ".ppm", ".heic", ".heif"),
 )  # of the photos in a folder; of those that cannot be read it is said
+# Enough for the reference, which is not to be encoded again for each photo. What is kept changes no
+# number: every photo is encoded by itself.
+REUSE_BYTES = 1 << 28
 _PLACE = re.compile(r"(-?\d{1,9}(?:\.\d{1,9})?),(-?\d{1,9}(?:\.\d{1,9})?)")
 
 
@@ -148,7 +151,7 @@ class Find:
         pipeline = load_pipeline(
             self.model,
             self.cache_dir,
-            reuse_bytes=0,  # the same call is to give the same numbers, interrupted or not
+            reuse_bytes=REUSE_BYTES,
             **precision(self.dtype, self.quantize, self.device),
         )
         asked = Asked(self.model, like, unlike, self.reference, self.max_crops, self.min_confidence)

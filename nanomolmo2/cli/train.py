@@ -237,8 +237,15 @@ class Train(RecipeOptions):
         }
         if self.recipe == "find":
             from nanomolmo2.things.train import train_find
+            from nanomolmo2.training.distributed import World
 
-            return train_find(out, drawings=str(self.drawings or ""), **settings)
+            with World.from_env("cpu") as world:
+                return train_find(out, drawings=str(self.drawings or ""), world=world, **settings)
+        if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise UsageError(
+                f"torchrun started {ranks} processes, but the recipe {self.recipe} trains in one: "
+                f"leave torchrun out"
+            )
         from nanomolmo2.emoji.train import train_tiny
 
         return train_tiny(out, **settings)

@@ -21,8 +21,9 @@ from nanomolmo2.evaluation.breakdown import Tally, by_count, by_size, figures
 from nanomolmo2.evaluation.exam import Failure
 from nanomolmo2.evaluation.measures import Thing, matched, median_side, things_of
 from nanomolmo2.evaluation.questions import Question
-from nanomolmo2.generation.find import question_of, read_examples
+from nanomolmo2.generation.find import Examples, read_examples
 from nanomolmo2.generation.pipeline import Answer, Pipeline
+from nanomolmo2.processor import Message
 from nanomolmo2.processor.points import Point, Size, format_points
 
 Place = tuple[float, float]  # x, y in pixels
@@ -110,13 +111,44 @@ def click(
 
 
 def written(vlm: Pipeline, case: FindCase) -> Answer:
-    """What the model writes, token by token, to the same question."""
+    """What the model writes, token by token, where it is asked the same in words."""
     images = [case.image] if case.reference is None else [case.reference, case.image]
     question = question_of(
         read_examples(case.like, case.unlike), in_second=case.reference is not None
     )
     room = WRITTEN_TOKENS * (MOST_BEYOND * max(len(case.things), 1) + 2)
     return vlm.stream(images, question, max_new_tokens=room, cut_at_context=True).answer()
+
+
+def question_of(examples: Examples, *, in_second: bool = False) -> list[Message]:
+    """The question as people write it and training had it, its points as parts:
+
+        Point to everything like <point>, <point> and <point>, not like <point>.
+
+    Args:
+        in_second: the examples lie in the first of two pictures, and the second is asked about.
+    """
+    place = "in the second picture" if in_second else ""
+    parts = [_text("Point to everything like"), *_listed(examples.like)]
+    if examples.unlike:
+        parts += [_text(f"{place}, not like"), *_listed(examples.unlike)]
+        place = ""
+    parts.append(_text(f"{place}."))
+    return [{"role": "user", "content": parts}]
+
+
+def _listed(points: Sequence[Point]) -> list[Any]:
+    """As in a sentence: a, b and c. The chat's format has spaces between parts."""
+    parts: list[Any] = []
+    for i, point in enumerate(points):
+        if i:
+            parts.append(_text("and" if i == len(points) - 1 else ","))
+        parts.append({"type": "point", "x": point.x, "y": point.y, "image": point.image})
+    return parts
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
 
 
 def outcomes(

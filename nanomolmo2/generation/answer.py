@@ -23,7 +23,7 @@ from nanomolmo2.generation.sampling import Sampled
 from nanomolmo2.processor import Encoded, Point, parse_count, parse_points, points_to_json
 from nanomolmo2.processor.grounding import find_points
 from nanomolmo2.processor.point_space import CLASS_NAME, PointSpace
-from nanomolmo2.processor.points import SCALE
+from nanomolmo2.processor.points import SCALE, Size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -241,7 +241,8 @@ def in_coordinates(text: str, space: PointSpace | None) -> str:
         parts.append(text[at:start])
         opening = _OPENING.search(text, max(0, start - _LONGEST_OPENING), start)
         at = _end_of_list(text, start, space, in_tag=opening is not None)
-        coords = coords_of([point for place, point in found if start <= place < at], space)
+        inside = [point for place, point in found if start <= place < at]
+        coords = coords_of(inside, space.image_sizes, space.video_size)
         if opening is None:
             parts.append(f'<points coords="{coords}"/>' if coords else "")
         elif text[at : at + 1] not in ('"', "'"):
@@ -286,17 +287,18 @@ def _is_cell(number: str, space: PointSpace) -> bool:
     return int(number) > space.num_rows + space.num_slots
 
 
-def coords_of(points: Sequence[Point], space: PointSpace | Encoded) -> str:
+def coords_of(
+    points: Sequence[Point], image_sizes: Sequence[Size], video_size: Size | None = None
+) -> str:
     """Value of the coords attribute, see `nanomolmo2.processor.points`; in the order given.
 
-    Args:
-        space: of the prompt, or the prompt: the sizes of what it shows are read.
+    Args: image_sizes, video_size: (width, height) of what is shown, pixels.
     """
     groups = []
     for key, group in groupby(points, key=_key):
         triples = []
         for point in group:
-            width, height = space.video_size or space.image_sizes[point.image - 1]
+            width, height = video_size or image_sizes[point.image - 1]
             x, y = round(SCALE * point.x / width), round(SCALE * point.y / height)
             triples.append(f"{point.id} {x:03d} {y:03d}")
         groups.append(f"{key} {' '.join(triples)}")

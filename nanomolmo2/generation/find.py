@@ -1,12 +1,8 @@
 """Find by example: places on things in a picture in, an `Answer` with everything like them out.
 
-The question is written as people ask it, and as the model learned it:
-
-    Point to everything like <point>, <point> and <point>, not like <point>.
-    Point to everything like <point> in the second picture.         examples lie in a reference
-
-`finding.find_in` says how likely what is meant is at which place; here is chosen, numbered and
-checked.
+No word is read or written, and the language model is not asked. `finding.see` encodes the picture,
+and the reference if there is one, `finding.look_for` says how likely what is meant is at which
+place; here is chosen, numbered and checked.
 """
 
 from __future__ import annotations
@@ -23,11 +19,13 @@ from typing import Any, NamedTuple
 
 from nanomolmo2.generation import finding
 from nanomolmo2.generation.answer import Answer, Shown, coords_of
-from nanomolmo2.generation.finding import Found
+from nanomolmo2.generation.finding import Found, Seen
 from nanomolmo2.generation.prefix_cache import PrefixCache
-from nanomolmo2.generation.question import Images, Question, as_list, read_question
+from nanomolmo2.generation.question import Images, as_list, read_images
 from nanomolmo2.models import NanoMolmo2
-from nanomolmo2.processor import Encoded, Message, Point, Processor, load_image
+from nanomolmo2.models.finder import CANDIDATES
+from nanomolmo2.processor import Point, Processor, load_image
+from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.processor.points import NOTHING_THERE
 
 LABEL = "thing"  # what all that is found is called
@@ -41,7 +39,8 @@ Size = tuple[int, int]  # (width, height), pixels
 
 
 class Examples(NamedTuple):
-    """Places on what is meant, and on what is not; ``image`` counts pictures of the prompt."""
+    """Places on what is meant, and on what is not; ``image`` 1 is the reference, if there is one,
+    else the picture that is asked about."""
 
     like: list[Point]
     unlike: list[Point]
@@ -88,32 +87,20 @@ def find(
     Raises: ValueError as `VLM.find`.
     """
     start = time.perf_counter()
-    context = model.config.llm_config.max_position_embeddings
-    question = Question(
-        question_of(examples, in_second=reference is not None),
-        [*([] if reference is None else _one("reference", reference)), *_one("image", image)],
-    )
-    read = read_question(question, context, allow_remote=allow_remote)
-    pictures = [load_image(source) for source in read.images]
-    asked = Asked(
-        examples, read.images, [picture.size for picture in pictures], _share(min_confidence)
-    )
+    finding.finder_of(model)
+    given = [*([] if reference is None else _one("reference", reference)), *_one("image", image)]
+    sources = read_images(given, allow_remote=allow_remote)
+    pictures = [load_image(source) for source in sources]
+    asked = Asked(examples, sources, [picture.size for picture in pictures], _share(min_confidence))
     _check_inside(asked)
-    processor = with_crops(processor, max_crops, asked.sizes)
-    encoded = processor.encode(read.messages, pictures)
-    if (length := len(encoded.input_ids)) > context:
-        raise ValueError(
-            f"the pictures and their question take {length:,} positions, and the model's context "
-            f"holds {context:,}: choose a smaller max_crops"
-        )
+    crops = crops_of(processor, max_crops, asked.sizes)
     prepared = time.perf_counter()
-    with seeing:
-        found = finding.find_in(model, encoded, cache)
-    done = time.perf_counter()
-    answer = _answer(asked, encoded, found)
-    spent = done - prepared
+    # The reference first: of many pictures that are asked about, it is the last to be forgotten.
+    seen = [finding.see(model, crops, picture, cache, seeing) for picture in pictures]
+    found = finding.look_for(model, seen, *examples)
+    spent = time.perf_counter() - prepared
     return replace(
-        answer,
+        _answer(asked, seen, found),
         timings={"prepare": prepared - start, "first_token": spent, "generate": spent},
     )
 
@@ -229,68 +216,42 @@ def _check_inside(asked: Asked) -> None:
         raise ValueError(f"{said}: give pixels from its top-left corner")
 
 
-def question_of(examples: Examples, *, in_second: bool = False) -> list[Message]:
-    """The question as messages, its points as parts.
-
-    Args:
-        in_second: the examples lie in the first of two pictures, and the second is asked about.
-    """
-    place = "in the second picture" if in_second else ""
-    parts = [_text("Point to everything like"), *_listed(examples.like)]
-    if examples.unlike:
-        parts += [_text(f"{place}, not like"), *_listed(examples.unlike)]
-        place = ""
-    parts.append(_text(f"{place}."))
-    return [{"role": "user", "content": parts}]
-
-
-def _listed(points: Sequence[Point]) -> list[Any]:
-    """As in a sentence: a, b and c. The chat's format has spaces between parts."""
-    parts: list[Any] = []
-    for i, point in enumerate(points):
-        if i:
-            parts.append(_text("and" if i == len(points) - 1 else ","))
-        parts.append({"type": "point", "x": point.x, "y": point.y, "image": point.image})
-    return parts
-
-
-def _text(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
-
-
-def with_crops(processor: Processor, max_crops: int | None, sizes: Sequence[Size]) -> Processor:
-    """A processor that cuts pictures into at most so many crops; the given one stays as it is.
+def crops_of(processor: Processor, max_crops: int | None, sizes: Sequence[Size]) -> MultiCrop:
+    """How pictures are cut, into at most so many crops.
 
     Args:
         max_crops: None: as many as pictures of these sizes need.
     Raises: ValueError for what is no number of crops, and where pictures are read as a whole.
     """
     multicrop = processor.config.multicrop
+    if multicrop is None:
+        raise ValueError(
+            "this model reads a picture as a whole, and things are found in its crops: use a model "
+            "whose processor has multicrop, such as `nanomolmo2 train find` makes"
+        )
     if max_crops is None:
-        if multicrop is None:
-            return processor
         max_crops = finding.crops_for(sizes, multicrop.window_size)
     elif not _is_count(max_crops):
         raise ValueError(f"max_crops is {max_crops!r:.40}, expected a whole number from 1 on")
-    elif multicrop is None:
-        raise ValueError("this model reads a picture as a whole, not in crops: leave max_crops out")
-    if max_crops == multicrop.max_crops:
-        return processor
-    return processor.with_settings(multicrop=replace(multicrop, max_crops=int(max_crops)))
+    crops = replace(multicrop, max_crops=int(max_crops))
+    replace(processor.config, multicrop=crops)  # refuses what would fill the memory
+    return crops
 
 
 # ---- what was found ----
 
 
-def _answer(asked: Asked, encoded: Encoded, found: Sequence[Sequence[Found]]) -> Answer:
+def _answer(asked: Asked, seen: Sequence[Seen], found: Sequence[Sequence[Found]]) -> Answer:
     """An answer as the model would have written it, but for the confidences."""
-    candidates = _without_unlike(asked, encoded, found[asked.image - 1])
+    found = _as_told(asked, seen, found)
+    candidates = _without_unlike(asked, seen, found[asked.image - 1])
     chosen = [one for one in candidates if one.confidence >= asked.min_confidence]
-    points = _in_order(asked, encoded, chosen)
-    problems = _problems(asked, encoded, found, candidates)
+    points = _in_order(asked, seen, chosen)
+    visual_tokens = sum(len(one.tokens) for one in seen)
+    problems = _problems(asked, seen, found, candidates)
     text = NOTHING_THERE
     if points:
-        listed = f'<points coords="{coords_of(points, encoded)}">{LABEL}</points>'
+        listed = f'<points coords="{coords_of(points, asked.sizes)}">{LABEL}</points>'
         text = f"Counting the {listed} shows a total of {len(points)}."
     sure = [one.confidence for one in chosen]
     if not sure:  # that there are none
@@ -300,14 +261,14 @@ def _answer(asked: Asked, encoded: Encoded, found: Sequence[Sequence[Found]]) ->
         points=tuple(points),
         count=len(points),
         problems=tuple(problems),
-        image_sizes=encoded.image_sizes,
+        image_sizes=tuple(asked.sizes),
         video_size=None,
         frame_times=(),
-        input_tokens=len(encoded.input_ids),
+        input_tokens=visual_tokens,
         output_tokens=0,
         timings={},
         confidence=math.exp(sum(math.log(max(one, 1e-9)) for one in sure) / len(sure)),
-        prompt_tokens=len(encoded.input_ids),
+        prompt_tokens=visual_tokens,
         show=partial(_shown, asked.sources),
     )
 
@@ -316,20 +277,36 @@ def _shown(sources: Sequence[Any]) -> Shown:
     return Shown([load_image(source) for source in sources])
 
 
-def _without_unlike(asked: Asked, encoded: Encoded, candidates: Sequence[Found]) -> list[Found]:
+def _as_told(
+    asked: Asked, seen: Sequence[Seen], found: Sequence[Sequence[Found]]
+) -> list[list[Found]]:
+    """The candidates, of which an example is one for sure: that it is meant was told.
+
+    Where next to nothing seems to be at its place, that is believed, and said in the problems.
+    """
+    told = [list(candidates) for candidates in found]
+    for point in asked.examples.like:
+        candidates = told[point.image - 1]
+        there = _at(point, seen, candidates)
+        if there is not None and there.confidence >= BARE:
+            candidates[candidates.index(there)] = there._replace(confidence=1.0)
+    return told
+
+
+def _without_unlike(asked: Asked, seen: Sequence[Seen], candidates: Sequence[Found]) -> list[Found]:
     """What a counter-example marks is not listed, whatever the model thinks of it."""
     left = list(candidates)
     for point in asked.examples.unlike:
         if point.image == asked.image:
-            marked = _at(point, encoded, left)
+            marked = _at(point, seen, left)
             left = [one for one in left if one is not marked]
     return left
 
 
-def _at(point: Point, encoded: Encoded, candidates: Sequence[Found]) -> Found | None:
+def _at(point: Point, seen: Sequence[Seen], candidates: Sequence[Found]) -> Found | None:
     """The likeliest candidate that lies under a place of the same picture."""
-    space, view = encoded.point_space, point.image - 1
-    patch = 0.0 if space is None else encoded.image_sizes[view][0] / space.views[view].cols
+    shown = seen[point.image - 1]
+    patch = shown.size[0] / shown.view.cols
 
     def holds(one: Found) -> bool:
         near = max(_NEAR_SIZES * one.size, _NEAR_PATCHES * patch)
@@ -338,7 +315,7 @@ def _at(point: Point, encoded: Encoded, candidates: Sequence[Found]) -> Found | 
     return max(filter(holds, candidates), key=lambda one: one.confidence, default=None)
 
 
-def _in_order(asked: Asked, encoded: Encoded, chosen: Sequence[Found]) -> list[Point]:
+def _in_order(asked: Asked, seen: Sequence[Seen], chosen: Sequence[Found]) -> list[Point]:
     """The points in the order of the model's lists, numbered."""
     width, height = asked.sizes[asked.image - 1]
     points = [
@@ -352,17 +329,14 @@ def _in_order(asked: Asked, encoded: Encoded, chosen: Sequence[Found]) -> list[P
         )
         for one in chosen
     ]
-    space = encoded.point_space
-    if space is None:
-        points.sort(key=lambda point: (point.y, point.x))
-    else:
-        points = [point for _, point in space.order(points)]
+    view = seen[asked.image - 1].view
+    points.sort(key=lambda point: view.target(point.x, point.y, (width, height)))
     return [replace(point, id=number) for number, point in enumerate(points, start=1)]
 
 
 def _problems(
     asked: Asked,
-    encoded: Encoded,
+    seen: Sequence[Seen],
     found: Sequence[Sequence[Found]],
     candidates: Sequence[Found],
 ) -> list[str]:
@@ -370,7 +344,7 @@ def _problems(
     problems = []
     themselves: list[Found] = []  # the examples, among what was found
     for point in asked.examples.like:
-        there = _at(point, encoded, found[point.image - 1])
+        there = _at(point, seen, found[point.image - 1])
         if there is not None and point.image == asked.image:
             themselves.append(there)
         confidence = 0.0 if there is None else there.confidence
@@ -391,9 +365,12 @@ def _problems(
             f"nothing like the example was found{beside}: the likeliest place has confidence "
             f"{best:.2f}"
         )
-    if len(likely) > LEARNED:
+    if (listed := len(likely)) > LEARNED:
+        alone = ""
+        if listed > CANDIDATES:
+            alone = f", and only the {CANDIDATES} likeliest were judged beside each other"
         problems.append(
-            f"{len(likely)} things were listed, more than the {LEARNED} of a kind that the model "
-            f"learned to find in a picture: check them, or ask about parts of the picture"
+            f"{listed} things were listed, more than the {LEARNED} of a kind that the model "
+            f"learned to find in a picture{alone}: check them, or ask about parts of the picture"
         )
     return problems

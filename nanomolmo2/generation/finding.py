@@ -1,36 +1,46 @@
-"""Finding by example, from a prompt to places: one pass of the decoder, then `models.finder`.
+"""Finding by example: pictures and places in them, or a prompt, then `models.finder`, then places.
+
+    see(picture), look_for(seen, like, unlike)    without words: what `VLM.find` does
+    finding_request(prompt)                       with words: the lists that `VLM.ask` writes
 
 Every patch of a picture says how likely it holds the middle of such a thing, where that is and how
-large the thing. Several patches may speak of one thing; the surest is kept.
+large the thing. Several patches may speak of one thing; the surest is kept. Without words the
+decoder is not asked: its states are nothing, and how far an example is meant is told.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from nanomolmo2.batch import Batch
 from nanomolmo2.generation.pointing import PointPrompt, Selected, given_points
-from nanomolmo2.generation.prefix_cache import PrefixCache
+from nanomolmo2.generation.prefix_cache import PrefixCache, digest
 from nanomolmo2.generation.prompt import embed_points, request_of
 from nanomolmo2.generation.request import Request
 from nanomolmo2.models import NanoMolmo2
+from nanomolmo2.models.finder import Finder
 from nanomolmo2.processor import Encoded, Point
-from nanomolmo2.processor.point_space import PointSpace, Target
+from nanomolmo2.processor.crops import MultiCrop
+from nanomolmo2.processor.point_space import PointSpace, Target, View
 
 LEAST_CONFIDENCE = 0.05  # candidates below are not told
 SUREST = 0.999
+MEANT = math.tanh(2.0)  # how far an example is meant, where that is told; its negative: not
 LIKELY = 0.5  # from here on it is listed
 LEAST_CROPS, MOST_CROPS = 4, 16
 NEAREST = 0.55  # of their size: two middles nearer to each other are of one thing
 NEAREST_PATCHES = 0.75  # and by so many patches at least
+_BAND = 1 << 22  # pixels of an image that are read at once
 
 
 class Found(NamedTuple):
@@ -44,28 +54,6 @@ class Found(NamedTuple):
     y: float
     size: float
     confidence: float
-
-
-def find_in(
-    model: NanoMolmo2, encoded: Encoded, cache: PrefixCache | None = None
-) -> list[list[Found]]:
-    """Of every picture of a prompt what is like the points of its question, the likeliest first.
-
-    Args: encoded: ends with a question such as "Point to everything like <point>."
-    Raises: ValueError for a model that has not learned to find, and a question without a point.
-    """
-    if model.finder is None:
-        raise ValueError(
-            "this model cannot find by example (its point_config has no finder_dim): use one that "
-            "has learned it, such as `nanomolmo2 train find` makes"
-        )
-    request = request_of(model, encoded, cache)
-    points, space = request.points, encoded.point_space
-    if space is None or points is None or not len(points.targets):
-        raise ValueError("found no point in the question: say which thing is meant")
-    assert request.inputs_embeds is not None
-    ids = np.asarray(request.input_ids)
-    return _found(model, ids, request.inputs_embeds, points, space)
 
 
 def finding_request(
@@ -83,14 +71,12 @@ def finding_request(
 
     def find(answer: Sequence[int], targets: Sequence[Target]) -> list[Selected]:
         """See `PointPrompt.find`: one more pass over the prompt and the answer so far."""
-        assert request.inputs_embeds is not None
         known = len(points.targets)
         whole = replace(points, targets=np.concatenate([points.targets, _array(targets)]))
         ids = np.concatenate([np.asarray(request.input_ids), np.array(answer, dtype=np.int64)])
         embeds = embed_points(model, ids, whole)
-        (found,) = _found(model, ids, embeds, whole, space, given=known)
         chosen: dict[tuple[int, int], Selected] = {}
-        for thing in found:
+        for thing in _found(model, ids, embeds, whole, space, known):
             if thing.confidence >= LIKELY:
                 target = space.target(Point(thing.x, thing.y))
                 chosen.setdefault(target[:2], Selected(target, thing.confidence))
@@ -103,6 +89,124 @@ def _array(targets: Sequence[Target]) -> NDArray[np.int64]:
     return np.array(targets, dtype=np.int64).reshape(-1, 3)
 
 
+def finder_of(model: NanoMolmo2) -> Finder:
+    """Raises: ValueError for a model that has not learned to find."""
+    if model.finder is None:
+        raise ValueError(
+            "this model cannot find by example (its point_config has no finder_dim): use one that "
+            "has learned it, such as `nanomolmo2 train find` makes"
+        )
+    return model.finder
+
+
+class Seen(NamedTuple):
+    """A picture as the finder sees it, without words: n patches of m visual tokens."""
+
+    features: Tensor  # (n, F), line by line
+    tokens: Tensor  # (m, D)
+    rows: Tensor  # (n,) the visual token of each patch
+    view: View  # the grid of the patches
+    size: tuple[int, int]  # (width, height) of the picture, pixels
+
+
+@torch.no_grad()
+def see(
+    model: NanoMolmo2,
+    crops: MultiCrop,
+    picture: Image.Image | NDArray[np.uint8],
+    cache: PrefixCache | None = None,
+    seeing: AbstractContextManager[Any] | None = None,
+) -> Seen:
+    """Encode a picture, or take it from the cache.
+
+    Args:
+        crops: how it is cut; there is no overview, in which nothing can be found.
+        picture: RGB, as `load_image` gives it or (H, W, 3).
+        seeing: held while the encoder sees it, and not where the cache knows it.
+    """
+    width, height = picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
+    view = View(0, *crops.patch_grid(width, height), crops.pooling_size)
+    row, slot = (part.ravel() for part in view.row_and_slot(*np.indices((view.rows, view.cols))))
+    device = model.llm.embed_tokens.weight.device
+
+    def encode(pixels: NDArray[np.float32], windows: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        layers = model.config.connector.vit_layers
+        tiles = torch.from_numpy(pixels).split(MOST_CROPS)  # more at a time would fill the memory
+        seen = [model.vision_encoder.features(some.to(device), layers) for some in tiles]
+        features = torch.cat(seen)
+        tokens = model.connector(features, torch.from_numpy(windows).to(device)).flatten(0, -2)
+        return features.flatten(0, 1)[torch.from_numpy(windows[row, slot]).to(device)], tokens
+
+    def encode_in_turn(_: list[int]) -> list[tuple[Tensor, ...]]:
+        pixels, windows, _grid = crops.tiles(picture)
+        with seeing or nullcontext():
+            if cache is None:
+                return [encode(pixels, windows)]
+            # Another thread may have seen it meanwhile.
+            return cache.visual_tokens([name], lambda _: [encode(pixels, windows)])
+
+    if cache is None:
+        ((features, tokens),) = encode_in_turn([0])
+    else:
+        cache.check("vision", model.vision_encoder)
+        cache.check("connector", model.connector)
+        # More crops than a picture needs change nothing.
+        cut = f"{crops.tiling(width, height)} {replace(crops, max_crops=1)}"
+        name = f"to find in {_digest(picture)} {cut}"
+        ((features, tokens),) = cache.visual_tokens([name], encode_in_turn)
+    return Seen(features, tokens, torch.from_numpy(row).to(device), view, (width, height))
+
+
+def _digest(picture: Image.Image | NDArray[np.uint8]) -> str:
+    """Of the pixels. Those of an image are copied in bands: as a whole it may be large."""
+    if not isinstance(picture, Image.Image):
+        return digest(picture)
+    width, height = picture.size
+    tops = range(0, height, max(1, _BAND // width))
+    bands = (picture.crop((0, y, width, min(y + tops.step, height))) for y in tops)
+    return digest(*map(np.asarray, bands))
+
+
+@torch.no_grad()
+def look_for(
+    model: NanoMolmo2, pictures: Sequence[Seen], like: Sequence[Point], unlike: Sequence[Point] = ()
+) -> list[list[Found]]:
+    """Of every picture what is like the examples, the likeliest first; no word is needed.
+
+    The patches of all pictures that are the likeliest by themselves, `models.finder.CANDIDATES` of
+    them, are judged beside each other; what is said of others is what each is by itself.
+
+    Args: like, unlike: places in pixels of the pictures, which are counted from 1.
+    Raises: ValueError for a model that has not learned to find.
+    """
+    finder = finder_of(model)
+    tokens = torch.cat([seen.tokens for seen in pictures])
+    firsts = np.cumsum([0, *(len(seen.tokens) for seen in pictures)]).tolist()
+    rows = torch.cat([seen.rows + first for seen, first in zip(pictures, firsts, strict=False)])
+    features = torch.cat([seen.features for seen in pictures])
+    patches = finder.patches(features, tokens, torch.zeros_like(tokens), rows)
+    starts = np.cumsum([0, *(len(seen.features) for seen in pictures)]).tolist()
+    at = [starts[p.image - 1] + _patch_at(pictures[p.image - 1], p) for p in (*like, *unlike)]
+    examples = torch.tensor(at, device=tokens.device)
+    gates = tokens.new_tensor([MEANT] * len(like) + [-MEANT] * len(unlike))
+    nothing = tokens.new_zeros(1, tokens.shape[1])
+    wanted = finder.wanted(patches, nothing, None, examples, torch.zeros_like(examples), gates)
+    mine = torch.ones(1, len(features), dtype=torch.bool, device=tokens.device)
+    scores = finder(wanted, patches, mine).final[0].float().sigmoid().cpu().numpy()
+    ways = patches.way.float().cpu().numpy()
+    return [
+        things_of(scores[a:b], ways[a:b], (seen.view.rows, seen.view.cols), seen.size)
+        for seen, a, b in zip(pictures, starts, starts[1:], strict=False)
+    ]
+
+
+def _patch_at(seen: Seen, place: Point) -> int:
+    """The number of the patch that a place lies in."""
+    view, (width, height) = seen.view, seen.size
+    line = min(int(place.y * view.rows / height), view.rows - 1)
+    return line * view.cols + min(int(place.x * view.cols / width), view.cols - 1)
+
+
 @torch.no_grad()
 def _found(
     model: NanoMolmo2,
@@ -110,24 +214,22 @@ def _found(
     embeds: Tensor,
     points: PointPrompt,
     space: PointSpace,
-    given: int | None = None,
-) -> list[list[Found]]:
-    """Of every picture what is asked for at the last position.
+    given: int,
+) -> list[Found]:
+    """What is asked for at the last position, in the one picture of a prompt.
 
-    Args: ids: (T,) with markers. embeds: (T, D). given: so many targets are the prompt's.
+    Args:
+        ids: (T,) with markers. embeds: (T, D). given: so many targets are the question's.
     """
-    finder = model.finder
-    assert finder is not None
     device = embeds.device
 
     def on_device(values: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
-    batch = Batch(on_device(ids)[None])
+    finder, batch = finder_of(model), Batch(on_device(ids)[None])
     T = torch.arange(len(ids), device=device)[None]
     states = model.llm.states(embeds[None], T, model.attention_mask(batch), None)[0]
-    grids = [grid_of(space, view) for view in range(len(space.views))]
-    rows, patches = (np.concatenate([grid[i].ravel() for grid in grids]) for i in (0, 1))
+    rows, patches = (part.ravel() for part in grid_of(space, 0))
     of_tokens = points.tokens, states[on_device(points.places)]
     seen = finder.patches(points.features[on_device(patches)], *of_tokens, on_device(rows))
     is_question = given_points(ids, points)[:given]
@@ -139,13 +241,8 @@ def _found(
     wanted = finder.wanted(seen, states[-1:], states[on_device(at)], examples, question)
     mine = torch.ones(1, len(patches), dtype=torch.bool, device=device)
     scores = finder(wanted, seen, mine).final[0].float().sigmoid().cpu().numpy()
-    ways = seen.way.float().cpu().numpy()
-    found, first = [], 0
-    for (row, _), size in zip(grids, space.image_sizes, strict=True):
-        last = first + row.size
-        found.append(things_of(scores[first:last], ways[first:last], row.shape, size))
-        first = last
-    return found
+    view, ways = space.views[0], seen.way.float().cpu().numpy()
+    return things_of(scores, ways, (view.rows, view.cols), space.image_sizes[0])
 
 
 def grid_of(space: PointSpace, view: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

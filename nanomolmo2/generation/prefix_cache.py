@@ -199,12 +199,14 @@ class PrefixCache:
         self.nbytes -= self._entries.pop(key)[1]
 
 
-def digest(*tensors: Tensor) -> str:
+def digest(*parts: Tensor | NDArray[Any]) -> str:
     """Of contents, shapes and types."""
     hashed = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        hashed.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
-        hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for part in parts:
+        hashed.update(f"{tuple(part.shape)} {part.dtype};".encode())
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().contiguous().view(torch.uint8).numpy()
+        hashed.update(np.ascontiguousarray(part).data)
     return hashed.hexdigest()
 
 

@@ -96,8 +96,16 @@ def read_question(asked: Question, context: int, *, allow_remote: bool = False) 
     _check_texts(messages, context)
     if not isinstance(messages, (str, Mapping)) and isinstance(messages, Sequence):
         messages = [_fetched(message, allow_remote) for message in messages]
-    images = [_as_image(image, allow_remote) for image in as_list(asked.images)]
+    images = read_images(asked.images, allow_remote=allow_remote)
     return Conversation(messages, images, _as_video(asked.video, allow_remote))
+
+
+def read_images(images: Images, *, allow_remote: bool = False) -> list[ImageSource]:
+    """Images in the forms that the processor takes; files are not decoded yet.
+
+    Raises: as `read_question`.
+    """
+    return [_as_image(image, allow_remote) for image in as_list(images)]
 
 
 def read_parts(

@@ -206,8 +206,7 @@ def _said(task: Task, about: Sequence[Word], found: Sequence[tuple[Answer, list[
             ]
             points += placed
             if placed:
-                coords = coords_of(placed, cast(Any, replace(first, image_sizes=sizes)))
-                tag = f'<points coords="{coords}">{word.name}</points>'
+                tag = f'<points coords="{coords_of(placed, sizes)}">{word.name}</points>'
                 total = f"Counting the {tag} shows a total of {len(placed)}."
                 texts.append(total if task == "count" else tag)
         text = " ".join(texts) or NOTHING_THERE

@@ -127,14 +127,15 @@ class MultiCrop(Config):
         }
 
     def tiles(
-        self, image: NDArray[np.uint8]
+        self, image: Image.Image | NDArray[np.uint8]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64], tuple[int, int]]:
-        """What `__call__` makes of an RGB array (H, W, 3), without the overview.
+        """What `__call__` makes of an RGB image, or array (H, W, 3), without the overview.
 
         Returns: pixel_values of the tiles; (n, K) their patches of each image token (tile * N +
             patch); rows and columns of image tokens.
         """
-        rows, cols = self.tiling(image.shape[1], image.shape[0])
+        size = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+        rows, cols = self.tiling(*size)
         (canvas,) = resize(
             image, tuple(n * self.window_size + self.margin_size for n in (rows, cols))
         )

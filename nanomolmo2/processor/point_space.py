@@ -63,6 +63,13 @@ class View(NamedTuple):
         c = c + (across * s - self.cols) // 2
         return self.first_row + (r // s) * across + c // s, (r % s) * s + c % s
 
+    def target(self, x: float, y: float, size: Size) -> Target:
+        """The row, slot and cell of a place in a picture of this size, pixels."""
+        c, across = _split(self.cols * (x / size[0]), self.cols)
+        r, down = _split(self.rows * (y / size[1]), self.rows)
+        row, slot = self.row_and_slot(r, c)
+        return row, slot, CELLS_PER_SIDE * across + down
+
     def patch(self, row: int, slot: int) -> tuple[int, int] | None:
         """(row, column) of the grid; None for an empty slot."""
         s, (lines, across) = self.window, self.windows
@@ -140,17 +147,14 @@ class PointSpace:
         Raises: ValueError for a point outside of its picture, or in one that is not shown.
         """
         number = self._view_of(point)
-        view, (width, height) = self.views[number], self._size(number)
+        width, height = self._size(number)
         if not (0 <= point.x <= width and 0 <= point.y <= height):  # false for NaN too
             what = "the video" if self.video_size else f"picture {point.image}"
             raise ValueError(
                 f"the point ({point.x}, {point.y}) lies outside of {what}, which is {width} x "
                 f"{height} pixels: give pixels of the original, from its top-left corner"
             )
-        c, across = _split(view.cols * (point.x / width), view.cols)
-        r, down = _split(view.rows * (point.y / height), view.rows)
-        row, slot = view.row_and_slot(r, c)
-        return row, slot, CELLS_PER_SIDE * across + down
+        return self.views[number].target(point.x, point.y, (width, height))
 
     def order(self, points: Iterable[Point]) -> list[tuple[Target, Point]]:
         """The points of one list with their targets, sorted by (row, slot, cell).

@@ -1,7 +1,8 @@
 """The route that finds by example: places of a picture in, the places of all that is like them out.
 
-It is one pass of the model and no text that is written token by token, so it does not wait for the
-scheduler: passes run one after the other, in a thread of their own.
+No text is written, so nothing waits for the scheduler. The encoder sees one picture at a time,
+whoever shows it; of a second click on a picture it has nothing to see. Searches run one after the
+other, in a thread of their own.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ from nanomolmo2.things.match_model import CROPS
 from nanomolmo2.things.questions import FindMix, make_branches
 from nanomolmo2.things.scenes import Scene, train_rng
 from nanomolmo2.things.source import Things, ThingsConfig
-from nanomolmo2.things.wordless import Wordless, wordless, wordless_scores
+from nanomolmo2.things.wordless import Wordless, contrast_loss, wordless, wordless_scores
+from nanomolmo2.training.distributed import World
 from nanomolmo2.training.find_terms import scores_of
 from nanomolmo2.training.loop import Stage
 from nanomolmo2.training.optim import OptimConfig
@@ -46,7 +47,7 @@ KINDS = {
     "w": "things without words, in some of the examples two pictures",
 }
 WORDLESS_MIX = FindMix(like=8, count_like=0, same=0, named=0, count_named=0)
-WORDLESS_PAIRS = 0.25  # share of the examples
+WORDLESS_PAIRS = 0.5  # share of the examples
 TERMS = ("text", "row", "slot", "cell")
 # Around a message, around a list of points, and of each of these.
 FRAME_TOKENS, LIST_TOKENS, TOKENS_A_POINT = 5, 10, 5
@@ -67,6 +68,7 @@ class FindPlan(Config):
     points: of the modules that point and find, AdamW.
     vision: of encoder and connector, Muon; AdamW's is a tenth. 0 = frozen.
     finder: weight of what is found all at once, beside the answers.
+    contrast: weight of what is told apart in all pictures of a step without words.
     emoji_plan: what is asked about emoji.
     scored: questions of each set that it is measured on, 0 = none.
     """
@@ -88,6 +90,7 @@ class FindPlan(Config):
     warmup_steps: int = 100
     final_ratio: float = 0.1
     finder: float = 1.0
+    contrast: float = 0.0
     emoji_plan: QuestionPlan = plans.LAST
     scored: int = 60
 
@@ -111,8 +114,10 @@ FINISH_MIX = FindMix(invented=0.4)
 class FindStage(Stage):
     """Answer questions about scenes of things and of emoji, points as selections."""
 
-    def __init__(self, find: FindModel, seed: int, plan: FindPlan) -> None:
-        self.find, self.seed, self.plan = find, seed, plan
+    def __init__(
+        self, find: FindModel, seed: int, plan: FindPlan, world: World | None = None
+    ) -> None:
+        self.find, self.seed, self.plan, self.world = find, seed, plan, world or World()
         self.name, self.steps = plan.name, plan.steps
         self.crops = replace(CROPS, max_crops=plan.max_crops)
         self.processor = find.processor.with_settings(multicrop=self.crops)
@@ -131,10 +136,10 @@ class FindStage(Stage):
         if kind != "e":
             asked = self.encode(step, kind == "p")
         elif self.emoji.kind(number := step // len(self.plan.kinds)) == "s":
-            asked = [of_emoji(*one) for one in self.emoji.asked(number)]
+            asked = [of_emoji(*one) for one in self.world.share(self.emoji.asked(number))]
         else:
             encoded, _ = self.emoji.encode(number)
-            return FindBatch(collate(encoded, pad).prepared(), None, True)
+            return FindBatch(collate(self.world.share(encoded), pad).prepared(), None, True)
         batch = collate([one.encoded for one in asked], pad).prepared()
         return FindBatch(batch, find_labels(asked, batch.input_ids.shape[1]), kind == "e")
 
@@ -144,7 +149,7 @@ class FindStage(Stage):
         config = replace(self.plan.source, pairs=WORDLESS_PAIRS)
         source = Things(config, int(rng.integers(2**31)))
         examples = []
-        for i in range(self.plan.pictures):
+        for i in self.world.share(range(self.plan.pictures)):
             scenes, scene_rng = source.scenes(i)
             examples.append((scenes, make_branches(scenes, scene_rng, WORDLESS_MIX)))
         return wordless(examples, self.crops)
@@ -156,7 +161,8 @@ class FindStage(Stage):
         config = replace(plan.source, pairs=float(pairs))
         number = max(1, plan.pictures // (1 + pairs))
         source = Things(config, int(rng.integers(2**31)))
-        return [self.encode_example(*source.scenes(i), rng) for i in range(number)]
+        mine = self.world.share(range(number))
+        return [self.encode_example(*source.scenes(i), rng) for i in mine]
 
     def encode_example(
         self, scenes: list[Scene], scene_rng: np.random.Generator, rng: np.random.Generator
@@ -213,7 +219,12 @@ class FindStage(Stage):
     def loss(self, batch: FindBatch | Wordless) -> tuple[Tensor, dict[str, float]]:
         model = self.find.model
         if isinstance(batch, Wordless):
-            loss, metrics = find_loss(wordless_scores(model, batch), batch.labels)
+            scored = wordless_scores(model, batch)
+            loss, metrics = find_loss(scored, batch.labels)
+            if self.plan.contrast:
+                contrast = contrast_loss(model, batch, scored.patches)
+                loss = loss + self.plan.contrast * contrast
+                metrics["contrast_loss"] = float(contrast.detach())
             return self.plan.finder * loss, {f"{name}_w": x for name, x in metrics.items()}
         questions = model.encoded(batch.questions)
         states = model.states(questions)

@@ -48,7 +48,8 @@ class Kind:
 
     @property
     def id(self) -> str:
-        return self.look.id
+        """Of no other kind of its pictures: one of another size has the same look."""
+        return f"{self.look.id}+size" if self.alike == "size" else self.look.id
 
 
 def choose_kinds(

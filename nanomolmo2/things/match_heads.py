@@ -107,6 +107,20 @@ def pair_loss(scores: Tensor, pairs: Compared) -> Tensor:
     return total
 
 
+def some_cells(labels: CellLabels, centred: Tensor, most: int) -> Tensor:
+    """Numbers of the cells that are compared: middles first, then others, spread evenly.
+
+    Args: centred: (n,) bool, which hold a middle.
+    """
+    clear = torch.nonzero((labels.kind >= 0) | (labels.kind == GROUND))[:, 0]
+    if len(clear) <= most:
+        return clear
+    middles = clear[centred[clear]]
+    others = clear[~centred[clear]]
+    step = max(1, -(-len(others) // max(1, most - len(middles))))
+    return torch.cat([middles, others[::step]]).sort().values
+
+
 class MatchHead(Reader):
     """Reads cells of width D, and learns to."""
 
@@ -123,9 +137,8 @@ class MatchHead(Reader):
         centred = strongest(claims.detach()[None], labels.owner[None])[0]
         shows = labels.kind >= 0
         on_things = plain_norm(cells[shows])
-        some = self._some(labels, centred)
-        chosen = CellLabels(*(column[some] for column in vars(labels).values()))
-        pairs = compared(chosen, looks)
+        some = some_cells(labels, centred, config.most)
+        pairs = compared(labels.of_cells(some), looks)
         embedded = self.look(cells[some])
         similar = embedded @ embedded.T
         losses = {
@@ -145,14 +158,3 @@ class MatchHead(Reader):
             metrics["rivals_right"] = float(right[1] / pairs.rivals.sum().clamp(min=1))
         total = sum((getattr(config, name) * x for name, x in losses.items()), torch.zeros(()))
         return total, metrics
-
-    def _some(self, labels: CellLabels, centred: Tensor) -> Tensor:
-        """Numbers of the cells that are compared: middles first, then others, spread evenly."""
-        clear = torch.nonzero((labels.kind >= 0) | (labels.kind == GROUND))[:, 0]
-        if len(clear) <= self.config.most:
-            return clear
-        middles = clear[centred[clear]]
-        others = clear[~centred[clear]]
-        left = max(1, self.config.most - len(middles))
-        step = max(1, -(-len(others) // left))
-        return torch.cat([middles, others[::step]]).sort().values

@@ -44,6 +44,10 @@ class CellLabels:
     kind: Tensor
     way: Tensor
 
+    def of_cells(self, numbers: Tensor) -> CellLabels:
+        """Those of some cells."""
+        return CellLabels(*(column[numbers] for column in vars(self).values()))
+
 
 @dataclass
 class MatchBatch:
@@ -88,7 +92,7 @@ def match_batch(scenes: Sequence[Scene], crops: MultiCrop, margin: float) -> Mat
             labels["kind"][labels["kind"] >= 0] += len(looks)
             columns = {"index": index, "picture": picture, **labels}
             found.append(CellLabels(**{name: torch.from_numpy(x) for name, x in columns.items()}))
-        looks += [names.setdefault(kind.id, len(names)) for kind in scene.kinds]
+        looks += [names.setdefault(kind.look.id, len(names)) for kind in scene.kinds]
         pixels.append(tiles)
         num_tiles += len(tiles)
         num_things += len(scene.things)

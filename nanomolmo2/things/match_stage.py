@@ -18,6 +18,7 @@ from nanomolmo2.things.match_labels import MatchBatch, match_batch
 from nanomolmo2.things.match_model import CROPS, MatchModel
 from nanomolmo2.things.match_scores import NUM_SCENES, match_scores
 from nanomolmo2.things.source import ThingsConfig
+from nanomolmo2.training.distributed import World
 from nanomolmo2.training.loop import Stage
 from nanomolmo2.training.optim import OptimConfig
 
@@ -66,16 +67,21 @@ class MatchStage(Stage):
 
     name = "match"
 
-    def __init__(self, model: MatchModel, seed: int, plan: MatchPlan) -> None:
+    def __init__(
+        self, model: MatchModel, seed: int, plan: MatchPlan, world: World | None = None
+    ) -> None:
         self.model, self.seed, self.plan, self.steps = model, seed, plan, plan.steps
+        self.world = world or World()
         self.source = plan.source.open(seed + THINGS_SEED)
         self.taken = 0  # steps of this process
 
     def batch(self, step: int) -> StepBatch:
         plan = self.plan
         first = step * plan.things
-        scenes = [self.source.scenes(first + i)[0][0] for i in range(plan.things)]
+        mine = self.world.share(range(first, first + plan.things))
+        scenes = [self.source.scenes(i)[0][0] for i in mine]
         emoji = render_scenes(self.seed, EMOJI_STREAM, step, plan.emoji, SCENES)
+        emoji = [*self.world.share(emoji)]
         images, labels = labelled(emoji, MARGIN)
         return StepBatch(match_batch(scenes, CROPS, MARGIN), as_patches(images, PATCH_SIZE), labels)
 

@@ -34,6 +34,7 @@ from nanomolmo2.things.find_stage import FINISH_MIX, POINT_MIX, FindPlan, FindSt
 from nanomolmo2.things.match_model import MatchModel
 from nanomolmo2.things.match_stage import MatchPlan, MatchStage
 from nanomolmo2.things.source import ThingsConfig
+from nanomolmo2.training.distributed import World
 from nanomolmo2.training.loop import LoopConfig, run
 from nanomolmo2.training.run_folder import Resume
 
@@ -52,28 +53,31 @@ POINT = FindPlan(
 LOOKS = FindPlan(
     name="looks",
     stream=31,
-    steps=3000,
+    steps=4000,
     kinds="wwwwe",
-    pictures=9,
+    pictures=8,
     source=ThingsConfig(sides=(192, 256, 320, 384, 512), crowded=0.25, mix=FINISH_MIX),
     max_crops=9,
     llm=2e-4,
     llm_matrix=0.002,
     vision=0.002,
     final_ratio=0.03,
+    contrast=0.5,
 )
 FINISH = FindPlan(
     name="finish",
     stream=32,
-    steps=3000,
-    kinds="ewtwepew",
-    pictures=8,
+    steps=1600,
+    kinds="eetewepe",
+    pictures=12,
+    emoji=32,
     source=LOOKS.source,
     max_crops=9,
     capacity=600,
     points=5e-4,
     vision=0.0,
     final_ratio=0.02,
+    contrast=0.5,
 )
 
 
@@ -128,22 +132,25 @@ def train_find(
     drawings: str = "",
     resume: Resume = False,
     config: LoopConfig | None = None,
+    world: World | None = None,
 ) -> bool:
     """Train the model that finds by example in ``out``; when done, write it to ``out/model``.
 
     Args:
         drawings: folder of the drawings to train on; empty: the emoji for training.
+        world: ranks share the pictures of a step; every one holds the whole model.
     Returns: whether the run finished (it may be stopped early by ``config.stop_after``, which
         counts the steps of both parts).
     Raises: ValueError for a folder without drawings, or with drawings that are held out.
     """
     out, config, plans = Path(out), config or LoopConfig(), scale_of(scale)
+    world = world or World()
     config = replace(config, evaluate_every=config.evaluate_every or EVALUATE_EVERY)
     Drawings.for_training(drawings)  # refused now rather than in a worker
     match = replace(plans.match, source=with_drawings(plans.match.source, drawings))
     taken = 0
     if not (resume and (out / MATCH_FILE).is_file()):
-        finished, taken = train_match(out, seed, match, config, resume)
+        finished, taken = train_match(out, seed, match, config, resume, world)
         if not finished:
             return False
     for name, done in (("stop_after", taken), ("stop_at", match.steps)):
@@ -155,11 +162,11 @@ def train_find(
         replace(plan, source=with_drawings(plan.source, drawings))
         for plan in (plans.point, plans.looks, plans.finish)
     ]
-    return train_answers(out, seed, answers, config, resume)
+    return train_answers(out, seed, answers, config, resume, world)
 
 
 def train_match(
-    out: Path, seed: int, plan: MatchPlan, config: LoopConfig, resume: Resume
+    out: Path, seed: int, plan: MatchPlan, config: LoopConfig, resume: Resume, world: World
 ) -> tuple[bool, int]:
     """The part ``match``; its weights are left in `MATCH_FILE` once it is done.
 
@@ -168,26 +175,33 @@ def train_match(
     model = MatchModel(seed, plan.match)
     model.start_from_tiny()
     model.accelerate()
-    stage = MatchStage(model, seed, plan)
-    finished = run(model, [stage], out / MATCH_FOLDER, config, resume=resume)
-    if finished:
+    stage = MatchStage(model, seed, plan, world)
+    finished = run(model, [stage], out / MATCH_FOLDER, config, resume=resume, world=world)
+    if finished and world.is_main:
         with atomic_path(out / MATCH_FILE) as temporary:
             save_tensors(model.state_dict(), temporary)
+    world.wait()
     return finished, stage.taken
 
 
 def train_answers(
-    out: Path, seed: int, plans: Sequence[FindPlan], config: LoopConfig, resume: Resume
+    out: Path,
+    seed: int,
+    plans: Sequence[FindPlan],
+    config: LoopConfig,
+    resume: Resume,
+    world: World,
 ) -> bool:
     """The part ``answers``, on what ``match`` has left; writes the model in bf16."""
     folder = out / ANSWERS_FOLDER
+    begun = bool(resume) and folder.exists()
+    world.wait()  # before one of them makes the folder
     find = FindModel(seed)
     find.start_from_tiny(load_file(out / MATCH_FILE))
     find.accelerate()
-    stages = [FindStage(find, seed, plan) for plan in plans]
-    begun = bool(resume) and folder.exists()
-    finished = run(find, stages, folder, config, resume=begun)
-    if finished:
+    stages = [FindStage(find, seed, plan, world) for plan in plans]
+    finished = run(find, stages, folder, config, resume=begun, world=world)
+    if finished and world.is_main:
         model = find.model.to(torch.bfloat16)
         model.save_pretrained(out / "model", processor=find.processor)
     return finished

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from nanomolmo2.data.example import Branch
+from nanomolmo2.emoji.heads import strongest
+from nanomolmo2.generation.finding import MEANT
+from nanomolmo2.models.finder import Patches
 from nanomolmo2.models.pointing import PointingNanoMolmo2
 from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.things.find_labels import MARGIN, FindLabels
-from nanomolmo2.things.match_labels import SAMPLES, label_cells
+from nanomolmo2.things.match_heads import MatchConfig, compared, like_loss, some_cells
+from nanomolmo2.things.match_labels import SAMPLES, CellLabels, label_cells
 from nanomolmo2.things.scenes import Scene
 from nanomolmo2.training.find_terms import Scored
-
-MEANT = 2.0  # of a gate before its tanh: nearly all
 
 
 class Wordless(NamedTuple):
@@ -32,12 +34,16 @@ class Wordless(NamedTuple):
         pixel_values: (M, N, 3*P*P) tiles. windows: (m, S) patches of each visual token.
         labels: as of questions, whose positions say nothing.
         gates: (J,) 1 for an example, -1 for what is not meant.
+        cells: what the patches show. Pictures of one example are one picture.
+        looks: (K,) of each kind, equal for equal looks.
     """
 
     pixel_values: Tensor
     windows: Tensor
     labels: FindLabels
     gates: Tensor
+    cells: CellLabels
+    looks: Tensor
 
 
 def wordless(
@@ -60,16 +66,23 @@ class _Maker:
         self.columns: dict[str, list[np.ndarray]] = {}
         self.asked: list[tuple[int, set[int]]] = []  # example, numbers of things
         self.likes: list[tuple[int, int, float]] = []  # patch of n, question, gate
+        self.kinds: list[str] = []  # the look of each
         self.examples = self.patches = self.tiles = self.rows = self.things = 0
 
     def add(self, scenes: Sequence[Scene], branches: Sequence[Branch]) -> None:
         """The pictures of an example, and what is asked about them."""
         kinds: dict[str, set[int]] = {}
+        numbers: dict[str, int] = {}  # of kinds, which the pictures of an example share
         grids = []
         for scene in scenes:
+            for kind in scene.kinds:
+                if kind.id not in numbers:
+                    numbers[kind.id] = len(self.kinds)
+                    self.kinds.append(kind.look.id)
             for i, thing in enumerate(scene.things):
                 kinds.setdefault(scene.kinds[thing.kind].id, set()).add(self.things + i)
-            grids.append((self.patches, *self._picture(scene), scene.image.shape))
+            of_kinds = np.array([numbers[kind.id] for kind in scene.kinds], np.int64)
+            grids.append((self.patches, *self._picture(scene, of_kinds), scene.image.shape))
         for branch in branches:
             truth = branch.truth or {}
             for places, gate in ((truth["examples"], 1.0), (truth["unlike"], -1.0)):
@@ -81,8 +94,8 @@ class _Maker:
             self.asked.append((self.examples, kinds.get(str(truth["kind"]), set())))
         self.examples += 1
 
-    def _picture(self, scene: Scene) -> tuple[int, int]:
-        """Add a picture. Returns: rows and columns of its patches."""
+    def _picture(self, scene: Scene, kinds: np.ndarray) -> tuple[int, int]:
+        """Add a picture, its kinds by number. Returns: rows and columns of its patches."""
         tiles, index, (lines, across) = self.crops.tiles(scene.image)
         side = self.crops.pooling_size
         rows, cols = lines * side, across * side
@@ -96,7 +109,9 @@ class _Maker:
             "example": np.full(len(patch), self.examples),
             "owner": labels["owner"],
             "way": labels["way"],
-            "shows": labels["kind"] >= 0,
+            "kind": np.where(
+                labels["kind"] >= 0, np.append(kinds, 0)[labels["kind"].clip(-1)], labels["kind"]
+            ),
         }
         for name, values in found.items():
             self.columns.setdefault(name, []).append(values)
@@ -115,8 +130,11 @@ class _Maker:
             mask[question, list(numbers)] = True
         like, question_of, gates = (np.array(part) for part in zip(*self.likes, strict=True))
         nowhere = torch.zeros(0, dtype=torch.long)
+        columns = {name: torch.from_numpy(np.concatenate(x)) for name, x in self.columns.items()}
+        kind = columns.pop("kind")
         labels = FindLabels(
-            **{name: torch.from_numpy(np.concatenate(x)) for name, x in self.columns.items()},
+            **columns,
+            shows=kind >= 0,
             asked=torch.from_numpy(mask),
             of=torch.tensor([example for example, _ in self.asked]),
             state_at=nowhere,
@@ -126,7 +144,10 @@ class _Maker:
         )
         pixels, windows = (np.concatenate(x) for x in (self.pixels, self.windows))
         of_tiles = torch.from_numpy(pixels), torch.from_numpy(windows)
-        return Wordless(*of_tiles, labels, torch.from_numpy(gates).float())
+        cells = CellLabels(labels.patch[:, None], labels.example, labels.owner, kind, labels.way)
+        names = {name: i for i, name in enumerate(dict.fromkeys(self.kinds))}
+        looks = torch.tensor([names[name] for name in self.kinds])
+        return Wordless(*of_tiles, labels, torch.from_numpy(gates).float(), cells, looks)
 
 
 def wordless_scores(model: PointingNanoMolmo2, batch: Wordless) -> Scored:
@@ -140,6 +161,23 @@ def wordless_scores(model: PointingNanoMolmo2, batch: Wordless) -> Scored:
     patches = finder.patches(of_patches, tokens, torch.zeros_like(tokens), labels.row)
     nothing = tokens.new_zeros(len(labels.of), tokens.shape[1])
     given = labels.like, labels.question
-    wanted = finder.wanted(patches, nothing, None, *given, gates=torch.tanh(MEANT * batch.gates))
+    wanted = finder.wanted(patches, nothing, None, *given, gates=MEANT * batch.gates)
     mine = labels.of[:, None] == labels.example
     return Scored(finder(wanted, patches, mine), mine, patches)
+
+
+def contrast_loss(model: PointingNanoMolmo2, batch: Wordless, patches: Patches) -> Tensor:
+    """How well what shows one kind is told from what shows another, in all pictures of a batch.
+
+    A question tells an example from what else is in its pictures; here are many times more rivals.
+    """
+    finder, config = model.finder, MatchConfig()
+    assert finder is not None
+    centred = strongest(patches.claim.detach()[None], batch.cells.owner[None])[0]
+    some = some_cells(batch.cells, centred, config.most)
+    pairs = compared(batch.cells.of_cells(some), batch.looks)
+    total = patches.claim.new_zeros(())
+    for reader, looks in ((finder.patch, patches.look), (finder.token, patches.token_look)):
+        similar = looks[some] @ looks[some].T
+        total = total + like_loss(reader.scale() * similar, pairs, config.rivals, config.ground)
+    return total

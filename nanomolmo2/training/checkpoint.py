@@ -119,7 +119,8 @@ class Checkpoints:
         Args:
             keep: how many of the newest stay; the best stays too.
             info: told of damaged files.
-            world: with more than one rank, each writes its shards.
+            world: with more than one rank, each writes its shards; where each holds all weights,
+                the first writes them.
             start: weights that are left out: the model has them before anything is restored.
         """
         self.folder, self.keep, self.info = run / FOLDER, keep, info
@@ -133,7 +134,7 @@ class Checkpoints:
         try:
             if is_sharded(model):
                 self._save_shards(position, model, optimizers)
-            else:
+            elif self.world.is_main:
                 with atomic_path(self.folder / position.name) as aside:
                     aside.mkdir(parents=True)
                     self._write(aside, model, optimizers)

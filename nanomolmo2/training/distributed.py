@@ -16,10 +16,10 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,7 @@ from nanomolmo2.models.vision_encoder import VisionLayer
 
 NORMS = (RMSNorm, LayerNorm)
 GLOO_THREADS_FINISH = 0.2  # seconds; they need far less
+Item = TypeVar("Item")
 STATE_FILE = "state.json"  # step, data position: what is no tensor
 
 
@@ -87,6 +88,16 @@ class World:
             dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
         return cls(rank, size, place)
 
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This rank's part of what all have; where there are too few for all ranks, everything."""
+        few = len(items) < self.size
+        return items if few else items[self.rank :: self.size]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
     @property
     def is_main(self) -> bool:
         """Whether this rank writes logs and folders."""
@@ -123,6 +134,20 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+def average_gradients(model: nn.Module, world: World) -> None:
+    """Give every rank the mean of all gradients, of a model that each of them holds whole.
+
+    Call it on every rank. A gradient that a rank does not have counts as zero.
+    """
+    learns = [p for p in model.parameters() if p.requires_grad]
+    has = sum_over_ranks(torch.tensor([float(p.grad is not None) for p in learns]))
+    learns = [p for p, ranks in zip(learns, has.tolist(), strict=True) if ranks]
+    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learns]
+    mean = sum_over_ranks(torch.cat(parts)) / world.size
+    for p, gradient in zip(learns, mean.split([p.numel() for p in learns]), strict=True):
+        p.grad = gradient.view_as(p)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -26,7 +26,12 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from nanomolmo2.data.loader import ignore_signals
 from nanomolmo2.data.worker import guarded, received
 from nanomolmo2.training.checkpoint import Checkpoints, Position, Start, is_sharded
-from nanomolmo2.training.distributed import World, gather_objects, sum_over_ranks
+from nanomolmo2.training.distributed import (
+    World,
+    average_gradients,
+    gather_objects,
+    sum_over_ranks,
+)
 from nanomolmo2.training.fingerprint import changed
 from nanomolmo2.training.metrics import RunLog, Tracker, info_to_people
 from nanomolmo2.training.optim import OptimConfig, Optimizers, Selection
@@ -361,6 +366,8 @@ class _Run:
         """One update; returns its metrics."""
         optimizers.set_rates(step, stage.steps)
         found = stage.gradients(batch)
+        if self.world.size > 1 and not is_sharded(self.model):
+            average_gradients(self.model, self.world)
         norms = optimizers.clip(self.config.clip_norm)
         metrics = read_metrics({**found, **{f"grad_norm_{name}": n for name, n in norms.items()}})
         metrics |= {f"lr_{name}": rate for name, rate in optimizers.rates().items()}

@@ -1,6 +1,6 @@
 """``nanomolmo2 find``: what it prints, draws and writes, and how it goes on where it was ended.
 
-What is found depends on the size of a photo alone (`find_in`): a thing every 40 pixels.
+What is found depends on the size of a photo alone (`look_for`): a thing every 40 pixels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from nanomolmo2.cli.find_overlays import is_overlay, overlay_paths
 from nanomolmo2.cli.find_table import COLUMNS, Found, Mark, Table, cell_of
 from nanomolmo2.generation import finding
 from nanomolmo2.generation.finding import Found as Candidate
-from nanomolmo2.processor import Encoded
+from nanomolmo2.generation.finding import Seen
 from tests.find_model import find_net, find_vlm
 
 ROOT = Path(__file__).parents[2]
@@ -36,12 +36,12 @@ COUNTS = {"a.png": 2, "b.jpg": 4, "c.webp": 0, "d.png": 3}
 Says = Callable[..., tuple[int, str, str]]
 
 
-def find_in(model: object, encoded: Encoded, cache: object = None) -> list[list[Candidate]]:
+def look_for(model: object, pictures: Sequence[Seen], *_: object) -> list[list[Candidate]]:
     """A thing every 40 pixels, in its middle, 20 pixels large; the last is unlikely."""
     return [
         [Candidate(40 * i + 20, 20, 20, 0.9 - i / 10) for i in range(width // 40)]
         + [Candidate(3, 3, 4, 0.3)]
-        for width, _ in encoded.image_sizes
+        for width, _ in (picture.size for picture in pictures)
     ]
 
 
@@ -72,7 +72,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Says:
     """``says("photo.png", ...)``: exit code, standard output and standard error of `find`."""
-    vlm = find_vlm(reuse_bytes=0)
+    vlm = find_vlm()
     given: list[dict[str, Any]] = []
 
     def load(name: str, cache_dir: Path, **options: Any) -> VLM:
@@ -80,12 +80,12 @@ def says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return vlm
 
     monkeypatch.setattr(find, "load_pipeline", load)
-    monkeypatch.setattr(finding, "find_in", find_in)
+    monkeypatch.setattr(finding, "look_for", look_for)
 
     def call(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
         code = cli.main(["find", *arguments])
-        assert all(options["reuse_bytes"] == 0 for options in given)
+        assert all(options["reuse_bytes"] == find.REUSE_BYTES for options in given)
         return code, *capsys.readouterr()
 
     return call
@@ -107,7 +107,7 @@ def test_one_photo(says: Says, photos: Path) -> None:
     assert code == 0
     assert out.splitlines() == [
         "photos/a.png: 2",
-        "   1  20.0,20.0  confidence 0.90",
+        "   1  20.0,20.0  confidence 1.00",
         "   2  60.0,20.0  confidence 0.80",
     ]
     assert err == ""
@@ -129,7 +129,7 @@ def test_one_photo_as_json(says: Says, photos: Path) -> None:
         "y": 20,
         "x_thousandths": 250,
         "y_thousandths": 500,
-        "confidence": 0.9,
+        "confidence": 1.0,
         "size": 20,
     }
     assert report["images"] == [{"path": "photos/a.png", "width": 80, "height": 40}]
@@ -155,19 +155,19 @@ def test_examples_in_another_photo(says: Says, photos: Path) -> None:
 def test_options_reach_the_model(says: Says, photos: Path, monkeypatch) -> None:
     code, out, _ = says("photos/b.jpg", "--at", "20,20", "--min-confidence", "0.75")
     assert (code, out.splitlines()[0]) == (0, "photos/b.jpg: 2")
-    crops: list[int] = []
+    grids: list[tuple[int, ...]] = []
 
-    def counting(model: object, encoded: Encoded, cache: object = None) -> list[list[Candidate]]:
-        assert encoded.image_num_crops is not None
-        crops.extend(encoded.image_num_crops.tolist())
-        return find_in(model, encoded)
+    def counting(model: object, pictures: Sequence[Seen], *_: object) -> list[list[Candidate]]:
+        grids.extend(picture.view[1:3] for picture in pictures)
+        return look_for(model, pictures)
 
-    monkeypatch.setattr(finding, "find_in", counting)
+    monkeypatch.setattr(finding, "look_for", counting)
     wide = Image.new("RGB", (900, 300))
     wide.save("wide.png")
     assert says("wide.png", "--at", "20,20", "--max-crops", "2")[0] == 0
     assert says("wide.png", "--at", "20,20")[0] == 0
-    assert crops == [1 + 2, 1 + 12]
+    # A tile has 10 patches a side, and there are 2 more: 1 x 2 and 2 x 6 tiles.
+    assert grids == [(12, 22), (22, 62)]
 
 
 # ---- several ----
@@ -197,13 +197,28 @@ def test_the_reference_may_be_one_of_the_photos(says: Says, photos: Path, monkey
     """Then the examples lie in what is asked about, and it is not shown twice."""
     shown: list[int] = []
 
-    def counting(model: object, encoded: Encoded, cache: object = None) -> list[list[Candidate]]:
-        shown.append(len(encoded.image_sizes))
-        return find_in(model, encoded)
+    def counting(model: object, pictures: Sequence[Seen], *_: object) -> list[list[Candidate]]:
+        shown.append(len(pictures))
+        return look_for(model, pictures)
 
-    monkeypatch.setattr(finding, "find_in", counting)
+    monkeypatch.setattr(finding, "look_for", counting)
     assert says("photos", "--at", "20,20", "--in", "photos/../photos/b.jpg")[0] == 0
     assert shown == [2, 1, 2, 2]
+
+
+def test_the_reference_is_seen_once(says: Says, photos: Path, monkeypatch) -> None:
+    (photos / "b.jpg").unlink()
+    encoder = find_net().vision_encoder
+    features, seen = encoder.features, []
+
+    def counting(tiles: Any, *rest: Any) -> Any:
+        seen.append(len(tiles))
+        return features(tiles, *rest)
+
+    monkeypatch.setattr(encoder, "features", counting)
+    code, out, _ = says("photos", *IN_REF)
+    assert (code, out.splitlines()[-1]) == (0, "5 in 3 photos")
+    assert seen == [1] * (1 + 3)
 
 
 def test_an_example_on_bare_ground_is_told_once(says: Says, photos: Path) -> None:
@@ -342,7 +357,7 @@ def test_what_is_done_is_not_looked_at_again(says: Says, photos: Path, monkeypat
     arguments = ("photos", *IN_REF, "--csv", "t.csv", "--draw", "--out", "o")
     says(*arguments)
     table, printed = Path("t.csv").read_bytes(), says(*arguments)[1]
-    monkeypatch.setattr(finding, "find_in", None)  # would fail
+    monkeypatch.setattr(finding, "look_for", None)  # would fail
     (Path("o") / "b-found.jpg").unlink()
     code, out, err = says(*arguments)
     assert (code, out) == (0, printed)
@@ -442,13 +457,13 @@ def test_a_call_that_was_killed_goes_on(says: Says, photos: Path, model: Path) -
         "import os, signal, sys\n"
         "from nanomolmo2 import cli\n"
         "from nanomolmo2.generation import finding\n"
-        "from tests.cli.test_find import find_in\n"
+        "from tests.cli.test_find import look_for\n"
         "calls = []\n"
         "def killed(*given):\n"
         "    calls.append(given)\n"
         "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return find_in(*given)\n"
-        "finding.find_in = killed\n"
+        "    return look_for(*given)\n"
+        "finding.look_for = killed\n"
         "cli.main(sys.argv[1:])\n"
     )
     arguments = ["find", "photos", *IN_REF, "--csv", "t.csv", "--model", str(model)]
@@ -477,7 +492,7 @@ def test_interrupted(says: Says, photos: Path, monkeypatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finding, "find_in", interrupted)
+    monkeypatch.setattr(finding, "look_for", interrupted)
     code, _, err = says("photos", *IN_REF, "--csv", "t.csv")
     assert code == 130
     assert "t.csv has what was found: the same command goes on behind it" in err
@@ -505,7 +520,7 @@ def test_names_are_no_formulas(says: Says, photos: Path, name: str, cell: str, m
     assert code == 0 and "\x1b" not in out
     rows = rows_of("../t.csv")
     assert [row["image"] for row in rows] == [cell] * 2
-    monkeypatch.setattr(finding, "find_in", None)
+    monkeypatch.setattr(finding, "look_for", None)
     assert says("./" + name, "--at", "20,20", "--csv", "../t.csv")[0] == 0
 
 
@@ -518,8 +533,8 @@ def test_on_a_terminal_there_is_a_bar(photos: Path, model: Path) -> None:
         "import sys\n"
         "from nanomolmo2 import cli\n"
         "from nanomolmo2.generation import finding\n"
-        "from tests.cli.test_find import find_in\n"
-        "finding.find_in = find_in\n"
+        "from tests.cli.test_find import look_for\n"
+        "finding.look_for = look_for\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     master, slave = pty.openpty()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nanomolmo2.evaluation.finding import (
     click,
     failure,
     outcomes,
+    question_of,
     summarize,
     written,
 )
@@ -37,11 +39,16 @@ from nanomolmo2.evaluation.regions import Box
 from nanomolmo2.evaluation.run import opened
 from nanomolmo2.generation import finding as model_side
 from nanomolmo2.generation.answer import Answer
-from nanomolmo2.generation.finding import Found
+from nanomolmo2.generation.find import read_examples
+from nanomolmo2.generation.finding import Found, Seen
 from nanomolmo2.generation.pipeline import Pipeline
 from nanomolmo2.processor import load_image
 from nanomolmo2.processor.point import Point
-from tests.small_model import ScriptedModel, small_model, small_processor
+from nanomolmo2.things.find_stage import spaced
+from nanomolmo2.things.questions import content_of
+from nanomolmo2.things.wordings import EVERYDAY, PLACES
+from tests.find_model import find_vlm
+from tests.small_model import ScriptedModel
 
 WHITE = np.full((100, 200, 3), 255, np.uint8)
 
@@ -129,20 +136,69 @@ def test_outcomes_by_hand() -> None:
 
 def test_what_is_measured_is_what_people_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """`VLM.find` to its end: only what the nets say is made up."""
-    vlm = Pipeline(small_model(), small_processor())
+    vlm = find_vlm()
     asked = []
 
-    def found(model: Any, encoded: Any, cache: Any = None) -> list[list[Found]]:
-        asked.append(len(encoded.image_sizes))
+    def found(model: Any, pictures: list[Seen], like: Any, unlike: Any) -> list[list[Found]]:
+        asked.append(len(pictures))
         likely = [Found(15, 15, 10, 0.9), Found(70, 60, 30, 0.6), Found(150, 50, 30, 0.4)]
-        return [[], likely] if len(encoded.image_sizes) == 2 else [likely]
+        return [[], likely] if len(pictures) == 2 else [likely]
 
-    monkeypatch.setattr(model_side, "find_in", found)
+    monkeypatch.setattr(model_side, "look_for", found)
     cases = Listed([case("one", *TWO), case("in another", *TWO, reference=WHITE)])
     first, second = outcomes(vlm, cases)
     assert asked == [1, 2]
     assert first.tally.f1 == second.tally.f1 == 1  # what is hardly likely is not listed
     assert first.seconds > 0
+
+
+def words(examples: Any, **options: bool) -> list[str]:
+    """The parts of a question, ``*`` for a point."""
+    (message,) = question_of(read_examples(*examples), **options)
+    return [part.get("text", "*") for part in message["content"]]  # type: ignore[union-attr]
+
+
+def test_the_question_is_a_sentence_without_spaces_beside_points() -> None:
+    one = [[(1, 2)]]
+    assert words(one) == ["Point to everything like", "*", "."]
+    three = [[(1, 2), (3, 4), (5, 6)], [(7, 8), (9, 1)]]
+    like = ["Point to everything like", "*", ",", "*", "and", "*"]
+    assert words(three) == [*like, ", not like", "*", "and", "*", "."]
+    assert words(three, in_second=True) == [
+        *like,
+        *("in the second picture, not like", "*", "and", "*", "."),
+    ]
+    assert words(one, in_second=True) == ["Point to everything like", "*", "in the second picture."]
+
+
+@pytest.mark.parametrize("unlike", [[], [(7.0, 8.0)], [(7.0, 8.0), (9.0, 1.0)]])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_it_is_asked_as_training_asks(number: int, unlike: list[tuple[float, float]]) -> None:
+    """The same parts as half of the questions about scenes have, and so the same ids."""
+    like = [(float(i), 50.0) for i in range(number)]
+
+    def as_dicts(points: Sequence[tuple[float, float]]) -> list[dict[str, float]]:
+        return [{"x": x, "y": y, "image": 1} for x, y in points]
+
+    wording = "Point to everything like {like}{place}{but}."
+    but = ", not like {unlike}"
+    assert {wording, but, *PLACES[:2]} <= EVERYDAY
+    for place in PLACES[:2]:
+        filled = wording.replace("{but}", but if unlike else "").replace("{place}", place)
+        content = content_of(filled, like=as_dicts(like), unlike=as_dicts(unlike))
+        (learned,) = spaced([{"role": "user", "content": content}], _WithoutSpaces())
+        (message,) = question_of(read_examples(like, unlike), in_second=bool(place))
+        assert message == learned
+
+
+class _WithoutSpaces(np.random.Generator):
+    """Draws what leaves the spaces out."""
+
+    def __init__(self) -> None:
+        super().__init__(np.random.PCG64(0))
+
+    def random(self) -> float:  # type: ignore[override]
+        return 0.9
 
 
 def test_lists_that_are_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`VLM.find`: what is asked, what is made of what was found, and what is refused.
+"""`VLM.find`: what is looked at, what is made of what was found, and what is refused.
 
 Most tests say themselves what is found where (`finds`); the last ones ask a net.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import io
 import math
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,17 +23,26 @@ from PIL import Image
 from nanomolmo2 import VLM
 from nanomolmo2.generation import finding
 from nanomolmo2.generation.answer import Answer
-from nanomolmo2.generation.find import question_of, read_examples
-from nanomolmo2.generation.finding import Found
-from nanomolmo2.processor import Encoded, Point, parse_points
-from nanomolmo2.things.find_stage import spaced
-from nanomolmo2.things.questions import content_of
-from nanomolmo2.things.wordings import EVERYDAY, PLACES
-from tests.find_model import find_vlm
+from nanomolmo2.generation.find import crops_of
+from nanomolmo2.generation.finding import Found, Seen
+from nanomolmo2.processor import Point, parse_points
+from nanomolmo2.processor.point_space import View
+from nanomolmo2.things.match_model import CROPS
+from tests.find_model import find_net, find_vlm
 from tests.small_model import small_model, small_processor
 
 SIZE = (400, 300)  # 32 x 22 patches of 12.5 x 13.6 pixels, two by two in a window
-Finds = Callable[..., list[Encoded]]
+
+
+class Look(NamedTuple):
+    """What `look_for` was given."""
+
+    pictures: list[Seen]
+    like: list[Point]
+    unlike: list[Point]
+
+
+Finds = Callable[..., list[Look]]
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +57,17 @@ def picture() -> Image.Image:
 
 @pytest.fixture
 def finds(monkeypatch: pytest.MonkeyPatch) -> Finds:
-    """``finds([...], [...])``: a list of candidates for each picture; gives the prompts."""
+    """``finds([...], [...])``: a list of candidates for each picture; gives what was looked at."""
 
-    def install(*found: Sequence[Found]) -> list[Encoded]:
-        prompts: list[Encoded] = []
+    def install(*found: Sequence[Found]) -> list[Look]:
+        looks: list[Look] = []
 
-        def find_in(model: object, encoded: Encoded, cache: object = None) -> list[list[Found]]:
-            prompts.append(encoded)
+        def look_for(model: object, *given: Any) -> list[list[Found]]:
+            looks.append(Look(*given))
             return [list(one) for one in found]
 
-        monkeypatch.setattr(finding, "find_in", find_in)
-        return prompts
+        monkeypatch.setattr(finding, "look_for", look_for)
+        return looks
 
     return install
 
@@ -69,71 +80,138 @@ def places(answer: Answer) -> list[tuple[float, float]]:
     return [(point.x, point.y) for point in answer.points]
 
 
-# ---- the question ----
+# ---- what is looked at ----
 
 
-def words(examples: Any, **options: bool) -> list[str]:
-    """The parts of a question, ``*`` for a point."""
-    (message,) = question_of(read_examples(*examples), **options)
-    return [part.get("text", "*") for part in message["content"]]  # type: ignore[union-attr]
-
-
-def test_the_question_is_a_sentence_without_spaces_beside_points() -> None:
-    one = [[(1, 2)]]
-    assert words(one) == ["Point to everything like", "*", "."]
-    three = [[(1, 2), (3, 4), (5, 6)], [(7, 8), (9, 1)]]
-    like = ["Point to everything like", "*", ",", "*", "and", "*"]
-    assert words(three) == [*like, ", not like", "*", "and", "*", "."]
-    assert words(three, in_second=True) == [
-        *like,
-        *("in the second picture, not like", "*", "and", "*", "."),
-    ]
-    assert words(one, in_second=True) == ["Point to everything like", "*", "in the second picture."]
-
-
-@pytest.mark.parametrize("unlike", [[], [(7.0, 8.0)], [(7.0, 8.0), (9.0, 1.0)]])
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_it_is_asked_as_training_asks(number: int, unlike: list[tuple[float, float]]) -> None:
-    """The same parts as half of the questions about scenes have, and so the same ids."""
-    like = [(float(i), 50.0) for i in range(number)]
-
-    def as_dicts(points: Sequence[tuple[float, float]]) -> list[dict[str, float]]:
-        return [{"x": x, "y": y, "image": 1} for x, y in points]
-
-    wording = "Point to everything like {like}{place}{but}."
-    but = ", not like {unlike}"
-    assert {wording, but, *PLACES[:2]} <= EVERYDAY
-    for place in PLACES[:2]:
-        filled = wording.replace("{but}", but if unlike else "").replace("{place}", place)
-        content = content_of(filled, like=as_dicts(like), unlike=as_dicts(unlike))
-        (learned,) = spaced([{"role": "user", "content": content}], _WithoutSpaces())
-        (message,) = question_of(read_examples(like, unlike), in_second=bool(place))
-        assert message == learned
-
-
-class _WithoutSpaces(np.random.Generator):
-    """Draws what leaves the spaces out."""
-
-    def __init__(self) -> None:
-        super().__init__(np.random.PCG64(0))
-
-    def random(self) -> float:  # type: ignore[override]
-        return 0.9
-
-
-def test_examples_are_points_of_the_prompt(vlm: VLM, picture, finds: Finds) -> None:
-    """Column 17, line 0: window 8 of the first line, its second patch. Column 0, line 21: the first
-    window of line 10, its third patch.
+def test_examples_are_patches_of_their_pictures(vlm: VLM, picture, monkeypatch) -> None:
+    """Column 17, line 0: window 8 of the first line. Column 0, line 21: the first window of line
+    10. The second picture's patches come behind the 704 of the first.
     """
-    there = [thing(220, 10), thing(10, 290)]
-    prompts = finds(there, there)
-    vlm.find(picture, [(220, 10)], [(10, 290)], reference=picture)
-    (encoded,) = prompts
-    assert encoded.image_sizes == (SIZE, SIZE)
-    first = 36  # visual tokens of the overview
-    assert encoded.point_targets is not None
-    assert encoded.point_targets[:, 0].tolist() == [first + 8, first + 160]
-    assert encoded.point_targets[:, 1].tolist() == [1, 2]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    finder = vlm.model.finder
+    assert finder is not None
+    wanted = finder.wanted
+
+    def remembered(patches: Any, states: Any, like_states: Any, examples: Any, *rest: Any) -> Any:
+        seen.append((examples, rest[-1]))
+        return wanted(patches, states, like_states, examples, *rest)
+
+    monkeypatch.setattr(finder, "wanted", remembered)
+    like = [(220, 10), (399.9, 300, 2)]
+    vlm.find(picture, like, [(10, 290)], reference=picture, min_confidence=0)
+    ((examples, gates),) = seen
+    assert examples.tolist() == [17, 704 + 703, 21 * 32]
+    assert gates.sign().tolist() == [1, 1, -1]
+    rows = finding.see(vlm.model, crops_of(vlm.processor, None, [SIZE]), picture).rows
+    assert (len(rows), rows[17], rows[21 * 32], rows[703]) == (704, 8, 160, 175)
+
+
+@pytest.fixture(params=["L", "LA", "P", "RGBA", "I;16", "JPEG that is turned"])
+def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A picture that is no RGB, as a file."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (90, 140, 4), dtype=np.uint8)
+    path, mode = tmp_path / "a.png", request.param
+    if mode == "I;16":
+        Image.fromarray(noise[..., :2].copy().view(np.uint16)[..., 0]).save(path)
+    elif mode == "JPEG that is turned":
+        path = tmp_path / "a.jpg"
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(noise[..., :3]).save(path, exif=exif)
+    else:
+        Image.fromarray(noise, "RGBA").convert(mode).save(path)
+    return path
+
+
+def test_a_question_in_words_sees_the_same_pixels(vlm: VLM, file: Path, finds: Finds) -> None:
+    """Only that there is no overview, and that patches are in the order of the picture."""
+    encoded = vlm.processor.encode([{"role": "user", "content": "How many?"}], [file])
+    looks = finds([thing(10, 10)])
+    with counted(vlm) as seen:
+        vlm.find(file, [(10, 10)])
+    assert encoded.pixel_values is not None and encoded.point_space is not None
+    np.testing.assert_array_equal(torch.cat(seen), encoded.pixel_values[1:])
+    (shown,) = looks[0].pictures
+    assert (shown.size,) == encoded.image_sizes
+    (view,) = encoded.point_space.views
+    assert shown.view == view._replace(first_row=0)
+    row, _ = finding.grid_of(encoded.point_space, 0)
+    np.testing.assert_array_equal(shown.rows + view.first_row, row.ravel())
+
+
+@pytest.mark.parametrize("size", [(400, 300), (90, 700), (30, 20)])
+def test_points_are_ordered_as_those_of_a_prompt(vlm: VLM, finds: Finds, size) -> None:
+    rng = np.random.default_rng(1)
+    places = [(float(x), float(y)) for x, y in rng.uniform(0, size, (300, 2))]
+    places += [(0.0, 0.0), (float(size[0]), float(size[1]))]
+    finds([thing(x, y) for x, y in places])
+    picture = Image.new("RGB", size)
+    answer = vlm.find(picture, places[:1])
+    asking = vlm.processor.with_settings(multicrop=crops_of(vlm.processor, None, [size]))
+    encoded = asking.encode([{"role": "user", "content": "How many?"}], [picture])
+    assert encoded.point_space is not None
+    expected = [point for _, point in encoded.point_space.order(Point(x, y) for x, y in places)]
+    assert [(p.x, p.y) for p in answer.points] == [(p.x, p.y) for p in expected]
+
+
+def test_many_crops_are_seen_some_at_a_time(vlm: VLM, monkeypatch) -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    crops = CROPS  # 2 x 2
+    whole = finding.see(vlm.model, crops, pixels)
+    monkeypatch.setattr(finding, "MOST_CROPS", 3)
+    with counted(vlm) as seen:
+        parts = finding.see(vlm.model, crops, pixels)
+    assert [len(tiles) for tiles in seen] == [3, 1]
+    torch.testing.assert_close(parts.features, whole.features)
+    torch.testing.assert_close(parts.tokens, whole.tokens)
+
+
+def test_large_pictures_are_told_apart_by_all_of_their_pixels(monkeypatch) -> None:
+    """Read whole or in bands, as an image or an array."""
+    pixels = np.random.default_rng(3).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    other = pixels.copy()
+    other[59, 79, 2] ^= 1
+    whole = finding._digest(pixels)
+    assert finding._digest(Image.fromarray(pixels)) == whole != finding._digest(other)
+    monkeypatch.setattr(finding, "_BAND", 7 * 80)  # 8 bands of 7 lines, and one of 4
+    banded = finding._digest(Image.fromarray(pixels))
+    assert banded == finding._digest(Image.fromarray(pixels)) != whole
+    assert banded != finding._digest(Image.fromarray(other))
+
+
+def test_patches_of_windows_that_are_not_whole() -> None:
+    """27 patches a side, pooled 2 x 2: the last window of a line has one column."""
+    crops = type(CROPS)(max_crops=1, image_size=378, patch_size=14, overlap_margins=(4, 4))
+    made = []
+
+    class Model:
+        """Patches are told by their numbers."""
+
+        class llm:
+            embed_tokens = torch.nn.Embedding(1, 1)
+
+        class config:
+            class connector:
+                vit_layers = (-1,)
+
+        class vision_encoder:
+            @staticmethod
+            def features(pixels: torch.Tensor, layers: Any) -> torch.Tensor:
+                return torch.arange(pixels.shape[1]).float()[None, :, None]
+
+        @staticmethod
+        def connector(features: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+            made.append(windows)
+            return windows.float()
+
+    model: Any = Model
+    seen = finding.see(model, crops, np.zeros((378, 378, 3), np.uint8))
+    assert seen.view == View(0, 27, 27, 2) and len(seen.tokens) == 14 * 14
+    assert seen.features[:, 0].tolist() == list(range(27 * 27))
+    assert seen.rows.tolist() == [r // 2 * 14 + c // 2 for r in range(27) for c in range(27)]
+    for number, row in enumerate(seen.rows.tolist()):
+        assert number in made[0][row].tolist()
 
 
 # ---- what is made of it ----
@@ -147,13 +225,14 @@ def test_points_come_in_the_order_of_the_models_lists(vlm: VLM, picture, finds: 
     answer = vlm.find(picture, [(10, 200)])
     assert places(answer) == [(6, 10), (11, 2), (200, 10), (10, 200)]
     assert [point.id for point in answer.points] == [1, 2, 3, 4]
-    assert [point.confidence for point in answer.points] == [0.6, 0.7, 0.8, 0.9]
+    assert [point.confidence for point in answer.points] == [0.6, 0.7, 0.8, 1.0]
     assert {(p.label, p.image, p.size, p.time) for p in answer.points} == {("thing", 1, 20, None)}
     assert (answer.count, answer.problems) == (4, ())
     assert answer.image_sizes == (SIZE,)
-    assert answer.confidence == pytest.approx((0.9 * 0.8 * 0.7 * 0.6) ** 0.25)
-    assert answer.input_tokens > 36 and answer.usage.completion_tokens == 0
-    assert {"prepare", "generate"} <= answer.timings.keys()
+    assert answer.confidence == pytest.approx((0.8 * 0.7 * 0.6) ** 0.25)
+    assert answer.input_tokens == answer.usage.prompt_tokens == 16 * 11
+    assert answer.usage.completion_tokens == 0
+    assert set(answer.timings) == {"prepare", "first_token", "generate"}
 
 
 def test_the_text_says_the_same(vlm: VLM, picture, finds: Finds) -> None:
@@ -177,9 +256,25 @@ def test_unlikely_candidates_are_left_out(vlm: VLM, picture, finds: Finds) -> No
     assert places(vlm.find(picture, [(200, 60)])) == [(100, 30), (200, 60)]
     assert vlm.find(picture, [(200, 60)], min_confidence=0.05).count == 3
     assert places(vlm.find(picture, [(200, 60)], min_confidence=0.9)) == [(200, 60)]
-    none = vlm.find(picture, [(200, 60)], min_confidence=1)
+    finds([thing(200, 60, 0.2)])
+    with pytest.warns(UserWarning, match="nothing seems to be there"):
+        none = vlm.find(picture, [(200, 60)])
     assert (none.text, none.count, none.points) == ("There are none.", 0, ())
-    assert none.confidence == pytest.approx(0.1)
+    assert none.confidence == pytest.approx(0.8)
+
+
+def test_an_example_is_one_of_the_things(vlm: VLM, picture, finds: Finds) -> None:
+    """That it is meant was told, so it counts however sure the model is, if something is there."""
+    finds([thing(100, 30, 0.8), thing(200, 60, 0.35), thing(300, 30, 0.45)])
+    answer = vlm.find(picture, [(203, 58)], min_confidence=0.5)
+    assert [(p.x, p.y, p.confidence) for p in answer.points] == [(100, 30, 0.8), (200, 60, 1.0)]
+    assert answer.count == 2 and answer.problems == ()
+    assert places(vlm.find(picture, [(203, 58)], min_confidence=1)) == [(200, 60)]
+    # What is not meant is not listed, though it be an example as well, a few pixels off.
+    assert places(vlm.find(picture, [(203, 58)], unlike=[(198, 60)])) == [(100, 30)]
+    # In a reference it says nothing about the picture that is asked about.
+    finds([thing(200, 60, 0.35)], [thing(100, 30, 0.8), thing(200, 60, 0.35)])
+    assert places(vlm.find(picture, [(203, 58)], reference=picture)) == [(100, 30)]
 
 
 def test_a_middle_beside_the_picture_is_on_its_edge(vlm: VLM, picture, finds: Finds) -> None:
@@ -189,10 +284,12 @@ def test_a_middle_beside_the_picture_is_on_its_edge(vlm: VLM, picture, finds: Fi
 
 def test_with_a_reference_the_second_picture_is_asked_about(vlm: VLM, finds: Finds) -> None:
     reference, picture = Image.new("RGB", (64, 48)), Image.new("RGB", SIZE)
-    prompts = finds([thing(30, 20, 0.8)], [thing(150, 150)])
+    looks = finds([thing(30, 20, 0.8)], [thing(150, 150)])
     answer = vlm.find(picture, [(30, 20)], reference=reference)
     assert [(p.x, p.y, p.image) for p in answer.points] == [(150, 150, 2)]
-    assert answer.image_sizes == prompts[0].image_sizes == ((64, 48), SIZE)
+    assert answer.image_sizes == tuple(one.size for one in looks[0].pictures) == ((64, 48), SIZE)
+    assert looks[0].like == [Point(30, 20, 1)] and not looks[0].unlike
+    assert answer.input_tokens == 6 * 6 + 16 * 11
     assert answer.problems == ()
     first, second = answer.draw()  # type: ignore[misc]
     assert first.size == (64, 48) and not np.asarray(first).any()
@@ -202,11 +299,12 @@ def test_with_a_reference_the_second_picture_is_asked_about(vlm: VLM, finds: Fin
 
 
 def test_examples_may_lie_in_both_pictures(vlm: VLM, picture, finds: Finds) -> None:
-    prompts = finds([thing(30, 20)], [thing(390, 250), thing(100, 100)])
+    looks = finds([thing(30, 20)], [thing(390, 250), thing(100, 100)])
     reference = Image.new("RGB", (64, 48))
     answer = vlm.find(picture, [(30, 20, 1), Point(390, 250, 2)], [(100, 100, 2)], reference)
     assert places(answer) == [(390, 250)]
-    assert prompts[0].point_targets is not None and len(prompts[0].point_targets) == 3
+    assert looks[0].like == [Point(30, 20, 1), Point(390, 250, 2)]
+    assert looks[0].unlike == [Point(100, 100, 2)]
 
 
 def test_what_a_counterexample_marks_is_not_listed(vlm: VLM, picture, finds: Finds) -> None:
@@ -275,18 +373,33 @@ def test_more_than_was_learned_is_said(vlm: VLM, picture, finds: Finds) -> None:
     finds([*many, thing(390, 290, 0.2)])
     answer = vlm.find(picture, [(5, 5)], min_confidence=0.1)
     assert answer.count == 62
-    assert answer.problems[0].startswith("61 things were listed, more than the 60 of a kind")
+    assert answer.problems == (
+        "61 things were listed, more than the 60 of a kind that the model learned to find in a "
+        "picture: check them, or ask about parts of the picture",
+    )
+
+
+def test_more_than_are_judged_together_is_said(vlm: VLM, picture, finds: Finds) -> None:
+    many = [thing(5 + 20 * (i % 19), 5 + 20 * (i // 19), 0.9, 10) for i in range(129)]
+    finds(many[:128])
+    assert "judged" not in vlm.find(picture, [(5, 5)]).problems[0]
+    finds(many)
+    answer = vlm.find(picture, [(5, 5)])
+    assert answer.count == 129
+    assert "and only the 128 likeliest were judged beside each other" in answer.problems[0]
 
 
 def test_max_crops_are_those_of_one_call(vlm: VLM, finds: Finds) -> None:
-    """Tiles show 160 pixels each: 5 x 2 of them keep the size of the picture."""
-    prompts = finds([thing(10, 10)])
+    """Tiles show 160 pixels each, 10 patches, and 2 patches are margins: 2 x 5 of them keep the
+    size of the picture.
+    """
+    looks = finds([thing(10, 10)])
     processor, wide = vlm.processor, Image.new("RGB", (800, 200))
     for max_crops in (None, 1, np.int64(2)):
         vlm.find(wide, [(10, 10)], max_crops=max_crops)
     assert vlm.processor is processor
-    crops = [int(one.image_num_crops[0]) for one in prompts]  # type: ignore[index]
-    assert crops == [1 + 10, 1 + 1, 1 + 2]
+    views = [look.pictures[0].view[1:3] for look in looks]
+    assert views == [(22, 52), (12, 12), (12, 22)]
 
 
 # ---- forms of pictures, threads, loops ----
@@ -297,26 +410,27 @@ def test_a_picture_may_have_any_form(vlm: VLM, finds: Finds, tmp_path: Path) -> 
     pixels = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
-    prompts = finds([thing(10, 10)], [thing(10, 10)])
+    looks = finds([thing(10, 10)], [thing(10, 10)])
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     forms: list[Any] = [str(tmp_path / "a.png"), tmp_path / "a.png", data, io.BytesIO(data)]
     forms += [Image.fromarray(pixels), pixels, pixels[None], pixels / 255, tensor, [pixels]]
     for form in forms:
         vlm.find(form, [(10, 10)])
         vlm.find(pixels, [(10, 10)], reference=form)
-    first = prompts[0].pixel_values
-    assert first is not None
-    assert all(np.array_equal(one.pixel_values[: len(first)], first) for one in prompts)
+    assert all(
+        torch.equal(one.pictures[0].features, looks[0].pictures[0].features) for one in looks
+    )
+    vlm.find(255 - pixels, [(10, 10)])
+    assert not torch.equal(looks[-1].pictures[0].features, looks[0].pictures[0].features)
 
 
 def test_places_may_be_of_numpy_and_torch(vlm: VLM, picture, finds: Finds) -> None:
-    prompts = finds([thing(30, 40)])
+    looks = finds([thing(30, 40)])
     forms: list[Any] = [[(30, 40)], np.array([[30, 40]]), torch.tensor([[30.0, 40.0]])]
     forms += [[[np.float32(30), np.int64(40)]], [Point(30, 40)], ((30, 40, 1),), iter([(30, 40)])]
     for form in forms:
         assert vlm.find(picture, form).count == 1
-    targets = [one.point_targets.tolist() for one in prompts]  # type: ignore[union-attr]
-    assert targets == [targets[0]] * len(forms)
+    assert [look.like for look in looks] == [[Point(30, 40)]] * len(forms)
 
 
 def test_find_in_an_event_loop(vlm: VLM, picture, finds: Finds) -> None:
@@ -366,6 +480,7 @@ INSIDE = [(30, 40)]
         ({"max_crops": 0}, "max_crops is 0, expected a whole number from 1 on"),
         ({"max_crops": 2.5}, "max_crops is 2.5"),
         ({"max_crops": True}, "max_crops is True"),
+        ({"max_crops": 10**6}, "max_crops times the pixels of a crop"),
         ({"image": None}, "image holds no picture, expected one"),
         ({"image": []}, "image holds no picture"),
         ({"image": "none-such.png"}, "there is no file none-such.png"),
@@ -375,10 +490,13 @@ INSIDE = [(30, 40)]
 def test_bad_input_is_refused(
     vlm: VLM, picture, finds: Finds, arguments: dict[str, Any], message: str
 ) -> None:
-    prompts = finds([thing(30, 40)])
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    looks = finds([thing(30, 40)])
+    with (
+        counted(vlm) as seen,
+        pytest.raises((ValueError, FileNotFoundError), match=message),
+    ):
         vlm.find(**{"image": picture, "like": INSIDE, **arguments})
-    assert not prompts
+    assert not looks and not seen
 
 
 def test_several_pictures_are_refused(vlm: VLM, picture, finds: Finds) -> None:
@@ -401,20 +519,14 @@ def test_a_place_of_the_other_picture_is_told_apart(vlm: VLM, picture, finds: Fi
         vlm.find(picture, [(30, 20), (500, 100, 2)], reference=reference)
 
 
-def test_too_many_crops_for_the_context_are_refused(vlm: VLM, finds: Finds) -> None:
-    prompts = finds([thing(30, 40)])
-    with pytest.raises(ValueError, match=r"holds 4,096: choose a smaller max_crops"):
-        vlm.find(Image.new("RGB", (3200, 3200)), INSIDE, max_crops=400)
-    assert not prompts
-
-
-def test_a_model_that_reads_pictures_as_a_whole_has_no_crops(picture, finds: Finds) -> None:
-    """What it could find has no order of its own then: line by line."""
-    finds([thing(90, 40), thing(30, 40), thing(60, 20)])
-    whole = VLM(small_model(), small_processor())
-    assert places(whole.find(picture, INSIDE)) == [(60, 20), (30, 40), (90, 40)]
-    with pytest.raises(ValueError, match="reads a picture as a whole, not in crops"):
-        whole.find(picture, INSIDE, max_crops=2)
+def test_a_model_that_reads_pictures_as_a_whole_is_refused(picture, finds: Finds) -> None:
+    looks = finds([thing(30, 40)])
+    whole = find_vlm()
+    whole.processor = small_processor()
+    for max_crops in (None, 2):
+        with pytest.raises(ValueError, match="whose processor has multicrop"):
+            whole.find(picture, INSIDE, max_crops=max_crops)
+    assert not looks
 
 
 # ---- with a net ----
@@ -438,31 +550,132 @@ def test_a_net_finds_the_same_alone_and_after_other_questions(scene: Image.Image
         assert 0 <= one.x <= 240 and 0 <= one.y <= 200
 
 
-@pytest.mark.filterwarnings("ignore:nothing seems to be there")
-def test_a_second_click_does_not_see_the_picture_again(scene: Image.Image) -> None:
-    vlm = find_vlm()
-    seen: list[int] = []
+@contextmanager
+def counted(vlm: VLM) -> Iterator[list[torch.Tensor]]:
+    """What the encoder is shown meanwhile."""
+    seen: list[torch.Tensor] = []
     encoder = vlm.model.vision_encoder
     features = encoder.features
 
-    def counted(images: torch.Tensor, *rest: Any) -> torch.Tensor:
-        seen.append(len(images))
+    def remembered(images: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(images)
         return features(images, *rest)
 
-    encoder.features = counted  # type: ignore[method-assign]
+    encoder.features = remembered  # type: ignore[method-assign]
     try:
-        for place in ((50, 60), (51, 60), (120, 99)):
-            vlm.find(scene, [place], min_confidence=0)
-        assert len(seen) == 1
-        vlm.find(scene, [(50, 60)], min_confidence=0, max_crops=1)  # another cut of it
-        assert len(seen) == 2
+        yield seen
     finally:
         del encoder.features
 
 
+@pytest.mark.filterwarnings("ignore:nothing seems to be there")
+def test_a_second_click_does_not_see_the_picture_again(scene: Image.Image) -> None:
+    vlm = find_vlm()
+    with counted(vlm) as seen:
+        for place in ((50, 60), (51, 60), (120, 99)):
+            vlm.find(scene, [place], min_confidence=0)
+        assert len(seen) == 1
+        vlm.find(np.asarray(scene), [(50, 60)], max_crops=9)  # more than it needs
+        assert len(seen) == 1
+        vlm.find(scene, [(50, 60)], min_confidence=0, max_crops=1)  # another cut of it
+        assert len(seen) == 2
+
+
+@pytest.mark.filterwarnings("ignore:nothing seems to be there")
+def test_the_reference_of_many_photos_is_seen_once(scene: Image.Image, finds: Finds) -> None:
+    """Though no more than it and one of them are kept."""
+    finds([], [])
+    photos = [Image.new("RGB", (60 + i, 40), (40 * i, 90, 9)) for i in range(4)]
+    vlm = find_vlm()
+    vlm.find(photos[0], [(50, 60)], reference=scene)
+    few = find_vlm(reuse_bytes=vlm.prefix_cache.nbytes)
+    with counted(few) as seen:
+        for photo in photos:
+            few.find(photo, [(50, 60)], reference=scene)
+        assert len(seen) == 1 + 4
+        few.find(photos[0], [(5, 6)])  # forgotten
+        assert len(seen) == 1 + 5
+
+
+def test_a_known_picture_waits_for_no_encoder(scene: Image.Image, finds: Finds) -> None:
+    """And what is new waits for its turn, and holds it only while the encoder sees."""
+    vlm = find_vlm()
+    finds([thing(50, 60)], [thing(50, 60)])
+    vlm.find(scene, [(50, 60)])
+    seeing = vlm.scheduler.seeing
+    other = Image.new("RGB", (64, 48))
+    answers: list[Answer] = []
+    with counted(vlm) as seen:
+        with seeing:
+            assert vlm.find(scene, [(50, 60)]).count == 1
+            waiting = [
+                threading.Thread(target=lambda: answers.append(vlm.find(other, [(50, 48)])))
+                for _ in range(2)
+            ]
+            for one in waiting:
+                one.start()
+            waiting[0].join(0.2)
+            assert not seen and not answers
+        for one in waiting:
+            one.join(60)
+    assert len(seen) == 1 and len(answers) == 2  # both wanted the same
+
+
+def test_the_encoder_is_free_while_it_is_looked_for(scene: Image.Image, monkeypatch) -> None:
+    vlm = find_vlm()
+    held: list[bool] = []
+    see = vlm.model.vision_encoder.features
+
+    def features(*given: Any) -> torch.Tensor:
+        held.append(vlm.scheduler.seeing.locked())
+        return see(*given)
+
+    def look_for(*_: object) -> list[list[Found]]:
+        held.append(vlm.scheduler.seeing.locked())
+        return [[thing(50, 60)], []]
+
+    monkeypatch.setattr(vlm.model.vision_encoder, "features", features)
+    monkeypatch.setattr(finding, "look_for", look_for)
+    vlm.find(scene.rotate(90), [(50, 60)], reference=scene)
+    assert held == [True, True, False]
+
+
 def test_a_model_that_has_not_learned_it_says_so(scene: Image.Image) -> None:
     vlm = VLM(small_model(), small_processor())
-    with pytest.raises(
-        ValueError, match=r"cannot find by example .* such as .nanomolmo2 train find"
-    ):
-        vlm.find(scene, [(50, 60)])
+    with counted(vlm) as seen:
+        for options in ({}, {"max_crops": 2}, {"reference": scene}):
+            with pytest.raises(
+                ValueError, match=r"cannot find by example .* such as .nanomolmo2 train find"
+            ):
+                vlm.find(scene, [(50, 60)], **options)  # type: ignore[arg-type]
+    assert not seen
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("finds") / "model"
+    find_net().save_pretrained(path, processor=find_vlm().processor)
+    return path
+
+
+@pytest.mark.parametrize("options", [{"quantize": "int8"}, {"dtype": "bfloat16"}])
+def test_shorter_numbers_find_about_the_same(
+    scene: Image.Image, folder: Path, options: dict[str, Any], monkeypatch
+) -> None:
+    short = VLM(folder, device="cpu", **options)
+    scores: list[np.ndarray] = []
+    things_of = finding.things_of
+
+    def remembered(chances: Any, *rest: Any) -> list[Found]:
+        scores.append(chances)
+        return things_of(chances, *rest)
+
+    monkeypatch.setattr(finding, "things_of", remembered)
+    for vlm in (find_vlm(), short):
+        for _ in range(2):  # the second time from the cache
+            answer = vlm.find(scene, [(50, 60)], [(120, 99)], min_confidence=0, reference=scene)
+        assert answer.count and answer.points[0].confidence is not None
+    whole, again = np.array(scores[:4]), np.array(scores[4:])
+    np.testing.assert_allclose(again, whole, atol=0.05)
+    np.testing.assert_array_equal(again[:2], again[2:])
+    assert 0 < abs(again - whole).max() < whole.std()

@@ -238,6 +238,34 @@ def test_a_net_is_asked(tmp_path: Path) -> None:
     assert "(48, 500)" in outside["message"] and outside["param"] == "unlike"
 
 
+def test_a_second_click_does_not_see_the_picture_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither that of the examples nor the other one, and it waits for nobody's encoder."""
+    Image.new("RGB", (64, 48), "green").save(tmp_path / "a.png")
+    with find_vlm() as vlm, running(vlm) as server, server.client() as client:
+        encoder, seen = vlm.model.vision_encoder, list[int]()
+        features = encoder.features
+
+        def counting(tiles: Any, *rest: Any) -> Any:
+            seen.append(len(tiles))
+            return features(tiles, *rest)
+
+        monkeypatch.setattr(encoder, "features", counting)
+        places = ([[48, 24]], [[48, 24], [90, 90]])
+        first, second = (
+            client.post("/v1/find", json={**SHOWN, "like": like}).json() for like in places
+        )
+        assert first["usage"] == second["usage"] and len(seen) == 1
+        with vlm.scheduler.seeing:  # as if another prompt was seen
+            again = client.post("/v1/find", json={**SHOWN, **PLACE}).json()
+        assert again["points"] == first["points"] and len(seen) == 1
+        for like in places:
+            body = {"image": file_url(tmp_path / "a.png"), "reference": SCENE_URL, "like": like}
+            assert len(client.post("/v1/find", json=body).json()["images"]) == 2
+        assert len(seen) == 2
+
+
 def test_its_time_is_limited(vlm: VLM, finder: Finder, monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,15 +26,18 @@ from nanomolmo2.processor.tokenizer import Tokenizer
 from nanomolmo2.things import train
 from nanomolmo2.things.drawings import HELD_OUT_SETS
 from nanomolmo2.things.find_model import CONFIG, FindModel, find_processor
-from nanomolmo2.things.find_stage import FindPlan, FindStage, num_tokens, spaced
+from nanomolmo2.things.find_stage import FindBatch, FindPlan, FindStage, num_tokens, spaced
 from nanomolmo2.things.match_model import MatchModel
 from nanomolmo2.things.questions import make_branches
 from nanomolmo2.things.scenes import test_scene as scene_of_a_test
 from nanomolmo2.things.source import Things
 from nanomolmo2.things.train import ANSWERS_FOLDER, MATCH_FILE, MATCH_FOLDER, SCALES, train_find
 from nanomolmo2.things.vocabulary import build_find_tokenizer, letter_pairs
+from nanomolmo2.training.distributed import World
 from nanomolmo2.training.loop import LoopConfig
+from tests.things import find_ranks
 
+ROOT = Path(__file__).parents[2]
 QUIET = LoopConfig(log_every=1, save_every=2, workers=0, quiet=True)
 
 
@@ -238,6 +245,42 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path) -> None:
     assert model.config == CONFIG and processor.config.trained_on == ("emoji", "things")
     with pytest.raises(ValueError, match="already holds a run"):
         train_find(parts, scale="smoke", config=QUIET)
+
+
+def test_two_ranks_learn_what_one_does_from_the_pictures_of_both(tmp_path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "-m", "tests.things.find_ranks", str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+    find = FindModel(0)
+    stages = [find_ranks.stage_of(find, World(rank, 2)) for rank in (0, 1)]
+    stages[0].begin()
+    optimizers = stages[0].optimizers()
+    pictures = []
+    for step in range(find_ranks.PLAN.steps):
+        optimizers.set_rates(step, find_ranks.PLAN.steps)
+        batches = [stage.batch(step) for stage in stages]
+        pictures += [
+            (batch.questions if isinstance(batch, FindBatch) else batch).pixel_values
+            for batch in batches
+        ]
+        for batch in batches:
+            (stages[0].loss(batch)[0] / 2).backward()
+        optimizers.clip(find_ranks.CONFIG.clip_norm)
+        optimizers.step()
+        stages[0].after_step()
+    expected = find.state_dict()
+    for weights in found:
+        assert weights.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+    for mine, others in zip(pictures[::2], pictures[1::2], strict=True):
+        assert mine.shape != others.shape or not torch.equal(mine, others)
+    alone = FindStage(find, 0, find_ranks.PLAN).batch(0)
+    assert len(alone.pixel_values) == len(pictures[0]) + len(pictures[1])
 
 
 @pytest.mark.slow

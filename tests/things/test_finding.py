@@ -10,10 +10,11 @@ import torch
 
 from nanomolmo2.data.example import Branch
 from nanomolmo2.generation import finding
-from nanomolmo2.generation.finding import find_in, finding_request
+from nanomolmo2.generation.finding import finding_request
 from nanomolmo2.generation.pointing import Pointing, Selected, given_points
+from nanomolmo2.generation.prefix_cache import PrefixCache
 from nanomolmo2.generation.sampling import Sampled, Sampler, SamplingParams
-from nanomolmo2.models.finder import both
+from nanomolmo2.models.finder import Patches, both
 from nanomolmo2.processor.collate import collate
 from nanomolmo2.processor.point import Point, PointsText
 from nanomolmo2.processor.processor import Encoded
@@ -23,7 +24,8 @@ from nanomolmo2.things.match_model import CROPS
 from nanomolmo2.things.questions import FindMix, make_branches
 from nanomolmo2.things.scenes import Scene
 from nanomolmo2.things.scenes import test_scene as scene_of_a_test
-from nanomolmo2.things.wordless import wordless
+from nanomolmo2.things.source import test_scenes as scenes_of_a_test
+from nanomolmo2.things.wordless import contrast_loss, wordless, wordless_scores
 from nanomolmo2.training.find_terms import scores_of
 
 
@@ -82,7 +84,8 @@ def test_what_is_learned_is_what_is_found_later(monkeypatch) -> None:
     prompt = find.processor.encode(branch.messages[:1], [scene.image])
     seen: list[np.ndarray] = []
     monkeypatch.setattr(finding, "things_of", lambda scores, *_: seen.append(scores) or [])
-    assert find_in(model, prompt) == [[]]
+    points = finding_request(model, prompt).points
+    assert points is not None and points.find is not None and points.find([], []) == []
     np.testing.assert_allclose(seen[0], scored.scores.final[0].sigmoid(), atol=1e-5)
     assert seen[0].std() > 0.01
 
@@ -222,6 +225,51 @@ def test_without_words_the_same_patches_hold_the_same_things() -> None:
         assert set(made.labels.like[mine].tolist()) == set(of_words.tolist())
 
 
+def test_the_same_in_another_size_is_not_asked_for() -> None:
+    """With and without words: exactly the things are asked for that the answer lists."""
+    find = FindModel(0)
+    mix = FindMix(like=4, count_like=0, same=0, named=0, count_named=0, bare=0.0, invented=0.0)
+    sizes = 0
+    for index in range(8):
+        scene = scene_of_a_test(index, "alike")
+        sizes += any(kind.alike == "size" for kind in scene.kinds)
+        branches = make_branches([scene], np.random.default_rng(index), mix)
+        encoded = find.processor.encode_tree([scene.image], [b.messages for b in branches])
+        asked = Asked(encoded, [scene], [wanted_of(branch) for branch in branches])
+        of_words = find_labels([asked], len(encoded.input_ids)).asked
+        alone = wordless([([scene], branches)], CROPS).labels.asked
+        truths = [branch.truth or {} for branch in branches]
+        boxes = [[list(scene.things[i].box) for i in np.flatnonzero(row)] for row in alone]
+        for found, truth in zip(boxes, truths, strict=True):
+            assert sorted(found) == sorted(map(list, truth["boxes"]))
+        assert [int(row.sum()) for row in of_words][::2] == [truth["count"] for truth in truths]
+    assert sizes > 3
+
+
+def test_kinds_are_told_apart_in_all_pictures_of_a_batch() -> None:
+    mix = FindMix(like=2, count_like=0, same=0, named=0, count_named=0, bare=0.0)
+    scenes = [scenes_of_a_test(3, "few", pair=True)[0], [scene_of_a_test(4, "few")]]
+    rng = np.random.default_rng(1)
+    batch = wordless([(shown, make_branches(shown, rng, mix)) for shown in scenes], CROPS)
+    cells, looks = batch.cells, batch.looks
+    ids = [kind.id for kind in scenes[0][0].kinds]
+    assert {kind.id for kind in scenes[0][1].kinds} <= set(ids)
+    assert len(looks) == len(ids) + len(scenes[1][0].kinds)
+    first = cells.picture == 0
+    assert set(cells.kind[first & (cells.kind >= 0)].tolist()) == set(range(len(ids)))
+    assert cells.kind[~first & (cells.kind >= 0)].min() == len(ids)
+    assert torch.equal(cells.kind >= 0, batch.labels.shows)
+    # Every kind with a look of its own: nothing is mixed up but what shares no kind; shuffled, all.
+    model = FindModel(0).model
+    assert model.finder is not None
+    own = torch.nn.functional.one_hot(cells.kind.clamp(min=-1) + 1, 64).float()
+    patches = Patches(own, own, own, torch.zeros(len(own)), torch.zeros(len(own), 3))
+    told = contrast_loss(model, batch, patches)
+    mixed = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(0))]
+    assert 0 < told < 0.2
+    assert contrast_loss(model, batch, patches._replace(look=mixed, token_look=mixed)) > 5
+
+
 def test_what_is_not_meant_counts_against() -> None:
     """Without words an example of the other sign turns the look that is wanted round."""
     finder = FindModel(0).model.finder
@@ -236,3 +284,38 @@ def test_what_is_not_meant_counts_against() -> None:
     ]
     torch.testing.assert_close(looks[0], -looks[1])
     torch.testing.assert_close(looks[0][0], patches.look[1])
+
+
+def test_what_is_learned_without_words_is_what_is_looked_for_later() -> None:
+    """The scores of training are those of two pictures that are seen one by one, also again."""
+    find = FindModel(0)
+    model = find.model.eval()
+    assert model.finder is not None
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.finder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    scenes, branches = scenes_of_a_test(3, "few", pair=True)
+    branch = next(b for b in branches if b.task == "like")
+    assert branch.truth is not None
+    with torch.no_grad():
+        scored = wordless_scores(model, wordless([(scenes, [branch])], CROPS))
+    expected, first = [], 0
+    for scene in scenes:
+        height, width = scene.image.shape[:2]
+        rows, cols = CROPS.patch_grid(width, height)
+        some = slice(first, first := first + rows * cols)
+        chances, ways = scored.scores.final[0, some].sigmoid(), scored.patches.way[some]
+        size = width, height
+        expected.append(finding.things_of(chances.numpy(), ways.numpy(), (rows, cols), size))
+    like, unlike = (
+        [Point(*place) for place in branch.truth[key]] for key in ("examples", "unlike")
+    )
+    cache = PrefixCache(2**26)
+    for _ in range(2):
+        seen = [finding.see(model, CROPS, scene.image, cache) for scene in scenes]
+        found = finding.look_for(model, seen, like, unlike)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert len(ours) == len(theirs) > 0
+            np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=1e-4)
+    assert cache.reused_images == 2

@@ -25,6 +25,7 @@ from nanomolmo2.things.match_heads import (
     compared,
     like_loss,
     pair_loss,
+    some_cells,
 )
 from nanomolmo2.things.match_labels import (
     GROUND,
@@ -40,6 +41,7 @@ from nanomolmo2.things.scenes import Scene, Thing
 from nanomolmo2.things.settings import ThingScene
 from nanomolmo2.things.source import ThingsConfig
 from nanomolmo2.things.train import MATCH_FILE, train_match
+from nanomolmo2.training.distributed import World
 from nanomolmo2.training.loop import LoopConfig
 
 QUIET = LoopConfig(log_every=1, save_every=1, workers=0, quiet=True)
@@ -200,11 +202,10 @@ def test_nothing_to_compare_is_no_loss() -> None:
 
 
 def test_too_many_cells_are_thinned_out_but_no_middles() -> None:
-    head = MatchHead(8, MatchConfig(most=6))
     labels, _ = some_labels()
     centred = torch.zeros(10, dtype=torch.bool)
     centred[[5, 6, 7]] = True
-    some = head._some(labels, centred).tolist()
+    some = some_cells(labels, centred, 6).tolist()
     assert len(some) <= 6 and {5, 6, 7} <= set(some) and 8 not in some
 
 
@@ -293,11 +294,11 @@ def test_it_starts_as_the_bundled_model_and_learns() -> None:
 
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path) -> None:
     plan = MatchPlan(steps=3, things=1, emoji=1, scored=1)
-    assert train_match(tmp_path / "whole", 0, plan, QUIET, False) == (True, 3)
+    assert train_match(tmp_path / "whole", 0, plan, QUIET, False, World()) == (True, 3)
     first = replace(QUIET, stop_after=1)
-    assert train_match(tmp_path / "parts", 0, plan, first, False) == (False, 1)
+    assert train_match(tmp_path / "parts", 0, plan, first, False, World()) == (False, 1)
     assert not (tmp_path / "parts" / MATCH_FILE).exists()
-    assert train_match(tmp_path / "parts", 0, plan, QUIET, "required") == (True, 2)
+    assert train_match(tmp_path / "parts", 0, plan, QUIET, "required", World()) == (True, 2)
     whole, parts = (load_file(tmp_path / name / MATCH_FILE) for name in ("whole", "parts"))
     assert set(whole) == set(parts)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -305,4 +306,4 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path) -> None:
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert [line["evaluation"] for line in lines if "evaluation" in line]
     with pytest.raises(ValueError, match="already holds a run"):
-        train_match(tmp_path / "whole", 0, plan, QUIET, False)
+        train_match(tmp_path / "whole", 0, plan, QUIET, False, World())

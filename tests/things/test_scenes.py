@@ -107,7 +107,7 @@ def test_sizes_within_a_kind_are_within_a_factor_of_two_and_never_between_two_an
             ways[kind.alike] += 1
             if kind.alike == "size":
                 first = scene.kinds[kind.of]
-                assert kind.id == first.id
+                assert kind.look is first.look and kind.id != first.id
                 low, high = sorted([kind.px, first.px])
                 assert low[1] * 3 <= high[0] + 1e-6
     assert min(ways[way] for way in ("colour", "shape", "size")) >= 4

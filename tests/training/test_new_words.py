@@ -15,7 +15,7 @@ from PIL import Image
 from nanomolmo2.convert import export_molmo2
 from nanomolmo2.convert.pretrained import check_agreement, load
 from nanomolmo2.data.sources import open_source
-from nanomolmo2.generation.finding import Found, find_in
+from nanomolmo2.generation import finding
 from nanomolmo2.generation.pipeline import Pipeline
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.processor import Processor, Tokenizer
@@ -359,16 +359,30 @@ def test_words_in_pairs_of_letters_are_spelled_too(text: str, spelled: list[str]
     assert list(spelled_words(text, find_processor().tokenizer)) == spelled
 
 
-def test_a_model_that_finds_takes_any_number_of_words(tmp_path: Path) -> None:
+def test_a_model_that_finds_takes_any_number_of_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     model, processor = NanoMolmo2(CONFIG), find_processor()
     words = [f"{a}{b}ute" for a in "bdfghkl" for b in "aeiouyr"]  # more than are reserved
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (192, 192, 3), np.uint8))
     content = [{"type": "text", "text": "Like"}, {"type": "point", "x": 40.0, "y": 60.0}]
 
-    def found(vlm: Pipeline) -> list[list[Found]]:
+    scores: list[np.ndarray] = []
+    things_of = finding.things_of
+    monkeypatch.setattr(
+        finding, "things_of", lambda given, *rest: scores.append(given) or things_of(given, *rest)
+    )
+
+    def found(vlm: Pipeline) -> list[np.ndarray]:
+        """What is said of each patch with words, and without."""
+        scores.clear()
         encoded = vlm.processor.encode([{"role": "user", "content": content}], [image])
-        return find_in(vlm.model, encoded)
+        points = finding.finding_request(vlm.model, encoded).points
+        assert points is not None and points.find is not None
+        points.find([], [])
+        assert vlm.find(image, [(40.0, 60.0)], min_confidence=0).count
+        return list(scores)
 
     before = found(Pipeline(model, processor))
     grown, more = add_new_words(model, processor, words)
@@ -382,6 +396,8 @@ def test_a_model_that_finds_takes_any_number_of_words(tmp_path: Path) -> None:
     assert rule.finder_dim == old.finder_dim
     grown.save_pretrained(tmp_path / "model", processor=more)
     again = Pipeline(tmp_path / "model", device="cpu")
-    for one, other in zip(before[0], found(again)[0], strict=True):
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
+    after = found(again)
+    assert len(before) == len(after) == 2
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
     assert again.ask(image, f"Point to the {words[-1]}.", max_new_tokens=4).input_tokens > 0
