@@ -9,12 +9,12 @@ import torch
 
 from nanomolmo2.data.example import Branch
 from nanomolmo2.evaluation.scorers import point_f1
-from nanomolmo2.generation.finding import LIKELY, Found, things_of
-from nanomolmo2.models.pointing import PointingNanoMolmo2
+from nanomolmo2.generation.finding import LIKELY, Found, look_for, see
+from nanomolmo2.models import NanoMolmo2
+from nanomolmo2.processor import Point
 from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.things.scenes import Scene
 from nanomolmo2.things.source import test_scenes
-from nanomolmo2.things.wordless import wordless, wordless_scores
 
 # Name of the scores -> test set, whether the example lies in another picture.
 SETS = {
@@ -39,7 +39,7 @@ def _shown(index: int, name: str, pair: bool) -> Shown:
 
 
 @torch.no_grad()
-def find_scores(model: PointingNanoMolmo2, crops: MultiCrop, number: int) -> dict[str, float]:
+def find_scores(model: NanoMolmo2, crops: MultiCrop, number: int) -> dict[str, float]:
     """Mean point F1 and share of exact counts of the first questions of each set.
 
     ``best``: F1 at the best of `THRESHOLDS`, ``at``: which one.
@@ -58,15 +58,15 @@ def find_scores(model: PointingNanoMolmo2, crops: MultiCrop, number: int) -> dic
     return scores
 
 
-def _found(model: PointingNanoMolmo2, crops: MultiCrop, shown: Shown) -> list[Found]:
+def _found(model: NanoMolmo2, crops: MultiCrop, shown: Shown) -> list[Found]:
     """In the last picture, the one that is asked about."""
     scenes, branch = shown
-    scored = wordless_scores(model, wordless([(scenes, [branch])], crops))
-    height, width = scenes[-1].image.shape[:2]
-    rows, cols = crops.patch_grid(width, height)
-    chances = scored.scores.final[0, -rows * cols :].sigmoid().numpy()
-    ways = scored.patches.way[-rows * cols :].numpy()
-    return things_of(chances, ways, (rows, cols), (width, height))
+    truth = branch.truth or {}
+    like, unlike = (
+        [Point(x, y, int(image)) for x, y, image in truth[name]] for name in ("examples", "unlike")
+    )
+    seen = [see(model, crops, scene.image) for scene in scenes]
+    return look_for(model, seen, like, unlike)[-1]
 
 
 def _marks(

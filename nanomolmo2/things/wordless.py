@@ -66,7 +66,8 @@ class _Maker:
         self.columns: dict[str, list[np.ndarray]] = {}
         self.asked: list[tuple[int, set[int]]] = []  # example, numbers of things
         self.likes: list[tuple[int, int, float]] = []  # patch of n, question, gate
-        self.kinds: list[str] = []  # the look of each
+        self.names: dict[str, int] = {}  # of looks
+        self.looks: list[int] = []  # that of each kind
         self.examples = self.patches = self.tiles = self.rows = self.things = 0
 
     def add(self, scenes: Sequence[Scene], branches: Sequence[Branch]) -> None:
@@ -77,8 +78,8 @@ class _Maker:
         for scene in scenes:
             for kind in scene.kinds:
                 if kind.id not in numbers:
-                    numbers[kind.id] = len(self.kinds)
-                    self.kinds.append(kind.look.id)
+                    numbers[kind.id] = len(self.looks)
+                    self.looks.append(self.names.setdefault(kind.look.id, len(self.names)))
             for i, thing in enumerate(scene.things):
                 kinds.setdefault(scene.kinds[thing.kind].id, set()).add(self.things + i)
             of_kinds = np.array([numbers[kind.id] for kind in scene.kinds], np.int64)
@@ -102,16 +103,14 @@ class _Maker:
         patch = index.reshape(lines, across, side, side).swapaxes(1, 2).ravel()
         r, c = np.divmod(np.arange(rows * cols), cols)
         labels = label_cells(scene, rows, cols, SAMPLES, MARGIN)
-        labels["owner"][labels["owner"] >= 0] += self.things
+        owner, kind = labels["owner"], labels["kind"]
+        owner[owner >= 0] += self.things
+        kind[kind >= 0] = kinds[kind[kind >= 0]]
         found = {
             "patch": patch + self.tiles * self.crops.num_patches,
             "row": self.rows + r // side * across + c // side,
             "example": np.full(len(patch), self.examples),
-            "owner": labels["owner"],
-            "way": labels["way"],
-            "kind": np.where(
-                labels["kind"] >= 0, np.append(kinds, 0)[labels["kind"].clip(-1)], labels["kind"]
-            ),
+            **labels,
         }
         for name, values in found.items():
             self.columns.setdefault(name, []).append(values)
@@ -145,8 +144,7 @@ class _Maker:
         pixels, windows = (np.concatenate(x) for x in (self.pixels, self.windows))
         of_tiles = torch.from_numpy(pixels), torch.from_numpy(windows)
         cells = CellLabels(labels.patch[:, None], labels.example, labels.owner, kind, labels.way)
-        names = {name: i for i, name in enumerate(dict.fromkeys(self.kinds))}
-        looks = torch.tensor([names[name] for name in self.kinds])
+        looks = torch.tensor(self.looks)
         return Wordless(*of_tiles, labels, torch.from_numpy(gates).float(), cells, looks)
 
 
