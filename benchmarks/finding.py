@@ -45,6 +45,7 @@ from nanomolmo2.things.train import (
     train_match,
     with_drawings,
 )
+from nanomolmo2.training.distributed import World
 from nanomolmo2.training.loop import LoopConfig, run
 
 SEED = 0
@@ -138,7 +139,7 @@ def learn(folder: Path, variant: Variant, budget: Budget, drawings: str, workers
     config = LoopConfig(workers=workers, quiet=True)
     if variant.matches and not (folder / MATCH_FILE).is_file():
         plan = match_plan(variant, budget, drawings)
-        train_match(folder, SEED, plan, config, (folder / MATCH_FOLDER).exists())
+        train_match(folder, SEED, plan, config, (folder / MATCH_FOLDER).exists(), World())
     find = FindModel(SEED)
     find.start_from_tiny(load_file(folder / MATCH_FILE) if variant.matches else None)
     crops = replace(CROPS, max_crops=variant.max_crops)
