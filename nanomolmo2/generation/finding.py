@@ -186,7 +186,11 @@ def look_for(
     features = torch.cat([seen.features for seen in pictures])
     patches = finder.patches(features, tokens, torch.zeros_like(tokens), rows)
     starts = np.cumsum([0, *(len(seen.features) for seen in pictures)]).tolist()
-    at = [starts[p.image - 1] + _patch_at(pictures[p.image - 1], p) for p in (*like, *unlike)]
+    at = []
+    for place in (*like, *unlike):
+        seen = pictures[place.image - 1]
+        number = patch_at(place.x, place.y, (seen.view.rows, seen.view.cols), seen.size)
+        at.append(starts[place.image - 1] + number)
     examples = torch.tensor(at, device=tokens.device)
     gates = tokens.new_tensor([MEANT] * len(like) + [-MEANT] * len(unlike))
     nothing = tokens.new_zeros(1, tokens.shape[1])
@@ -200,11 +204,13 @@ def look_for(
     ]
 
 
-def _patch_at(seen: Seen, place: Point) -> int:
-    """The number of the patch that a place lies in."""
-    view, (width, height) = seen.view, seen.size
-    line = min(int(place.y * view.rows / height), view.rows - 1)
-    return line * view.cols + min(int(place.x * view.cols / width), view.cols - 1)
+def patch_at(x: float, y: float, grid: tuple[int, int], size: tuple[int, int]) -> int:
+    """The number, line by line, of the patch that a place lies in.
+
+    Args: grid: rows and columns of patches. size: (width, height), as x and y in pixels.
+    """
+    (rows, cols), (width, height) = grid, size
+    return min(int(y * rows / height), rows - 1) * cols + min(int(x * cols / width), cols - 1)
 
 
 @torch.no_grad()

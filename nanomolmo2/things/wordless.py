@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanomolmo2.data.example import Branch
 from nanomolmo2.emoji.heads import strongest
-from nanomolmo2.generation.finding import MEANT
+from nanomolmo2.generation.finding import MEANT, patch_at
 from nanomolmo2.models.finder import Patches
 from nanomolmo2.models.pointing import PointingNanoMolmo2
 from nanomolmo2.processor.crops import MultiCrop
@@ -83,15 +83,15 @@ class _Maker:
             for i, thing in enumerate(scene.things):
                 kinds.setdefault(scene.kinds[thing.kind].id, set()).add(self.things + i)
             of_kinds = np.array([numbers[kind.id] for kind in scene.kinds], np.int64)
-            grids.append((self.patches, *self._picture(scene, of_kinds), scene.image.shape))
+            height, width = scene.image.shape[:2]
+            grids.append((self.patches, self._picture(scene, of_kinds), (width, height)))
         for branch in branches:
             truth = branch.truth or {}
             for places, gate in ((truth["examples"], 1.0), (truth["unlike"], -1.0)):
                 for x, y, image in places:
-                    first, rows, cols, (height, width, _) = grids[int(image) - 1]
-                    r = min(int(y * rows / height), rows - 1)
-                    c = min(int(x * cols / width), cols - 1)
-                    self.likes.append((first + r * cols + c, len(self.asked), gate))
+                    first, grid, size = grids[int(image) - 1]
+                    patch = first + patch_at(x, y, grid, size)
+                    self.likes.append((patch, len(self.asked), gate))
             self.asked.append((self.examples, kinds.get(str(truth["kind"]), set())))
         self.examples += 1
 

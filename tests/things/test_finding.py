@@ -14,6 +14,7 @@ from nanomolmo2.generation.finding import finding_request
 from nanomolmo2.generation.pointing import Pointing, Selected, given_points
 from nanomolmo2.generation.prefix_cache import PrefixCache
 from nanomolmo2.generation.sampling import Sampled, Sampler, SamplingParams
+from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.finder import Patches, both
 from nanomolmo2.processor.collate import collate
 from nanomolmo2.processor.point import Point, PointsText
@@ -68,15 +69,21 @@ def test_every_thing_asked_for_has_one_patch_beside_its_middle(index) -> None:
     assert set(np.flatnonzero(labels.asked[0].numpy()).tolist()) == asked
 
 
-def test_what_is_learned_is_what_is_found_later(monkeypatch) -> None:
-    """The scores of training, from a message tree, are those of a prompt."""
-    find, scene, branch, encoded = encoded_question(1)
+def with_opinions(find: FindModel) -> NanoMolmo2:
+    """Its model, whose finder tells patches apart, by random weights; untrained it hardly does."""
     model = find.model.eval()
     assert model.finder is not None
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in model.finder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def test_what_is_learned_is_what_is_found_later(monkeypatch) -> None:
+    """The scores of training, from a message tree, are those of a prompt."""
+    find, scene, branch, encoded = encoded_question(1)
+    model = with_opinions(find)
     batch = model.encoded(collate([encoded], 0))
     labels = find_labels([Asked(encoded, [scene], [wanted_of(branch)])], len(encoded.input_ids))
     with torch.no_grad():
@@ -289,12 +296,7 @@ def test_what_is_not_meant_counts_against() -> None:
 def test_what_is_learned_without_words_is_what_is_looked_for_later() -> None:
     """The scores of training are those of two pictures that are seen one by one, also again."""
     find = FindModel(0)
-    model = find.model.eval()
-    assert model.finder is not None
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.finder.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = with_opinions(find)
     scenes, branches = scenes_of_a_test(3, "few", pair=True)
     branch = next(b for b in branches if b.task == "like")
     assert branch.truth is not None
