@@ -22,34 +22,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from benchmarks.harness import write_json
 from benchmarks.report import put_into
 from nanomolmo2.evaluation import breakdown
 from nanomolmo2.evaluation.finding import click, outcomes, summarize, written
 from nanomolmo2.evaluation.report import markdown_table
 from nanomolmo2.generation.vlm import VLM
-from nanomolmo2.things.find_model import FindModel
+from nanomolmo2.things.find_model import CROPS, FindModel
 from nanomolmo2.things.find_sets import open_set
 from nanomolmo2.things.find_stage import FindPlan, FindStage
-from nanomolmo2.things.match_model import CROPS
-from nanomolmo2.things.match_stage import MatchPlan
 from nanomolmo2.things.settings import ThingScene
 from nanomolmo2.things.source import ThingsConfig
-from nanomolmo2.things.train import (
-    ANSWERS_FOLDER,
-    MATCH_FILE,
-    MATCH_FOLDER,
-    POINT,
-    train_match,
-    with_drawings,
-)
-from nanomolmo2.training.distributed import World
+from nanomolmo2.things.train import ANSWERS, SMALL, with_drawings
 from nanomolmo2.training.loop import LoopConfig, run
 
 SEED = 0
-RESULT = "result.json"
+RUN, RESULT = "run", "result.json"
 FIGURES = {"f1": "point F1", "exact": "exact"}
 
 
@@ -58,20 +46,19 @@ class Budget:
     """How much of everything.
 
     Attributes:
-        match, point: steps of these stages.
+        steps: of a run.
         pictures: of each set that is asked about.
         sets: which.
         small: steps of two pictures, to see whether it runs.
     """
 
-    match: int = 200
-    point: int = 200
+    steps: int = 300
     pictures: int = 60
     sets: tuple[str, ...] = ("few", "alike", "crowded", "photos")
     small: bool = False
 
 
-SHORT = Budget(match=2, point=2, pictures=1, sets=("few",), small=True)
+SHORT = Budget(steps=2, pictures=1, sets=("few",), small=True)
 
 
 @dataclass(frozen=True)
@@ -81,17 +68,15 @@ class Variant:
     Attributes:
         scene: how its scenes of training look, made of the recipe's.
         max_crops: most tiles of a picture, in training and when it is asked.
-        matches: whether the stage `match` comes before.
-        finder: weight of what is found all at once, beside the lists that are written.
-        writes: it is asked to write lists, token by token.
+        contrast: weight of what is told apart in all pictures of a step.
+        written: it learns to write lists, token by token, and is asked to.
     """
 
     title: str
     scene: Callable[[ThingScene], ThingScene] = lambda scene: scene
     max_crops: int = CROPS.max_crops
-    matches: bool = True
-    finder: float = POINT.finder
-    writes: bool = False
+    contrast: float = SMALL.contrast
+    written: bool = False
 
 
 VARIANTS: dict[str, Variant] = {
@@ -107,26 +92,29 @@ VARIANTS: dict[str, Variant] = {
         "no drawings, procedural things only", lambda scene: replace(scene, made=1.0)
     ),
     "no-crops": Variant("an overview and one tile, no further crops", max_crops=1),
-    "no-match": Variant("without the stage match before", matches=False),
+    "no-contrast": Variant("nothing told apart in all pictures of a step", contrast=0.0),
     "written": Variant(
-        "lists written token by token, nothing found at once", finder=0.0, writes=True
+        "lists written token by token, nothing found at once", contrast=0.0, written=True
     ),
 }
 
 
-def match_plan(variant: Variant, budget: Budget, drawings: str) -> MatchPlan:
-    """The stage `match` of a run."""
-    plan = MatchPlan(steps=budget.match, scored=min(budget.pictures, 20))
+def plan_of(variant: Variant, budget: Budget, drawings: str) -> FindPlan:
+    """The only stage of a run: the recipe's first."""
+    plan = replace(
+        SMALL,
+        steps=budget.steps,
+        source=source_of(SMALL.source, variant, drawings),
+        max_crops=variant.max_crops,
+        contrast=variant.contrast,
+        scored=0,
+    )
+    if variant.written:
+        rates = {"llm": ANSWERS.llm, "llm_matrix": ANSWERS.llm_matrix}
+        plan = replace(plan, kinds="t", finder=0.0, keep=0, **rates)
     if budget.small:
-        plan = replace(plan, things=2, emoji=2)
-    return replace(plan, source=source_of(plan.source, variant, drawings))
-
-
-def point_plan(variant: Variant, budget: Budget, drawings: str) -> FindPlan:
-    """The stage `point` of a run."""
-    source = source_of(POINT.source, variant, drawings)
-    plan = replace(POINT, steps=budget.point, source=source, finder=variant.finder, scored=0)
-    return replace(plan, pictures=2, emoji=2, capacity=60) if budget.small else plan
+        plan = replace(plan, pictures=2, keep=min(plan.keep, 2), capacity=60)
+    return plan
 
 
 def source_of(source: ThingsConfig, variant: Variant, drawings: str) -> ThingsConfig:
@@ -137,17 +125,13 @@ def source_of(source: ThingsConfig, variant: Variant, drawings: str) -> ThingsCo
 def learn(folder: Path, variant: Variant, budget: Budget, drawings: str, workers: int) -> VLM:
     """Train a run, or go on with it."""
     config = LoopConfig(workers=workers, quiet=True)
-    if variant.matches and not (folder / MATCH_FILE).is_file():
-        plan = match_plan(variant, budget, drawings)
-        train_match(folder, SEED, plan, config, (folder / MATCH_FOLDER).exists(), World())
     find = FindModel(SEED)
-    find.start_from_tiny(load_file(folder / MATCH_FILE) if variant.matches else None)
+    find.start_from_tiny()
     crops = replace(CROPS, max_crops=variant.max_crops)
     find.processor = find.processor.with_settings(multicrop=crops)
     find.accelerate()
-    stage = FindStage(find, SEED, point_plan(variant, budget, drawings))
-    answers = folder / ANSWERS_FOLDER
-    run(find, [stage], answers, config, resume=answers.exists())
+    stage = FindStage(find, SEED, plan_of(variant, budget, drawings))
+    run(find, [stage], folder / RUN, config, resume=(folder / RUN).exists())
     return VLM(find.model.eval(), find.processor)
 
 
@@ -160,7 +144,7 @@ def ask(vlm: VLM, variant: Variant, budget: Budget) -> dict[str, Any]:
     found = {}
     for name in budget.sets:
         cases = open_set(name, budget.pictures)
-        answers = list(outcomes(vlm, cases, written if variant.writes else clicked))
+        answers = list(outcomes(vlm, cases, written if variant.written else clicked))
         found[name] = summarize(name, variant.title, answers).figures
     return found
 
@@ -208,14 +192,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--runs", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="RUN")
     add("--out", type=Path, default=Path("runs/find-ablations"), metavar="DIR")
     add("--drawings", default="", metavar="DIR", help="to train on; without it those of emoji")
-    add("--match", type=int, default=Budget.match, metavar="STEPS", help="of the stage match")
-    add("--point", type=int, default=Budget.point, metavar="STEPS", help="of the stage point")
+    add("--steps", type=int, default=Budget.steps, metavar="N", help="of each run")
     add("--pictures", type=int, default=Budget.pictures, metavar="N", help="of each set")
     add("--workers", type=int, default=1, metavar="N", help="processes that draw scenes")
     add("--short", action="store_true", help="two steps of each: does it work?")
     add("--page", type=Path, metavar="FILE", help="put the table between the marks of this page")
     given = parser.parse_args(arguments)
-    budget = Budget(given.match, given.point, given.pictures)
+    budget = Budget(given.steps, given.pictures)
     budget = SHORT if given.short else budget
     found = table(measure(given.out, given.runs, budget, given.drawings, given.workers))
     print(found)

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.finding import SHORT, VARIANTS, Budget, match_plan, measure, point_plan, table
-from nanomolmo2.things.match_model import CROPS
-from nanomolmo2.things.match_stage import MatchPlan
+from benchmarks.finding import SHORT, VARIANTS, Budget, measure, plan_of, table
+from nanomolmo2.things.find_model import CROPS
 from nanomolmo2.things.scenes import draw_scene, train_rng
-from nanomolmo2.things.train import POINT
+from nanomolmo2.things.train import SMALL
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
@@ -32,31 +31,25 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
         ("no-look-alikes", {"alike", "cousins"}),
         ("drawings-only", {"made"}),
         ("made-only", {"made"}),
-        ("written", {"finder"}),
+        ("no-contrast", {"contrast"}),
+        ("no-crops", {"max_crops"}),
+        ("written", {"contrast", "finder", "keep", "kinds", "llm", "llm_matrix"}),
     ],
 )
 def test_runs_differ_in_what_they_say(name: str, settings: set[str]) -> None:
-    budget = Budget()
-    point, match = (
-        differing(
-            asdict(plan(VARIANTS["baseline"], budget, "")), asdict(plan(VARIANTS[name], budget, ""))
-        )
-        for plan in (point_plan, match_plan)
-    )
-    assert point == settings and match == settings - {"finder"}
+    baseline, other = (asdict(plan_of(VARIANTS[x], Budget(), "")) for x in ("baseline", name))
+    assert differing(baseline, other) == settings
 
 
 def test_the_baseline_is_the_recipe_but_for_its_steps() -> None:
-    budget = Budget(match=7, point=9)
     baseline = VARIANTS["baseline"]
-    assert differing(asdict(point_plan(baseline, budget, "")), asdict(POINT)) == {"steps", "scored"}
-    recipe = asdict(MatchPlan(steps=7))
-    assert differing(asdict(match_plan(baseline, budget, "")), recipe) == {"scored"}
+    found = differing(asdict(plan_of(baseline, Budget(steps=7), "")), asdict(SMALL))
+    assert found == {"steps", "scored"}
     assert baseline.max_crops == CROPS.max_crops != VARIANTS["no-crops"].max_crops
 
 
 def test_without_look_alikes_there_are_none() -> None:
-    source = point_plan(VARIANTS["no-look-alikes"], Budget(), "").source
+    source = plan_of(VARIANTS["no-look-alikes"], Budget(), "").source
     for number in range(8):
         assert not any(kind.alike for kind in draw_scene(train_rng(0, number), source.scene).kinds)
 
@@ -67,7 +60,7 @@ def test_runs_are_trained_asked_and_kept(tmp_path: Path) -> None:
     results = measure(tmp_path, names, SHORT, workers=0)
     assert list(results) == names
     assert all(0 <= result["sets"]["few"]["f1"] <= 1 for result in results.values())
-    assert not (tmp_path / "no-match").exists()
+    assert not (tmp_path / "no-contrast").exists()
     lines = table(results).splitlines()
     assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == [
         *("run", "", "few: point F1", "few: exact")

@@ -28,7 +28,7 @@ from nanomolmo2.generation.prefix_cache import PrefixCache, digest
 from nanomolmo2.generation.prompt import embed_points, request_of
 from nanomolmo2.generation.request import Request
 from nanomolmo2.models import NanoMolmo2
-from nanomolmo2.models.finder import Finder
+from nanomolmo2.models.finder import APART, Finder
 from nanomolmo2.processor import Encoded, Point
 from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.processor.point_space import PointSpace, Target, View
@@ -184,7 +184,9 @@ def look_for(
     firsts = np.cumsum([0, *(len(seen.tokens) for seen in pictures)]).tolist()
     rows = torch.cat([seen.rows + first for seen, first in zip(pictures, firsts, strict=False)])
     features = torch.cat([seen.features for seen in pictures])
-    patches = finder.patches(features, tokens, torch.zeros_like(tokens), rows)
+    grids = [grid_places(seen.view.rows, seen.view.cols, i) for i, seen in enumerate(pictures)]
+    grid = torch.from_numpy(np.concatenate(grids)).to(tokens.device)
+    patches = finder.patches(features, tokens, torch.zeros_like(tokens), rows, grid)
     starts = np.cumsum([0, *(len(seen.features) for seen in pictures)]).tolist()
     at = []
     for place in (*like, *unlike):
@@ -213,6 +215,15 @@ def patch_at(x: float, y: float, grid: tuple[int, int], size: tuple[int, int]) -
     return min(int(y * rows / height), rows - 1) * cols + min(int(x * cols / width), cols - 1)
 
 
+def grid_places(rows: int, cols: int, number: int = 0) -> NDArray[np.float32]:
+    """(n, 2) column and row of a picture's patches, line by line.
+
+    Args: number: of the picture among those that a question is about.
+    """
+    r, c = np.indices((rows, cols)).reshape(2, -1)
+    return np.stack([c + number * APART, r], axis=1).astype(np.float32)
+
+
 @torch.no_grad()
 def _found(
     model: NanoMolmo2,
@@ -237,7 +248,10 @@ def _found(
     states = model.llm.states(embeds[None], T, model.attention_mask(batch), None)[0]
     rows, patches = (part.ravel() for part in grid_of(space, 0))
     of_tokens = points.tokens, states[on_device(points.places)]
-    seen = finder.patches(points.features[on_device(patches)], *of_tokens, on_device(rows))
+    view = space.views[0]
+    grid = torch.from_numpy(grid_places(view.rows, view.cols)).to(device)
+    features = points.features[on_device(patches)]
+    seen = finder.patches(features, *of_tokens, on_device(rows), grid)
     is_question = given_points(ids, points)[:given]
     like_rows, slots, _ = points.targets[:given][is_question].T
     like = points.index[like_rows, slots]
@@ -247,7 +261,7 @@ def _found(
     wanted = finder.wanted(seen, states[-1:], states[on_device(at)], examples, question)
     mine = torch.ones(1, len(patches), dtype=torch.bool, device=device)
     scores = finder(wanted, seen, mine).final[0].float().sigmoid().cpu().numpy()
-    view, ways = space.views[0], seen.way.float().cpu().numpy()
+    ways = seen.way.float().cpu().numpy()
     return things_of(scores, ways, (view.rows, view.cols), space.image_sizes[0])
 
 

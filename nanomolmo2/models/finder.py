@@ -14,9 +14,11 @@ patch, and by the visual token around it. What the decoder made of that token ad
 
 How near is near enough depends on what else there is: walnuts beside hazelnuts, or beside coins. So
 a small transformer sees the likeliest candidates of a question together, and corrects their scores.
+Its attention knows of every two candidates how alike they are and where they lie to each other:
+those of one kind stand or fall together, and of two that speak of one thing one is enough.
 
 n patches, m visual tokens, Q questions, J examples of all of them, K candidates; F, D the widths of
-ViT features and of tokens and states; E of looks, W of the transformer.
+ViT features and of tokens and states; E of looks, W of the transformer, H its heads.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ MIN_SCALE, MAX_SCALE = 1.0, 50.0  # of likeness, which is learned
 TOKEN_SHARE = 0.3  # of a token's claim in that of its patches, at first
 CANDIDATES = 128  # of a question that are seen together: 60 things, and what else may be one
 WIDTH, HEADS, LAYERS = 96, 4, 2
+PAIRS = 6  # numbers about two candidates
+APART = 1000.0  # patches between two pictures
 FAR = -1e4  # score of what is in no picture of the question
 
 
@@ -81,6 +85,7 @@ class Patches(NamedTuple):
     context: Tensor  # (n, E)
     claim: Tensor  # (n,)
     way: Tensor  # (n, 3)
+    grid: Tensor  # (n, 2) column and row of the patch; pictures lie `APART`
 
 
 class Wanted(NamedTuple):
@@ -101,6 +106,27 @@ class Scores(NamedTuple):
     final: Tensor  # among the others
 
 
+class JudgeLayer(nn.Module):
+    """A layer of the transformer, whose attention also goes by what is known of two candidates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(
+            nn.Linear(WIDTH, 3 * WIDTH), nn.GELU(), nn.Linear(3 * WIDTH, WIDTH)
+        )
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Args: x: (Q, K, W). bias: (Q, H, K, K) added to the logits of attention."""
+        qkv = self.qkv(self.attention_norm(x)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind()
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.mlp_norm(x))
+
+
 class Judge(nn.Module):
     """Sees the candidates of a question together."""
 
@@ -108,28 +134,47 @@ class Judge(nn.Module):
         super().__init__()
         self.read = nn.Linear(4 * size + 8, WIDTH)
         self.read_state = nn.Linear(hidden_size, WIDTH)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                *(WIDTH, HEADS, 3 * WIDTH), 0.0, "gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(LAYERS)
+        self.read_pairs = nn.Sequential(
+            nn.Linear(PAIRS, 16), nn.GELU(), nn.Linear(16, LAYERS * HEADS)
         )
+        self.layers = nn.ModuleList(JudgeLayer() for _ in range(LAYERS))
+        self.norm = nn.LayerNorm(WIDTH)
         self.decide = nn.Linear(WIDTH, 1)
         nn.init.zeros_(self.decide.weight)
         nn.init.zeros_(self.decide.bias)
 
-    def forward(self, candidates: Tensor, states: Tensor, shown: Tensor) -> Tensor:
+    def forward(self, candidates: Tensor, pairs: Tensor, states: Tensor, shown: Tensor) -> Tensor:
         """(Q, K) to add to the scores.
 
         Args:
-            candidates: (Q, K, 4 E + 8). states: (Q, D). shown: (Q, K) bool, False = no candidate.
+            candidates: (Q, K, 4 E + 8). pairs: (Q, K, K, `PAIRS`). states: (Q, D). shown: (Q, K)
+                bool, False = no candidate.
         """
         state = self.read_state(plain_norm(states))[:, None]
         x = torch.cat((state, self.read(candidates)), dim=1)
-        hidden = F.pad(~shown, (1, 0), value=False)
-        for layer in self.layers:
-            x = layer(x, src_key_padding_mask=hidden)
-        return self.decide(x[:, 1:])[..., 0]
+        # Nothing is known of the state and another.
+        biases = F.pad(self.read_pairs(pairs).permute(0, 3, 1, 2), (1, 0, 1, 0))
+        biases = biases.masked_fill(F.pad(~shown, (1, 0))[:, None, None], FAR)
+        for layer, bias in zip(self.layers, biases.chunk(LAYERS, dim=1), strict=True):
+            x = layer(x, bias)
+        return self.decide(self.norm(x[:, 1:]))[..., 0]
+
+
+def pairs_of(patches: Patches, best: Tensor) -> Tensor:
+    """(Q, K, K, `PAIRS`) of every two candidates: how alike their looks are, of patch and of token;
+    whether they speak of one place; how far it is from one to the other; and their sizes.
+
+    Args: best: (Q, K) the candidates, of n.
+    """
+    alike = [look[best] @ look[best].mT for look in (patches.look, patches.token_look)]
+    way = patches.way.detach()[best]
+    middle, size = patches.grid[best] + 0.5 + way[..., :2], way[..., 2]
+    away = (middle[:, :, None] - middle[:, None]).norm(dim=-1).clamp(max=APART)
+    larger = torch.maximum(size[:, :, None], size[:, None]).clamp(-2, 4)
+    one_place = torch.exp(-((2 * away / larger.exp()) ** 2))
+    other = (size[:, :, None] - size[:, None]).clamp(-4, 4)
+    found = (*alike, one_place, torch.exp(-away / 2), torch.log1p(away) / 2, other)
+    return torch.stack([x.to(way.dtype) for x in found], dim=-1)
 
 
 class Finder(nn.Module):
@@ -153,18 +198,21 @@ class Finder(nn.Module):
         nn.init.ones_(self.gate.bias)
         nn.init.zeros_(self.context_q.bias)
 
-    def patches(self, features: Tensor, tokens: Tensor, states: Tensor, rows: Tensor) -> Patches:
+    def patches(
+        self, features: Tensor, tokens: Tensor, states: Tensor, rows: Tensor, grid: Tensor
+    ) -> Patches:
         """What is seen.
 
         Args:
             features: (n, F) of the patches. tokens: (m, D) as the connector gave them. states:
-                (m, D) what the decoder made of them. rows: (n,) the token of each patch.
+                (m, D) what the decoder made of them. rows: (n,) the token of each patch. grid:
+                (n, 2) its column and row; pictures lie `APART`.
         """
         looks = self.token.look(tokens)[rows]
         context = self.context_k(plain_norm(states))[rows]
         claims = self.patch.claim(features) + self.token_claim * self.token.claim(tokens)[rows]
         way = self.patch.way(plain_norm(features))
-        return Patches(self.patch.look(features), looks, context, claims, way)
+        return Patches(self.patch.look(features), looks, context, claims, way, grid)
 
     def wanted(
         self,
@@ -218,7 +266,8 @@ class Finder(nn.Module):
         products = wanted.look[:, None] * looks[0], wanted.token_look[:, None] * looks[1]
         shown = mine.gather(1, best)
         scalars = scalars.clamp(-20, 20)
-        change = self.judge(torch.cat((*looks, *products, scalars), dim=-1), wanted.states, shown)
+        candidates = torch.cat((*looks, *products, scalars), dim=-1)
+        change = self.judge(candidates, pairs_of(patches, best), wanted.states, shown)
         return Scores(first, first.scatter_add(1, best, change.to(first.dtype) * shown))
 
 

@@ -23,10 +23,10 @@ from nanomolmo2.data.example import Branch
 from nanomolmo2.emoji.heads import NO_LABEL, strongest
 from nanomolmo2.emoji.questions import EVERYTHING
 from nanomolmo2.emoji.scenes import Scene as EmojiScene
-from nanomolmo2.generation.finding import grid_of
+from nanomolmo2.generation.finding import grid_of, grid_places
 from nanomolmo2.processor.processor import Encoded
+from nanomolmo2.things.cell_labels import SAMPLES, label_cells
 from nanomolmo2.things.find_model import CONFIG
-from nanomolmo2.things.match_labels import SAMPLES, label_cells
 from nanomolmo2.things.scenes import Scene, Thing
 from nanomolmo2.training.find_terms import (
     FIRST_WEIGHT,
@@ -47,7 +47,7 @@ class FindLabels(FindPlaces):
     """Targets of a batch.
 
     owner: (n,) int64, number of the thing that may count here, or NO_LABEL.
-    way: (n, 3) of patches that show a thing (``shows``, bool), see `match_labels.CellLabels`.
+    way: (n, 3) of patches that show a thing (``shows``, bool), see `cell_labels.CellLabels`.
     asked: (Q, T) bool, whether a question asks for a thing.
     """
 
@@ -144,8 +144,8 @@ def num_patches(encoded: Encoded) -> int:
 
 
 def of_picture(encoded: Encoded, view: int, scene: Scene) -> dict[str, np.ndarray]:
-    """``patch``, ``row``, ``owner``, ``way`` and ``shows`` of one picture's patches, line by line;
-    all counted within the example.
+    """``patch``, ``row``, ``grid``, ``owner``, ``way`` and ``shows`` of one picture's patches, line
+    by line; all counted within the example.
     """
     assert encoded.point_space is not None
     row, patch = grid_of(encoded.point_space, view)
@@ -153,6 +153,7 @@ def of_picture(encoded: Encoded, view: int, scene: Scene) -> dict[str, np.ndarra
     return {
         "patch": patch.flatten(),
         "row": row.flatten(),
+        "grid": grid_places(len(row), row.shape[1], view),
         "owner": labels["owner"],
         "way": labels["way"],
         "shows": labels["kind"] >= 0,

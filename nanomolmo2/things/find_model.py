@@ -1,13 +1,13 @@
-"""The model that finds by example, as it starts: all that `tiny` knows, and what `match` learned.
+"""The model that finds by example, as it starts: all that `tiny` knows.
 
 Its vocabulary has more words, so rows of the embedding are taken over piece by piece. Keys and
-queries of points start as the embedding in which things of one kind are near to each other: a
+queries of points later start as the looks in which things of one kind are near to each other: a
 point begins as a search for what looks the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,20 @@ from nanomolmo2.emoji.model import MAX_FRAMES, SCENES
 from nanomolmo2.emoji.scenes import SceneConfig
 from nanomolmo2.emoji.vocabulary import build_tokenizer
 from nanomolmo2.models import NanoMolmo2, preset
-from nanomolmo2.models.finder import Finder
+from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.processor.processor import Processor, ProcessorConfig, VideoConfig
 from nanomolmo2.processor.tokenizer import Tokenizer
-from nanomolmo2.things.match_model import CROPS
 from nanomolmo2.things.vocabulary import build_find_tokenizer
 from nanomolmo2.training.point_head import point_processor
 
 CONFIG = preset("tiny-find")
+CROPS = MultiCrop(
+    max_crops=4,
+    image_size=CONFIG.vision_config.image_size,
+    patch_size=CONFIG.vision_config.patch_size,
+    overlap_margins=(1, 1),
+    pooling_size=CONFIG.connector.pooling_size,
+)
 EMBEDDING_STD = 0.1  # of new rows, as of `tiny`'s at its start
 
 
@@ -57,31 +63,24 @@ class FindModel(nn.Module):
         self.clear_placeholders()
 
     @torch.no_grad()
-    def start_from_tiny(self, match: Mapping[str, Tensor] | None = None) -> None:
-        """Take what the bundled `tiny` has, and encoder and connector from the part `match`.
-
-        Args: match: the state of a `MatchModel`; None: those are `tiny`'s, too.
-        """
+    def start_from_tiny(self) -> None:
+        """Take what the bundled `tiny` has."""
         tiny, _ = load("tiny", dtype=torch.float32, device="cpu")
         self._take_words(tiny)
         for name, value in tiny.llm.state_dict().items():
             if not name.startswith("embed_tokens."):
                 self.model.llm.state_dict()[name].copy_(value)
-        parts = {"vision_encoder": tiny.vision_encoder, "connector": tiny.connector}
-        for name, part in parts.items():
-            state = part.state_dict()
-            if match is not None:
-                state = {key: match[f"{name}.{key}"] for key in state}
-            getattr(self.model, name).load_state_dict(state)
-        if match is not None:
-            points = self.model.point_predictor
-            assert points is not None
-            for projection in (points.patch_q, points.patch_k):
-                projection.weight.copy_(match["match_tokens.embed.weight"])
-                projection.bias.copy_(match["match_tokens.embed.bias"])
-            assert self.model.finder is not None
-            start_finder(self.model.finder, match)
+        self.model.vision_encoder.load_state_dict(tiny.vision_encoder.state_dict())
+        self.model.connector.load_state_dict(tiny.connector.state_dict())
         self.clear_placeholders()
+
+    @torch.no_grad()
+    def point_by_looks(self) -> None:
+        """Keys and queries of points as the finder's looks: a search for what looks the same."""
+        points, finder = self.model.point_predictor, self.model.finder
+        assert points is not None and finder is not None
+        for projection in (points.patch_q, points.patch_k):
+            projection.load_state_dict(finder.token.embed.state_dict())
 
     def _take_words(self, tiny: NanoMolmo2) -> None:
         """Rows of the pieces and special tokens that `tiny` has, by what they say."""
@@ -105,7 +104,15 @@ class FindModel(nn.Module):
             self.model.llm.embed_tokens.weight[id] = 0
 
 
-def start_finder(finder: Finder, match: Mapping[str, Tensor]) -> None:
-    """Take what the part `match` learned to read off patches and tokens."""
-    for name, reader in (("match_patches", finder.patch), ("match_tokens", finder.token)):
-        reader.load_state_dict({key: match[f"{name}.{key}"] for key in reader.state_dict()})
+def tokens_of_tiny() -> Callable[[Tensor], Tensor]:
+    """What the bundled `tiny` makes of pictures: patches (B, N, 3*P*P) -> tokens (B, n, D)."""
+    tiny, _ = load("tiny", dtype=torch.float32, device="cpu")
+    encoder, connector = tiny.vision_encoder, tiny.connector
+    layers = tiny.config.connector.vit_layers
+
+    @torch.no_grad()
+    def tokens(pixel_values: Tensor) -> Tensor:
+        made: Tensor = connector(encoder.features(pixel_values, layers))
+        return made
+
+    return tokens

@@ -7,15 +7,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from nanomolmo2.batch import Batch
 from nanomolmo2.config import Config
 from nanomolmo2.data.example import Branch, Example, Message
 from nanomolmo2.emoji import plans
-from nanomolmo2.emoji.model import TinyForTraining
+from nanomolmo2.emoji.model import SCENES, TinyForTraining
 from nanomolmo2.emoji.plans import QuestionPlan
 from nanomolmo2.emoji.question_stage import QuestionStage
+from nanomolmo2.emoji.vision_stages import render_scenes
 from nanomolmo2.models.loss import reduce
 from nanomolmo2.models.pointing import PointTerms
 from nanomolmo2.processor.collate import collate
@@ -28,9 +30,8 @@ from nanomolmo2.things.find_labels import (
     of_emoji,
     wanted_of,
 )
-from nanomolmo2.things.find_model import FindModel
+from nanomolmo2.things.find_model import CROPS, FindModel, tokens_of_tiny
 from nanomolmo2.things.find_scores import find_scores
-from nanomolmo2.things.match_model import CROPS
 from nanomolmo2.things.questions import FindMix, make_branches
 from nanomolmo2.things.scenes import Scene, train_rng
 from nanomolmo2.things.source import Things, ThingsConfig
@@ -46,7 +47,7 @@ KINDS = {
     "e": "emoji",
     "w": "things without words, in some of the examples two pictures",
 }
-WORDLESS_MIX = FindMix(like=8, count_like=0, same=0, named=0, count_named=0)
+WORDLESS_MIX = FindMix(like=6, count_like=0, same=0, named=0, count_named=0)
 WORDLESS_PAIRS = 0.5  # share of the examples
 TERMS = ("text", "row", "slot", "cell")
 # Around a message, around a list of points, and of each of these.
@@ -67,8 +68,12 @@ class FindPlan(Config):
     llm, llm_matrix: rates of the decoder, of AdamW and of Muon (0 = AdamW for all).
     points: of the modules that point and find, AdamW.
     vision: of encoder and connector, Muon; AdamW's is a tenth. 0 = frozen.
+    by_looks: points begin as a search for what looks the same.
     finder: weight of what is found all at once, beside the answers.
     contrast: weight of what is told apart in all pictures of a step without words.
+    keep: scenes of emoji in a step without words, whose visual tokens are to stay as those of the
+        bundled `tiny`: what its decoder knows of them then holds.
+    keep_weight: of that.
     emoji_plan: what is asked about emoji.
     scored: questions of each set that it is measured on, 0 = none.
     """
@@ -87,10 +92,13 @@ class FindPlan(Config):
     llm_matrix: float = 0.004
     points: float = 1e-3
     vision: float = 0.0008
+    by_looks: bool = False
     warmup_steps: int = 100
     final_ratio: float = 0.1
     finder: float = 1.0
     contrast: float = 0.0
+    keep: int = 0
+    keep_weight: float = 1.0
     emoji_plan: QuestionPlan = plans.LAST
     scored: int = 60
 
@@ -107,8 +115,7 @@ class FindBatch(NamedTuple):
     of_emoji: bool
 
 
-POINT_MIX = FindMix(like=3, count_like=1, same=5, named=1, count_named=0, invented=0.4)
-FINISH_MIX = FindMix(invented=0.4)
+ANSWERS_MIX = FindMix(invented=0.4)
 
 
 class FindStage(Stage):
@@ -152,7 +159,13 @@ class FindStage(Stage):
         for i in self.world.share(range(self.plan.pictures)):
             scenes, scene_rng = source.scenes(i)
             examples.append((scenes, make_branches(scenes, scene_rng, WORDLESS_MIX)))
-        return wordless(examples, self.crops)
+        return wordless(examples, self.crops)._replace(kept=self.kept(step))
+
+    def kept(self, step: int) -> Tensor | None:
+        """(B, N, 3*P*P) scenes of emoji."""
+        scenes = render_scenes(self.seed, self.plan.stream, step, self.plan.keep, SCENES)
+        tiles = [self.crops.tiles(scene.image)[0] for scene in self.world.share(scenes)]
+        return torch.from_numpy(np.concatenate(tiles)) if tiles else None
 
     def encode(self, step: int, pairs: bool) -> list[Asked]:
         """The pictures of a step with their questions."""
@@ -213,6 +226,10 @@ class FindStage(Stage):
 
     def begin(self) -> None:
         model = self.find.model
+        if self.plan.by_looks:
+            self.find.point_by_looks()
+        if self.plan.keep:
+            self.before = tokens_of_tiny()
         for part in (model.vision_encoder, model.connector):
             part.requires_grad_(self.plan.vision > 0)
 
@@ -225,6 +242,10 @@ class FindStage(Stage):
                 contrast = contrast_loss(model, batch, scored.patches)
                 loss = loss + self.plan.contrast * contrast
                 metrics["contrast_loss"] = float(contrast.detach())
+            if batch.kept is not None:
+                changed = self.changed(batch.kept)
+                loss = loss + self.plan.keep_weight * changed
+                metrics["changed"] = float(changed.detach())
             return self.plan.finder * loss, {f"{name}_w": x for name, x in metrics.items()}
         questions = model.encoded(batch.questions)
         states = model.states(questions)
@@ -237,6 +258,14 @@ class FindStage(Stage):
             loss = loss + self.plan.finder * found
             metrics |= {f"{name}_{kind}": value for name, value in of_find.items()}
         return loss, metrics
+
+    def changed(self, kept: Tensor) -> Tensor:
+        """How far visual tokens are from those of `tiny`, beside their size."""
+        model = self.find.model
+        tokens = model.connector(model.vision_encoder.features(kept, (-1,)))
+        with torch.no_grad():
+            before = self.before(kept)
+        return (tokens - before).square().sum() / before.square().sum()
 
     def after_step(self) -> None:
         self.find.clear_placeholders()

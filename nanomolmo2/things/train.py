@@ -1,83 +1,76 @@
 """The recipe of the model that finds by example: from the bundled `tiny`, on scenes of things.
 
-Parts, each a run of its own in a folder below the one that is given:
+Stages:
 
-    match    encoder and connector, no decoder: patches and visual tokens learn where things have
-             their middles, and what is of one kind; scenes of emoji keep the nouns. Leaves its
-             weights in match.safetensors
-    answers  the whole model, in three stages:
-             point    points at what is like an example, and says whether two things are alike;
-                      questions about emoji keep what `tiny` knew
-             looks    mostly pictures without words, larger and more crowded ones, for the encoder
-                      and the finder
-             finish   the decoder learns to answer about what the encoder sees now, which stays as
-                      it is
+    small    pictures without words, up to 320 pixels, for encoder, connector and finder: where
+             things have their middles, which are alike, which are meant. Visual tokens of scenes of
+             emoji stay near those of `tiny`, so that its decoder can still read them
+    looks    the same on larger and more crowded pictures, down to a small rate
+    answers  the decoder learns to answer about what the encoder sees now, which stays as it is:
+             questions by example, names, and what `tiny` knew about emoji
 
 What was measured on the way is in docs/log.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from nanomolmo2.config import Config
-from nanomolmo2.convert.tensor_writer import save_tensors
-from nanomolmo2.files import atomic_path
 from nanomolmo2.things.drawings import Drawings
 from nanomolmo2.things.find_model import FindModel
-from nanomolmo2.things.find_stage import FINISH_MIX, POINT_MIX, FindPlan, FindStage
-from nanomolmo2.things.match_model import MatchModel
-from nanomolmo2.things.match_stage import MatchPlan, MatchStage
+from nanomolmo2.things.find_stage import ANSWERS_MIX, FindPlan, FindStage
 from nanomolmo2.things.source import ThingsConfig
 from nanomolmo2.training.distributed import World
 from nanomolmo2.training.loop import LoopConfig, run
 from nanomolmo2.training.run_folder import Resume
 
-EVALUATE_EVERY = 500  # steps: some hundredths of the time
-MATCH_FOLDER, MATCH_FILE, ANSWERS_FOLDER = "match", "match.safetensors", "answers"
+EVALUATE_EVERY = 1000  # steps: some hundredths of the time
 
-POINT = FindPlan(
-    name="point",
-    stream=30,
-    steps=744,
-    kinds="twpwtwew",
-    source=ThingsConfig(sides=(192, 256, 320, 384), crowded=0.15, mix=POINT_MIX),
-    vision=0.002,
-    final_ratio=0.3,
-)
-LOOKS = FindPlan(
-    name="looks",
-    stream=31,
-    steps=4000,
-    kinds="wwwwe",
-    pictures=8,
-    source=ThingsConfig(sides=(192, 256, 320, 384, 512), crowded=0.25, mix=FINISH_MIX),
-    max_crops=9,
-    llm=2e-4,
-    llm_matrix=0.002,
-    vision=0.002,
-    final_ratio=0.03,
-    contrast=0.5,
-)
-FINISH = FindPlan(
-    name="finish",
-    stream=32,
+SMALL = FindPlan(
+    name="small",
+    stream=40,
     steps=1600,
-    kinds="eetewepe",
-    pictures=12,
-    emoji=32,
-    source=LOOKS.source,
+    kinds="w",
+    pictures=8,
+    source=ThingsConfig(sides=(192, 256, 320), crowded=0.2, mix=ANSWERS_MIX),
+    llm=0.0,
+    llm_matrix=0.0,
+    vision=0.004,
+    final_ratio=0.6,
+    contrast=0.5,
+    keep=8,
+    keep_weight=4.0,
+    scored=16,
+)
+LOOKS = replace(
+    SMALL,
+    name="looks",
+    stream=41,
+    steps=4500,
+    source=ThingsConfig(sides=(192, 256, 320, 384, 512), crowded=0.25, mix=ANSWERS_MIX),
     max_crops=9,
-    capacity=600,
+    points=8e-4,
+    vision=0.003,
+    final_ratio=0.04,
+)
+ANSWERS = replace(
+    LOOKS,
+    name="answers",
+    stream=42,
+    steps=1800,
+    kinds="eteweetpew",
+    emoji=24,
+    llm=4e-4,
+    llm_matrix=0.004,
     points=5e-4,
     vision=0.0,
+    by_looks=True,
     final_ratio=0.02,
-    contrast=0.5,
+    keep=0,
 )
 
 
@@ -85,30 +78,28 @@ FINISH = FindPlan(
 class FindScale(Config):
     """What every stage does, and how long."""
 
-    match: MatchPlan = field(default_factory=lambda: MatchPlan(steps=2_600))
-    point: FindPlan = POINT
+    small: FindPlan = SMALL
     looks: FindPlan = LOOKS
-    finish: FindPlan = FINISH
+    answers: FindPlan = ANSWERS
+
+    @property
+    def plans(self) -> tuple[FindPlan, ...]:
+        """In their order."""
+        return self.small, self.looks, self.answers
 
 
 def _smoke(plan: FindPlan) -> FindPlan:
-    return replace(plan, steps=5, pictures=2, emoji=2, capacity=60, scored=1)
+    return replace(
+        plan, steps=5, pictures=2, emoji=2, keep=min(plan.keep, 2), capacity=60, scored=1
+    )
 
 
 SCALES: dict[str, FindScale] = {
     "full": FindScale(),
     "small": FindScale(
-        MatchPlan(steps=400),
-        replace(POINT, steps=200),
-        replace(LOOKS, steps=200),
-        replace(FINISH, steps=200),
+        replace(SMALL, steps=300), replace(LOOKS, steps=300), replace(ANSWERS, steps=300)
     ),
-    "smoke": FindScale(
-        MatchPlan(steps=4, things=2, emoji=2, scored=2),
-        _smoke(POINT),
-        _smoke(LOOKS),
-        _smoke(FINISH),
-    ),
+    "smoke": FindScale(_smoke(SMALL), _smoke(LOOKS), _smoke(ANSWERS)),
 }
 
 
@@ -139,68 +130,19 @@ def train_find(
     Args:
         drawings: folder of the drawings to train on; empty: the emoji for training.
         world: ranks share the pictures of a step; every one holds the whole model.
-    Returns: whether the run finished (it may be stopped early by ``config.stop_after``, which
-        counts the steps of both parts).
+    Returns: whether the run finished (it may be stopped early by ``config.stop_after``).
     Raises: ValueError for a folder without drawings, or with drawings that are held out.
     """
-    out, config, plans = Path(out), config or LoopConfig(), scale_of(scale)
+    out, config, plans = Path(out), config or LoopConfig(), scale_of(scale).plans
     world = world or World()
     config = replace(config, evaluate_every=config.evaluate_every or EVALUATE_EVERY)
     Drawings.for_training(drawings)  # refused now rather than in a worker
-    match = replace(plans.match, source=with_drawings(plans.match.source, drawings))
-    taken = 0
-    if not (resume and (out / MATCH_FILE).is_file()):
-        finished, taken = train_match(out, seed, match, config, resume, world)
-        if not finished:
-            return False
-    for name, done in (("stop_after", taken), ("stop_at", match.steps)):
-        if (limit := getattr(config, name)) is not None:
-            if limit <= done:
-                return False
-            config = replace(config, **{name: limit - done})
-    answers = [
-        replace(plan, source=with_drawings(plan.source, drawings))
-        for plan in (plans.point, plans.looks, plans.finish)
-    ]
-    return train_answers(out, seed, answers, config, resume, world)
-
-
-def train_match(
-    out: Path, seed: int, plan: MatchPlan, config: LoopConfig, resume: Resume, world: World
-) -> tuple[bool, int]:
-    """The part ``match``; its weights are left in `MATCH_FILE` once it is done.
-
-    Returns: whether it is, and how many steps this call took.
-    """
-    model = MatchModel(seed, plan.match)
-    model.start_from_tiny()
-    model.accelerate()
-    stage = MatchStage(model, seed, plan, world)
-    finished = run(model, [stage], out / MATCH_FOLDER, config, resume=resume, world=world)
-    if finished and world.is_main:
-        with atomic_path(out / MATCH_FILE) as temporary:
-            save_tensors(model.state_dict(), temporary)
-    world.wait()
-    return finished, stage.taken
-
-
-def train_answers(
-    out: Path,
-    seed: int,
-    plans: Sequence[FindPlan],
-    config: LoopConfig,
-    resume: Resume,
-    world: World,
-) -> bool:
-    """The part ``answers``, on what ``match`` has left; writes the model in bf16."""
-    folder = out / ANSWERS_FOLDER
-    begun = bool(resume) and folder.exists()
-    world.wait()  # before one of them makes the folder
     find = FindModel(seed)
-    find.start_from_tiny(load_file(out / MATCH_FILE))
+    find.start_from_tiny()
     find.accelerate()
+    plans = tuple(replace(p, source=with_drawings(p.source, drawings)) for p in plans)
     stages = [FindStage(find, seed, plan, world) for plan in plans]
-    finished = run(find, stages, folder, config, resume=begun, world=world)
+    finished = run(find, stages, out, config, resume=resume, world=world)
     if finished and world.is_main:
         model = find.model.to(torch.bfloat16)
         model.save_pretrained(out / "model", processor=find.processor)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from nanomolmo2.data.example import Branch
 from nanomolmo2.emoji.heads import strongest
-from nanomolmo2.generation.finding import MEANT, patch_at
+from nanomolmo2.generation.finding import MEANT, grid_places, patch_at
 from nanomolmo2.models.finder import Patches
 from nanomolmo2.models.pointing import PointingNanoMolmo2
 from nanomolmo2.processor.crops import MultiCrop
+from nanomolmo2.things.cell_labels import SAMPLES, CellLabels, label_cells
+from nanomolmo2.things.contrast import compared, like_loss, some_cells
 from nanomolmo2.things.find_labels import MARGIN, FindLabels
-from nanomolmo2.things.match_heads import MatchConfig, compared, like_loss, some_cells
-from nanomolmo2.things.match_labels import SAMPLES, CellLabels, label_cells
 from nanomolmo2.things.scenes import Scene
 from nanomolmo2.training.find_terms import Scored
 
@@ -36,6 +36,7 @@ class Wordless(NamedTuple):
         gates: (J,) 1 for an example, -1 for what is not meant.
         cells: what the patches show. Pictures of one example are one picture.
         looks: (K,) of each kind, equal for equal looks.
+        kept: (B, N, 3*P*P) other pictures, whose visual tokens are not to change.
     """
 
     pixel_values: Tensor
@@ -44,6 +45,7 @@ class Wordless(NamedTuple):
     gates: Tensor
     cells: CellLabels
     looks: Tensor
+    kept: Tensor | None = None
 
 
 def wordless(
@@ -74,7 +76,7 @@ class _Maker:
         """The pictures of an example, and what is asked about them."""
         kinds: dict[str, set[int]] = {}
         numbers: dict[str, int] = {}  # of kinds, which the pictures of an example share
-        grids = []
+        grids: list[tuple[int, tuple[int, int], tuple[int, int]]] = []
         for scene in scenes:
             for kind in scene.kinds:
                 if kind.id not in numbers:
@@ -84,7 +86,8 @@ class _Maker:
                 kinds.setdefault(scene.kinds[thing.kind].id, set()).add(self.things + i)
             of_kinds = np.array([numbers[kind.id] for kind in scene.kinds], np.int64)
             height, width = scene.image.shape[:2]
-            grids.append((self.patches, self._picture(scene, of_kinds), (width, height)))
+            first, grid = self.patches, self._picture(scene, of_kinds, len(grids))
+            grids.append((first, grid, (width, height)))
         for branch in branches:
             truth = branch.truth or {}
             for places, gate in ((truth["examples"], 1.0), (truth["unlike"], -1.0)):
@@ -95,8 +98,11 @@ class _Maker:
             self.asked.append((self.examples, kinds.get(str(truth["kind"]), set())))
         self.examples += 1
 
-    def _picture(self, scene: Scene, kinds: np.ndarray) -> tuple[int, int]:
-        """Add a picture, its kinds by number. Returns: rows and columns of its patches."""
+    def _picture(self, scene: Scene, kinds: np.ndarray, number: int) -> tuple[int, int]:
+        """Add a picture, its kinds by number. Returns: rows and columns of its patches.
+
+        Args: number: of the picture among those of its example.
+        """
         tiles, index, (lines, across) = self.crops.tiles(scene.image)
         side = self.crops.pooling_size
         rows, cols = lines * side, across * side
@@ -109,6 +115,7 @@ class _Maker:
         found = {
             "patch": patch + self.tiles * self.crops.num_patches,
             "row": self.rows + r // side * across + c // side,
+            "grid": grid_places(rows, cols, number),
             "example": np.full(len(patch), self.examples),
             **labels,
         }
@@ -143,7 +150,7 @@ class _Maker:
         )
         pixels, windows = (np.concatenate(x) for x in (self.pixels, self.windows))
         of_tiles = torch.from_numpy(pixels), torch.from_numpy(windows)
-        cells = CellLabels(labels.patch[:, None], labels.example, labels.owner, kind, labels.way)
+        cells = CellLabels(labels.example, labels.owner, kind, labels.way)
         looks = torch.tensor(self.looks)
         return Wordless(*of_tiles, labels, torch.from_numpy(gates).float(), cells, looks)
 
@@ -156,7 +163,7 @@ def wordless_scores(model: PointingNanoMolmo2, batch: Wordless) -> Scored:
     features = model.vision_encoder.features(batch.pixel_values, layers)
     tokens = model.connector(features, batch.windows).flatten(0, -2)
     of_patches = features.flatten(0, 1)[labels.patch]
-    patches = finder.patches(of_patches, tokens, torch.zeros_like(tokens), labels.row)
+    patches = finder.patches(of_patches, tokens, torch.zeros_like(tokens), labels.row, labels.grid)
     nothing = tokens.new_zeros(len(labels.of), tokens.shape[1])
     given = labels.like, labels.question
     wanted = finder.wanted(patches, nothing, None, *given, gates=MEANT * batch.gates)
@@ -169,13 +176,13 @@ def contrast_loss(model: PointingNanoMolmo2, batch: Wordless, patches: Patches) 
 
     A question tells an example from what else is in its pictures; here are many times more rivals.
     """
-    finder, config = model.finder, MatchConfig()
+    finder = model.finder
     assert finder is not None
     centred = strongest(patches.claim.detach()[None], batch.cells.owner[None])[0]
-    some = some_cells(batch.cells, centred, config.most)
+    some = some_cells(batch.cells, centred)
     pairs = compared(batch.cells.of_cells(some), batch.looks)
     total = patches.claim.new_zeros(())
     for reader, looks in ((finder.patch, patches.look), (finder.token, patches.token_look)):
         similar = looks[some] @ looks[some].T
-        total = total + like_loss(reader.scale() * similar, pairs, config.rivals, config.ground)
+        total = total + like_loss(reader.scale() * similar, pairs)
     return total

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nanomolmo2.batch import IGNORED_LABEL, NO_MORE_POINTS, Batch
 from nanomolmo2.models import NanoMolmo2
-from nanomolmo2.models.finder import Patches, Scores
+from nanomolmo2.models.finder import APART, Patches, Scores
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.models.pointing import PointingNanoMolmo2, example_of
 from nanomolmo2.processor import Processor
@@ -48,6 +48,7 @@ class FindPlaces:
 
     Attributes:
         patch, row: (n,) number of the patch among those of all crops, and of its visual token.
+        grid: (n, 2) column and row of the patch in its picture; pictures lie `finder.APART`.
         example: (n,) which example of the batch it is of.
         of: (Q,) the example of a question. state_at: (Q,) its last position, of all B * T.
         like_at: (J,) the last positions of its points. like: (J,) the patches (of n) that they
@@ -56,6 +57,7 @@ class FindPlaces:
 
     patch: Tensor
     row: Tensor
+    grid: Tensor
     example: Tensor
     of: Tensor
     state_at: Tensor
@@ -80,7 +82,7 @@ def scores_of(
     assert finder is not None
     flat = states.flatten(0, 1)
     features = seen.features[places.patch]
-    patches = finder.patches(features, seen.tokens, flat[seen.places], places.row)
+    patches = finder.patches(features, seen.tokens, flat[seen.places], places.row, places.grid)
     at_points = flat[places.like_at], places.like, places.question
     wanted = finder.wanted(patches, flat[places.state_at], *at_points)
     mine = places.of[:, None] == places.example
@@ -163,6 +165,7 @@ def find_targets(batch: Batch, config: NanoMolmo2Config, none: Sequence[int]) ->
     return FindTargets(
         patch=torch.from_numpy(seen.patch),
         row=torch.from_numpy(seen.row),
+        grid=torch.from_numpy(seen.grid),
         example=torch.from_numpy(seen.example),
         hits=torch.from_numpy(hits),
         unsure=torch.from_numpy(unsure & ~hits),
@@ -182,6 +185,7 @@ class _Seen:
     Attributes:
         index: (rows, S) the patches of every visual token, -1 where there is none.
         number: (rows, S) which of the n patches each is; -1 for those of overviews.
+        patch, row, grid, example: as of `FindPlaces`.
     """
 
     def __init__(self, batch: Batch, config: NanoMolmo2Config) -> None:
@@ -193,6 +197,7 @@ class _Seen:
         can = (ids[places] == config.image_token_id).numpy()
         self.row, slot = np.nonzero((self.index >= 0) & can[:, None])
         self.patch = self.index[self.row, slot]
+        self.grid = _grid(places.numpy(), can, self.row, slot, self.index.shape[1])
         self.example = example_of(batch).flatten()[places].numpy()[self.row]
         self.number = np.full(self.index.shape, -1)
         self.number[self.row, slot] = np.arange(len(self.patch))
@@ -209,6 +214,35 @@ class _Seen:
                 patch = (crop * self.side + y + dy) * self.side + x + dx
                 found.append(self._at.get(patch, at))
         return found
+
+
+def _grid(
+    places: NDArray[np.int64],
+    can: NDArray[np.bool_],
+    row: NDArray[np.int64],
+    slot: NDArray[np.int64],
+    slots: int,
+) -> NDArray[np.float32]:
+    """(n, 2) column and row of patches, see `FindPlaces`.
+
+    Visual tokens stand line by line, a token between two lines and more between two pictures.
+
+    Args:
+        places: (rows,) positions of the visual tokens. can: (rows,) whether a row can be selected.
+        row, slot: (n,) of the patches.
+    """
+    at = places[can]
+    gap = np.diff(at, prepend=at[:1])
+    new_line = np.cumsum(gap > 1)
+    new_view = np.cumsum(gap > 2)
+    first_of_line = np.searchsorted(new_line, new_line)  # where the line of each begins
+    first_line = new_line[np.searchsorted(new_view, new_view)]
+    column = np.arange(len(at)) - first_of_line
+    side = round(slots**0.5)
+    number = np.cumsum(can)[row] - 1
+    x = column[number] * side + slot % side + new_view[number] * APART
+    y = (new_line - first_line)[number] * side + slot // side
+    return np.stack([x, y], axis=1).astype(np.float32)
 
 
 def _lists(batch: Batch, targets: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ from nanomolmo2.generation.find import crops_of
 from nanomolmo2.generation.finding import Found, Seen
 from nanomolmo2.processor import Point, parse_points
 from nanomolmo2.processor.point_space import View
-from nanomolmo2.things.match_model import CROPS
+from nanomolmo2.things.find_model import CROPS
 from tests.find_model import find_net, find_vlm
 from tests.small_model import small_model, small_processor
 

@@ -19,19 +19,19 @@ from nanomolmo2.convert.pretrained import load
 from nanomolmo2.data.example import Branch
 from nanomolmo2.emoji.questions import with_exact_points
 from nanomolmo2.emoji.sprites import CATEGORIES
+from nanomolmo2.emoji.vision_stages import render_scenes
 from nanomolmo2.emoji.vocabulary import build_tokenizer, vocab_size
 from nanomolmo2.models import preset
 from nanomolmo2.processor.point import Point
 from nanomolmo2.processor.tokenizer import Tokenizer
 from nanomolmo2.things import train
 from nanomolmo2.things.drawings import HELD_OUT_SETS
-from nanomolmo2.things.find_model import CONFIG, FindModel, find_processor
+from nanomolmo2.things.find_model import CONFIG, CROPS, FindModel, find_processor, tokens_of_tiny
 from nanomolmo2.things.find_stage import FindBatch, FindPlan, FindStage, num_tokens, spaced
-from nanomolmo2.things.match_model import MatchModel
 from nanomolmo2.things.questions import make_branches
 from nanomolmo2.things.scenes import test_scene as scene_of_a_test
 from nanomolmo2.things.source import Things
-from nanomolmo2.things.train import ANSWERS_FOLDER, MATCH_FILE, MATCH_FOLDER, SCALES, train_find
+from nanomolmo2.things.train import SCALES, train_find
 from nanomolmo2.things.vocabulary import build_find_tokenizer, letter_pairs
 from nanomolmo2.training.distributed import World
 from nanomolmo2.training.loop import LoopConfig
@@ -104,17 +104,40 @@ def test_it_starts_with_all_that_tiny_knows() -> None:
 
 
 def test_points_start_as_a_search_for_what_was_learned_to_be_alike() -> None:
-    match = MatchModel(3)
     find = FindModel(0)
-    find.start_from_tiny(match.state_dict())
-    points = find.model.point_predictor
-    assert points is not None
+    points, finder = find.model.point_predictor, find.model.finder
+    assert points is not None and finder is not None
+    before = points.patch_q.weight.clone()
+    FindStage(find, 0, replace(train.ANSWERS, by_looks=False)).begin()
+    assert torch.equal(points.patch_q.weight, before)
+    FindStage(find, 0, train.ANSWERS).begin()
     for projection in (points.patch_q, points.patch_k):
-        assert torch.equal(projection.weight, match.match_tokens.embed.weight)
-    name = "layers.0.mlp.fc1.weight"
-    assert torch.equal(
-        find.model.vision_encoder.state_dict()[name], match.vision_encoder.state_dict()[name]
-    )
+        assert torch.equal(projection.weight, finder.token.embed.weight)
+        assert torch.equal(projection.bias, finder.token.embed.bias)
+
+
+def test_visual_tokens_of_emoji_stay_near_those_of_tiny() -> None:
+    find = FindModel(0)
+    find.start_from_tiny()
+    stage = FindStage(find, 0, replace(SCALES["smoke"].small, keep=2))
+    stage.begin()
+    batch = stage.batch(0)
+    assert batch.kept is not None and batch.kept.shape == (2, 144, 768)
+    assert not torch.equal(batch.kept, stage.batch(1).kept)
+    assert stage.changed(batch.kept).item() == pytest.approx(0, abs=1e-9)
+    before = stage.loss(batch)[0]
+    with torch.no_grad():
+        find.model.connector.layers.image_projector.down_proj.weight.mul_(
+            1.1
+        )  # all tokens are a tenth longer
+    assert stage.changed(batch.kept).item() == pytest.approx(0.01, rel=1e-3)
+    assert stage.loss(batch)[1]["changed_w"] == pytest.approx(0.01, rel=1e-3)
+    assert stage.loss(batch)[0] != before
+    # The tokens are those that its decoder reads of a scene: the tile beside the overview.
+    (scene,) = render_scenes(0, stage.plan.stream, 0, 1)
+    cut = CROPS(scene.image)["pixel_values"]
+    assert cut.shape == (2, 144, 768) and np.allclose(cut[1], batch.kept[0], atol=1e-6)
+    assert tokens_of_tiny()(batch.kept).shape == (2, 36, 256)
 
 
 # ---- what a stage asks ----
@@ -160,7 +183,7 @@ def test_a_step_of_emoji_is_told_from_one_of_things() -> None:
 
 
 def test_what_it_learns_from_holds_nothing_that_is_held_out() -> None:
-    for plan in (train.POINT, train.LOOKS, train.FINISH):
+    for plan in SCALES["full"].plans:
         assert not plan.source.scene.held_out
         scenes, _ = Things(replace(plan.source, pairs=1.0), 0).scenes(0)
         origins = {kind.look.origin for scene in scenes for kind in scene.kinds}
@@ -211,13 +234,12 @@ def test_an_answer_of_an_example_selects_its_exact_middle() -> None:
 @pytest.fixture
 def smallest(monkeypatch) -> None:
     scale = SCALES["smoke"]
-    few = {"steps": 2, "pictures": 1, "emoji": 1, "kinds": "te", "scored": 0}
+    few = {"steps": 2, "pictures": 1, "emoji": 1, "scored": 0}
     made = replace(
         scale,
-        match=replace(scale.match, steps=2, things=1, emoji=1, scored=0),
-        point=replace(scale.point, **few),
-        looks=replace(scale.looks, **few | {"kinds": "we"}),
-        finish=replace(scale.finish, **few),
+        small=replace(scale.small, **few | {"kinds": "w", "keep": 1}),
+        looks=replace(scale.looks, **few | {"kinds": "w", "keep": 1}),
+        answers=replace(scale.answers, **few | {"kinds": "te"}),
     )
     monkeypatch.setitem(SCALES, "smoke", made)
 
@@ -228,19 +250,15 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path) -> None:
     parts = tmp_path / "parts"
     stops = replace(QUIET, stop_after=1)
     assert not train_find(parts, scale="smoke", config=stops)
-    assert not (parts / MATCH_FILE).exists()
     assert not train_find(parts, scale="smoke", config=replace(QUIET, stop_after=2), resume=True)
-    assert (parts / MATCH_FILE).exists() and (parts / ANSWERS_FOLDER).exists()
     assert not train_find(parts, scale="smoke", config=replace(QUIET, stop_at=5), resume=True)
     assert train_find(parts, scale="smoke", config=QUIET, resume="required")
     files = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "parts")]
     whole, resumed = map(load_file, files)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    answers = {"point", "looks", "finish"}
-    for folder, stages in ((MATCH_FOLDER, {"match"}), (ANSWERS_FOLDER, answers)):
-        lines = (parts / folder / "log.jsonl").read_text().splitlines()
-        assert {json.loads(line)["stage"] for line in lines} == stages
+    lines = (parts / "log.jsonl").read_text().splitlines()
+    assert {json.loads(line)["stage"] for line in lines} == {"small", "looks", "answers"}
     model, processor = load(str(parts / "model"))
     assert model.config == CONFIG and processor.config.trained_on == ("emoji", "things")
     with pytest.raises(ValueError, match="already holds a run"):
@@ -286,13 +304,10 @@ def test_two_ranks_learn_what_one_does_from_the_pictures_of_both(tmp_path) -> No
 @pytest.mark.slow
 def test_all_stages_run_and_are_scored(tmp_path) -> None:
     assert train_find(tmp_path, scale="smoke", config=QUIET)
-    for folder, names in (
-        (MATCH_FOLDER, {"few_f1", "alike_f1", "few_recall"}),
-        (ANSWERS_FOLDER, {"few_f1", "alike_exact", "crowded_f1", "pair_f1", "made_exact"}),
-    ):
-        lines = map(json.loads, (tmp_path / folder / "log.jsonl").read_text().splitlines())
-        scores = [line["evaluation"] for line in lines if "evaluation" in line]
-        assert scores and names <= set(scores[-1])
+    lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    scores = [line["evaluation"] for line in lines if "evaluation" in line]
+    names = {"few_f1", "alike_exact", "crowded_f1", "pair_f1", "made_exact"}
+    assert scores and names <= set(scores[-1])
 
 
 @pytest.mark.usefixtures("smallest")

@@ -20,8 +20,7 @@ from nanomolmo2.processor.collate import collate
 from nanomolmo2.processor.point import Point, PointsText
 from nanomolmo2.processor.processor import Encoded
 from nanomolmo2.things.find_labels import Asked, find_labels, wanted_of
-from nanomolmo2.things.find_model import FindModel
-from nanomolmo2.things.match_model import CROPS
+from nanomolmo2.things.find_model import CROPS, FindModel
 from nanomolmo2.things.questions import FindMix, make_branches
 from nanomolmo2.things.scenes import Scene
 from nanomolmo2.things.scenes import test_scene as scene_of_a_test
@@ -270,7 +269,8 @@ def test_kinds_are_told_apart_in_all_pictures_of_a_batch() -> None:
     model = FindModel(0).model
     assert model.finder is not None
     own = torch.nn.functional.one_hot(cells.kind.clamp(min=-1) + 1, 64).float()
-    patches = Patches(own, own, own, torch.zeros(len(own)), torch.zeros(len(own), 3))
+    zeros = torch.zeros(len(own), 3)
+    patches = Patches(own, own, own, zeros[:, 0], zeros, batch.labels.grid)
     told = contrast_loss(model, batch, patches)
     mixed = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(0))]
     assert 0 < told < 0.2
@@ -281,9 +281,8 @@ def test_what_is_not_meant_counts_against() -> None:
     """Without words an example of the other sign turns the look that is wanted round."""
     finder = FindModel(0).model.finder
     assert finder is not None
-    patches = finder.patches(
-        torch.randn(3, 192), torch.randn(2, 256), torch.zeros(2, 256), torch.tensor([0, 1, 1])
-    )
+    tokens = torch.randn(2, 256), torch.zeros(2, 256), torch.tensor([0, 1, 1])
+    patches = finder.patches(torch.randn(3, 192), *tokens, torch.zeros(3, 2))
     where = torch.tensor([1]), torch.tensor([0])
     looks = [
         finder.wanted(patches, torch.zeros(1, 256), None, *where, gates=torch.tensor([sign])).look

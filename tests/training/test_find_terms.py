@@ -13,7 +13,9 @@ from PIL import Image
 
 from nanomolmo2.batch import Batch
 from nanomolmo2.data.packing import join
+from nanomolmo2.generation.finding import grid_of, grid_places
 from nanomolmo2.models import NanoMolmo2
+from nanomolmo2.models.finder import APART
 from nanomolmo2.processor import Encoded, Point, collate, format_points
 from nanomolmo2.things.find_model import CONFIG, find_processor
 from nanomolmo2.training.find_terms import (
@@ -75,6 +77,46 @@ def test_a_list_says_of_every_patch_whether_a_middle_lies_there() -> None:
     answer = int(np.flatnonzero(one.labels != -100)[0])  # type: ignore[arg-type]
     assert found.state_at.tolist() == [answer - 1, first - 1]
     assert not len(found.like)
+
+
+def test_patches_know_their_place_in_their_picture() -> None:
+    """Of two pictures of one example and one of another, in the tiles of each: where a patch lies
+    is the column and row of `grid_places`."""
+    wide, small = np.zeros((300, 420, 3), np.uint8), IMAGE
+    answer = listed((8.0, 8.0))
+    asks = exchange("Point to the nuts.", answer)
+    two = PROCESSOR.encode_tree([small, wide], [exchange("Point to the nuts in image 1.", answer)])
+    one = PROCESSOR.encode_tree([wide], [asks])
+    for rows in ([two, one], [two]), ([one], [two]):
+        found = targets_of(*rows)
+        encodings = [part for row in rows for part in row]
+        for number, encoded in enumerate(encodings):
+            space = encoded.point_space
+            assert space is not None
+            mine = found.example == found.example.unique()[number]
+            place = found.grid[mine].round().long()
+            views = list(space.views)
+            assert len(place) == sum(view.rows * view.cols for view in views)
+            order = (place[:, 0] // int(APART)).unique(return_inverse=True)[1]
+            seen = [
+                sorted((int(x) % int(APART), int(y)) for x, y in place[order == i])
+                for i in range(len(views))
+            ]
+            assert seen == [
+                sorted((int(x), int(y)) for x, y in grid_places(view.rows, view.cols))
+                for view in views
+            ]
+
+
+def test_the_grid_of_a_batch_is_that_of_a_picture_that_is_looked_through() -> None:
+    wide = np.zeros((300, 420, 3), np.uint8)
+    one = PROCESSOR.encode_tree([wide], [exchange("Point to the nuts.", listed((8.0, 8.0)))])
+    found = targets_of([one])
+    assert one.point_space is not None
+    row, patch = grid_of(one.point_space, 0)
+    place = {int(p): tuple(xy.tolist()) for p, xy in zip(found.patch, found.grid, strict=True)}
+    expected = grid_places(*row.shape)
+    assert [place[int(p)] for p in patch.ravel()] == [tuple(xy.tolist()) for xy in expected]
 
 
 def test_nothing_there_is_as_much_of_an_answer() -> None:

@@ -1,8 +1,7 @@
-"""What the patches and visual tokens of pictures show, for the stage that learns to match.
+"""What the patches of pictures show, for what learns to find.
 
-A picture is cut into tiles as the processor cuts it; overviews are left out: their tokens cannot be
-pointed at. Tiles overlap, and what is left of them is one grid of patches, pooled to a grid of
-visual tokens. Both grids get the same labels; here a cell is a patch or a visual token.
+A picture is cut into tiles as the processor cuts it; overviews are left out: what is in them cannot
+be pointed at. Tiles overlap, and what is left of them is one grid of patches, here called cells.
 
 Things are numbered through all pictures of a batch, and so are kinds.
 """
@@ -10,14 +9,12 @@ Things are numbered through all pictures of a batch, and so are kinds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nanomolmo2.emoji.heads import NO_LABEL
-from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.things.scenes import Scene, Thing
 
 GROUND = -1  # kind of a cell with nothing in it; NO_LABEL where it is not clear what it shows
@@ -30,7 +27,6 @@ MOST_COVERED = 0.02  # of a cell: up to here it shows the ground
 class CellLabels:
     """Targets of n cells, those of all pictures one after another.
 
-    index: (n, S) int64, the patches of each cell over all tiles.
     picture: (n,) int64, which picture a cell is of.
     owner: (n,) int64, number of the thing that may count here, or NO_LABEL.
     kind: (n,) int64, number of the kind that it shows, `GROUND`, or NO_LABEL.
@@ -38,7 +34,6 @@ class CellLabels:
         logarithm of its longer side, all in cells.
     """
 
-    index: Tensor
     picture: Tensor
     owner: Tensor
     kind: Tensor
@@ -47,66 +42,6 @@ class CellLabels:
     def of_cells(self, numbers: Tensor) -> CellLabels:
         """Those of some cells."""
         return CellLabels(*(column[numbers] for column in vars(self).values()))
-
-
-@dataclass
-class MatchBatch:
-    """B pictures as tiles, and what is in them.
-
-    pixel_values: (M, N, 3*P*P), the tiles of all pictures.
-    looks: (K,) int64 of each kind, equal for equal looks.
-    """
-
-    pixel_values: Tensor
-    patches: CellLabels
-    tokens: CellLabels
-    looks: Tensor
-
-
-def match_batch(scenes: Sequence[Scene], crops: MultiCrop, margin: float) -> MatchBatch:
-    """Pictures of things as a batch.
-
-    Args:
-        crops: how they are cut; a visual token is one of its pooling windows, all of them whole.
-        margin: a thing may count in a cell that its middle is in, or beside by less than this part
-            of a cell.
-    """
-    pixels: list[np.ndarray] = []
-    side = crops.pooling_size
-    patches: list[CellLabels] = []
-    tokens: list[CellLabels] = []
-    names: dict[str, int] = {}
-    looks: list[int] = []
-    num_tiles = num_things = 0
-    for number, scene in enumerate(scenes):
-        tiles, windows, (rows, cols) = crops.tiles(scene.image)
-        windows = windows + num_tiles * crops.num_patches
-        single = windows.reshape(rows, cols, side, side).swapaxes(1, 2).reshape(-1, 1)
-        grid = rows * side, cols * side
-        shown = things_shown(scene.instance_map, len(scene.things), *grid, SAMPLES)
-        pooled = shown.reshape(rows, side, cols, side, -1).sum(axis=(1, 3))
-        for found, index, counts in ((patches, single, shown), (tokens, windows, pooled)):
-            labels = labels_of(scene, counts, margin)
-            picture = np.full(len(index), number)
-            labels["owner"][labels["owner"] >= 0] += num_things
-            labels["kind"][labels["kind"] >= 0] += len(looks)
-            columns = {"index": index, "picture": picture, **labels}
-            found.append(CellLabels(**{name: torch.from_numpy(x) for name, x in columns.items()}))
-        looks += [names.setdefault(kind.look.id, len(names)) for kind in scene.kinds]
-        pixels.append(tiles)
-        num_tiles += len(tiles)
-        num_things += len(scene.things)
-    return MatchBatch(
-        torch.from_numpy(np.concatenate(pixels)),
-        _joined(patches),
-        _joined(tokens),
-        torch.tensor(looks),
-    )
-
-
-def _joined(parts: Sequence[CellLabels]) -> CellLabels:
-    names = [field.name for field in fields(CellLabels)]
-    return CellLabels(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
 
 
 def label_cells(
