@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,36 @@ if TYPE_CHECKING:
     from nanomolmo2.generation.pipeline import Answer, Pipeline
     from nanomolmo2.processor import Point
 
+# A selected point, or the beginning of one at the end of what is known.
+SELECTED_BEGINS = re.compile(r"<(?:$|P(?:$|O(?:$|I(?:$|N(?:$|T(?:$|_))))))")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 
 
-def print_piece(text: str) -> None:
-    """Print a piece of an answer at once."""
-    print(visible(text), end="", flush=True)
+class Printer:
+    """Prints an answer while it is written, with its points in coordinates.
+
+    Where a point was selected, the text has numbers that mean something in its own prompt only.
+    From the first of them on it waits for the end.
+    """
+
+    def __init__(self) -> None:
+        self._text = ""  # all of it
+        self._printed = 0  # characters of it
+
+    def piece(self, text: str) -> None:
+        """Print a piece at once, as far as it is known how it reads."""
+        self._text += text
+        first = SELECTED_BEGINS.search(self._text, self._printed)
+        self._print(self._text[self._printed : first.start() if first else None])
+
+    def end(self, answer: Answer) -> None:
+        """Print what is left."""
+        self._print(answer.coordinates[self._printed :])
+
+    def _print(self, text: str) -> None:
+        self._printed += len(text)
+        if text:
+            print(visible(text), end="", flush=True)
 
 
 def print_marks(points: Sequence[Point]) -> None:

@@ -16,9 +16,9 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from nanomolmo2.cli.answering import (
     VIDEO_SUFFIXES,
+    Printer,
     answer_report,
     print_marks,
-    print_piece,
     set_max_crops,
     set_max_frames,
 )
@@ -195,13 +195,14 @@ class Ask(GenerationOptions):
         start = time.perf_counter()
         pipeline = self._load(of_videos=shows_video)
         load_seconds = time.perf_counter() - start
+        printer = Printer()
         answer = pipeline.ask(
             images,
             with_places(question, places),
             video=sources[0] if shows_video else None,
             **generation,
             lookup=not self.no_lookup,
-            on_text=None if self.json else print_piece,
+            on_text=None if self.json else printer.piece,
         )
         if self.json:
             answer.timings["load"] = load_seconds
@@ -213,6 +214,7 @@ class Ask(GenerationOptions):
                 ]
             print_json({**asked, **answer_report(answer, paths)})
         else:
+            printer.end(answer)
             say("")
             for problem in answer.problems:
                 note(f"note: {problem}")

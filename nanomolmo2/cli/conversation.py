@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanomolmo2.checks import written
-from nanomolmo2.cli.answering import VIDEO_SUFFIXES, print_marks, print_piece
+from nanomolmo2.cli.answering import VIDEO_SUFFIXES, Printer, print_marks
 from nanomolmo2.cli.loading import files_of
 from nanomolmo2.cli.options import UsageError
 from nanomolmo2.cli.output import IMAGE_SUFFIXES, check_writable, note, say
@@ -165,14 +165,18 @@ class Conversation:
         stream: Any = self.chat.stream(
             question, images, video=videos[0] if videos else None, **self._generation
         )
+        printer = Printer()
         try:
             for item in stream:
                 if isinstance(item, str):
-                    print_piece(item)
+                    printer.piece(item)
         except KeyboardInterrupt:
             stream.close()
+        stopped = len(self.chat.answers) == len(self._asked)
+        if not stopped:
+            printer.end(self.chat.answers[-1])
         say("")
-        if len(self.chat.answers) == len(self._asked):
+        if stopped:
             note("stopped; neither the question nor its answer is remembered")
             return
         self._asked.append(self.pending)

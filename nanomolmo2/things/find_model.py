@@ -64,8 +64,11 @@ class FindModel(nn.Module):
 
     @torch.no_grad()
     def start_from_tiny(self) -> None:
-        """Take what the bundled `tiny` has."""
+        """Take what the bundled `tiny` has; all of it where that is such a model already."""
         tiny, _ = load("tiny", dtype=torch.float32, device="cpu")
+        if tiny.config == CONFIG:
+            self.model.load_state_dict(tiny.state_dict())
+            return
         self._take_words(tiny)
         for name, value in tiny.llm.state_dict().items():
             if not name.startswith("embed_tokens."):

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from PIL import Image
 
 from nanomolmo2 import cli
 from nanomolmo2.cli import ask
+from nanomolmo2.cli.answering import Printer
 from nanomolmo2.cli.ask import read_place
 from nanomolmo2.cli.options import UsageError
 from nanomolmo2.generation.answer import SELECTED
 from nanomolmo2.generation.pipeline import Pipeline
 from nanomolmo2.processor.chat import Segment
+from nanomolmo2.processor.points import parse_points
 from tests.golden_points import V, cases, golden_folder, picture, place_of
 from tests.small_model import ScriptedModel
 
@@ -64,7 +67,31 @@ def test_the_real_command(model: Path, lamp: Path, tmp_path: Path, capsys) -> No
         around = changed[int(point["y"]) - 2 : int(point["y"]) + 3, int(point["x"]) - 2 :]
         assert around[:, :5].any()
     assert cli.main(["ask", str(lamp), *map(str, question)]) == 0
-    assert SELECTED.findall(capsys.readouterr().out) == SELECTED.findall(report["text"])
+    printed = capsys.readouterr().out  # numbers that mean something outside of the prompt
+    assert not SELECTED.search(printed)
+    found = parse_points(printed, [(150, 100)])
+    assert [(p.id, round(p.x), round(p.y)) for p in found] == [
+        (p["id"], round(p["x"]), round(p["y"])) for p in report["points"]
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])  # characters of a piece
+@pytest.mark.parametrize(
+    ("text", "coordinates"),
+    [
+        ("A <P> and 3 <4 <POI", "A <P> and 3 <4 <POI"),
+        ("Here: <POINT_1><POINT_5>2 and <POINT_3>.", 'Here: <points coords="1 2"/> and more.'),
+    ],
+)
+def test_an_answer_is_printed_while_it_is_written(capsys, size, text, coordinates) -> None:
+    answer = types.SimpleNamespace(text=text, coordinates=coordinates)
+    printer, before = Printer(), ""
+    for start in range(0, len(text), size):
+        printer.piece(text[start : start + size])
+        before += capsys.readouterr().out
+    assert coordinates.startswith(before) and len(before) > 5
+    printer.end(answer)  # type: ignore[arg-type]
+    assert before + capsys.readouterr().out == coordinates
 
 
 def test_a_gif_as_a_video(model: Path, tmp_path: Path) -> None:
