@@ -28,7 +28,6 @@ from nanomolmo2.convert.molmo_point_config import (
 )
 from nanomolmo2.convert.parts import CONFIG_NAME
 from nanomolmo2.models import NanoMolmo2
-from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 
 if TYPE_CHECKING:
     from nanomolmo2.processor import Processor
@@ -69,7 +68,7 @@ def export_molmo_point(
         quantised model; for a processor of another model; for a path that is a file.
     """
     check_floating(model)
-    config = _without_finder(model.config)
+    config = replace(model.config, finder_dim=None)
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("finder.")}
     tensors = molmo_point_tensors(state, config)
     if processor is not None:
@@ -88,12 +87,6 @@ def export_molmo_point(
         write_weights(tensors, aside, max_shard_size)
     for note in notes:
         warnings.warn(note, stacklevel=2)
-
-
-def _without_finder(config: NanoMolmo2Config) -> NanoMolmo2Config:
-    if config.point_config is None:
-        return config  # refused in a moment
-    return replace(config, point_config=replace(config.point_config, finder_dim=None))
 
 
 def _config(model: NanoMolmo2, processor: Processor | None) -> dict[str, Any]:
@@ -121,7 +114,7 @@ def _notes(model: NanoMolmo2, processor: Processor | None) -> list[str]:
             f"MolmoPoint's processor files can not say that {settings}: nanomolmo2 reads its own "
             f"nanomolmo2_processor.json, other programs prepare the same picture differently"
         )
-    if point.finder_dim is not None:
+    if config.finder_dim is not None:
         notes.append(
             "MolmoPoint has no part that finds all at once: it is left out, and the exported model "
             "selects one point after the other"

@@ -25,11 +25,13 @@ from nanomolmo2.generation.question import Images, as_list, read_images
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.finder import CANDIDATES
 from nanomolmo2.processor import Point, Processor, load_image
+from nanomolmo2.processor.config import ProcessorConfig
 from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.processor.points import NOTHING_THERE
 
 LABEL = "thing"  # what all that is found is called
 LEARNED = 60  # things of a kind that a picture of the training had at most
+FIND_MARGINS = (1, 1)  # patches by which crops overlap where the processor says nothing
 BARE = 0.3  # a place that no candidate of this confidence holds is bare ground
 # A thing's size and its middle are guesses: a place that is so near to the middle lies on it.
 _NEAR_SIZES, _NEAR_PATCHES = 0.75, 1.25
@@ -93,7 +95,7 @@ def find(
     pictures = [load_image(source) for source in sources]
     asked = Asked(examples, sources, [picture.size for picture in pictures], _share(min_confidence))
     _check_inside(asked)
-    crops = crops_of(processor, max_crops, asked.sizes)
+    crops = crops_of(model, processor, max_crops, asked.sizes)
     prepared = time.perf_counter()
     # The reference first: of many pictures that are asked about, it is the last to be forgotten.
     seen = [finding.see(model, crops, picture, cache, seeing) for picture in pictures]
@@ -216,25 +218,33 @@ def _check_inside(asked: Asked) -> None:
         raise ValueError(f"{said}: give pixels from its top-left corner")
 
 
-def crops_of(processor: Processor, max_crops: int | None, sizes: Sequence[Size]) -> MultiCrop:
-    """How pictures are cut, into at most so many crops.
+def crops_of(
+    model: NanoMolmo2, processor: Processor, max_crops: int | None, sizes: Sequence[Size]
+) -> MultiCrop:
+    """How pictures are cut, into at most so many crops; so, too, where the model's decoder reads
+    pictures as a whole.
 
     Args:
         max_crops: None: as many as pictures of these sizes need.
-    Raises: ValueError for what is no number of crops, and where pictures are read as a whole.
+    Raises: ValueError for what is no number of crops.
     """
     multicrop = processor.config.multicrop
     if multicrop is None:
-        raise ValueError(
-            "this model reads a picture as a whole, and things are found in its crops: use a model "
-            "whose processor has multicrop, such as `nanomolmo2 train find` makes"
+        vision = model.config.vision_config
+        multicrop = MultiCrop(
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            overlap_margins=FIND_MARGINS,
+            pooling_size=model.config.connector.pooling_size,
+            image_mean=processor.config.image_mean,
+            image_std=processor.config.image_std,
         )
     if max_crops is None:
         max_crops = finding.crops_for(sizes, multicrop.window_size)
     elif not _is_count(max_crops):
         raise ValueError(f"max_crops is {max_crops!r:.40}, expected a whole number from 1 on")
     crops = replace(multicrop, max_crops=int(max_crops))
-    replace(processor.config, multicrop=crops)  # refuses what would fill the memory
+    ProcessorConfig.molmo2(multicrop=crops)  # refuses what would fill the memory
     return crops
 
 

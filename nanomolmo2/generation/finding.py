@@ -93,7 +93,7 @@ def finder_of(model: NanoMolmo2) -> Finder:
     """Raises: ValueError for a model that has not learned to find."""
     if model.finder is None:
         raise ValueError(
-            "this model cannot find by example (its point_config has no finder_dim): use one that "
+            "this model cannot find by example (its config has no finder_dim): use one that "
             "has learned it, such as `nanomolmo2 train find` makes"
         )
     return model.finder

@@ -32,6 +32,7 @@ class NanoMolmo2Config(Config):
     bidirectional_image_attention: image tokens attend to each other in both directions (Molmo2).
     image_special_token_ids: start, end and column tokens that count as image tokens in that mask.
     point_config: pointing by selecting visual tokens (MolmoPoint); None = coordinates as text.
+    finder_dim: width of the looks by which things are found all at once; None = it does not find.
     """
 
     vision_config: VisionConfig = field(default_factory=VisionConfig)
@@ -44,6 +45,7 @@ class NanoMolmo2Config(Config):
     bidirectional_image_attention: bool = False
     image_special_token_ids: tuple[int, ...] = ()
     point_config: PointConfig | None = None
+    finder_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.connector_config is None:
@@ -73,6 +75,10 @@ class NanoMolmo2Config(Config):
         if not all(0 <= token_id < size for token_id in self.visual_token_ids):
             raise ValueError(
                 f"image_token_id {self.image_token_id} is outside the vocabulary of {size} tokens"
+            )
+        if self.finder_dim is not None and connector.connector_type != "pooling":
+            raise ValueError(
+                f"finder_dim needs the pooling connector, but it is {connector.connector_type!r}"
             )
         if self.point_config is not None:
             self.point_config.check(self.llm_config.num_logits, connector.connector_type)

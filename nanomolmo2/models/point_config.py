@@ -41,7 +41,6 @@ class PointConfig(Config):
     several_lists: bool = False
     loss_masks_empty_slots: bool = False
     points_in_prompt: bool = False
-    finder_dim: int | None = None  # width of the looks in `finder`; None = it cannot find at once
 
     def __post_init__(self) -> None:
         self.check_positive(but=tuple(f.name for f in fields(self) if f.name.endswith("_id")))

@@ -82,7 +82,7 @@ class PointingNanoMolmo2(nanomolmo2.NanoMolmo2):
         super().__init__(config)
         has_points = self.config.point_config is not None
         self.point_predictor = PointPredictor(self.config) if has_points else None
-        size = self.config.point_config.finder_dim if self.config.point_config else None
+        size = self.config.finder_dim
         widths = self.config.connector.feature_dim, self.config.llm_config.hidden_size
         self.finder = Finder(*widths, size) if size else None
 

@@ -13,6 +13,7 @@ from nanomolmo2.models.vision_encoder import VisionConfig
 # Offsets from vocab_size of the tokens that are read but never written.
 IMAGE_START, IMAGE_END, IMAGE_PATCH, IMAGE_COL, LOW_RES_START = 0, 1, 2, 3, 4
 IMAGE_LOW, FRAME_START, FRAME_END = 6, 7, 8
+FINDER_DIM = 64  # of the tiny models that find
 POINT_PATCH, POINT_SUBPATCH, POINT_LOCATION = 11, 12, 13  # MolmoPoint writes these three
 IMAGE_SPECIAL = (
     *(IMAGE_START, IMAGE_END, IMAGE_COL, LOW_RES_START, IMAGE_LOW),
@@ -103,11 +104,16 @@ def _tiny_find() -> NanoMolmo2Config:
         location_token_id=base + POINT_LOCATION,
         image_non_indexable_patch_id=base + IMAGE_LOW,
         patch_embed_dim=64,
-        finder_dim=64,
     )
     llm = replace(tiny.llm_config, predict_additional_vocab=True, max_position_embeddings=4096)
     special = tuple(base + offset for offset in IMAGE_SPECIAL)
-    return replace(tiny, llm_config=llm, image_special_token_ids=special, point_config=points)
+    return replace(
+        tiny,
+        llm_config=llm,
+        image_special_token_ids=special,
+        point_config=points,
+        finder_dim=FINDER_DIM,
+    )
 
 
 def _tiny(vocabulary: int = 736, first_special: int = 706) -> NanoMolmo2Config:

@@ -92,9 +92,9 @@ def finetune(
             train=("vision", *recipe.train, "embeddings"),
             optimisers={"vision": vision_rates(rates), **recipe.optimisers, "embeddings": rates},
         )
-    if (selects := config_of(recipe).point_config) is not None:
+    if config_of(recipe).point_config is not None:
         recipe = with_points(recipe, rates)
-        if selects.finder_dim:
+        if config_of(recipe).finder_dim is not None:
             crops = largest_picture(config_of(recipe), load_processor(model).config)[1]
             recipe = dataclasses.replace(
                 recipe,

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request
 from PIL import Image
 from starlette.responses import JSONResponse, Response
 
-from nanomolmo2.serve.answering import answer_json, check_crops, server_of
+from nanomolmo2.serve.answering import answer_json, server_of
 from nanomolmo2.serve.documents import documented
 from nanomolmo2.serve.errors import sentence
 from nanomolmo2.serve.events import until_left
@@ -52,15 +52,13 @@ async def find(request: Request) -> Response:
         return await server.in_thread(lambda: _found(vlm, asked, shown), alone=True)
 
     async with asyncio.timeout_at(deadline), server.models.use(asked.model) as vlm:
-        check_crops(vlm, asked.max_crops)
         answer = await until_left(request.receive, work(vlm))
     return JSONResponse(answer_json(answer, asked.model or server.models.default))
 
 
 def finds(vlm: VLM) -> bool:
     """Whether a model has learned to find by example."""
-    points = vlm.model.config.point_config
-    return points is not None and points.finder_dim is not None
+    return vlm.model.config.finder_dim is not None
 
 
 def _sources(asked: FindRequest, body: Body, settings: ServeSettings) -> dict[str, str | bytes]:

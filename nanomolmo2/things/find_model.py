@@ -8,6 +8,7 @@ point begins as a search for what looks the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,23 @@ class FindModel(nn.Module):
                 self.model.llm.state_dict()[name].copy_(value)
         self.model.vision_encoder.load_state_dict(tiny.vision_encoder.state_dict())
         self.model.connector.load_state_dict(tiny.connector.state_dict())
+        if tiny.finder is not None and self.model.finder is not None:
+            self.model.finder.load_state_dict(tiny.finder.state_dict())
         self.clear_placeholders()
+
+    @torch.no_grad()
+    def put_into_tiny(self) -> tuple[NanoMolmo2, Processor]:
+        """The bundled `tiny` with this encoder, connector and finder: it finds, and its decoder,
+        which is as it was, reads visual tokens that are nearly as they were.
+        """
+        tiny, processor = load("tiny", dtype=torch.float32, device="cpu")
+        made = NanoMolmo2(replace(tiny.config, finder_dim=CONFIG.finder_dim))
+        made.llm.load_state_dict(tiny.llm.state_dict())
+        made.vision_encoder.load_state_dict(self.model.vision_encoder.state_dict())
+        made.connector.load_state_dict(self.model.connector.state_dict())
+        assert made.finder is not None and self.model.finder is not None
+        made.finder.load_state_dict(self.model.finder.state_dict())
+        return made, processor
 
     @torch.no_grad()
     def point_by_looks(self) -> None:

@@ -9,17 +9,19 @@ Stages:
     answers  the decoder learns to answer about what the encoder sees now, which stays as it is:
              questions by example, names, and what `tiny` knew about emoji
 
+Without the last, as in the scale `finder`, the decoder stays as it is: such a model finds, and
+answers questions as before, but does not know the questions by example.
+
 What was measured on the way is in docs/log.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from nanomolmo2.config import Config
 from nanomolmo2.things.drawings import Drawings
 from nanomolmo2.things.find_model import FindModel
 from nanomolmo2.things.find_stage import ANSWERS_MIX, FindPlan, FindStage
@@ -74,37 +76,24 @@ ANSWERS = replace(
 )
 
 
-@dataclass(frozen=True)
-class FindScale(Config):
-    """What every stage does, and how long."""
-
-    small: FindPlan = SMALL
-    looks: FindPlan = LOOKS
-    answers: FindPlan = ANSWERS
-
-    @property
-    def plans(self) -> tuple[FindPlan, ...]:
-        """In their order."""
-        return self.small, self.looks, self.answers
-
-
 def _smoke(plan: FindPlan) -> FindPlan:
     return replace(
         plan, steps=5, pictures=2, emoji=2, keep=min(plan.keep, 2), capacity=60, scored=1
     )
 
 
-SCALES: dict[str, FindScale] = {
-    "full": FindScale(),
-    "small": FindScale(
-        replace(SMALL, steps=300), replace(LOOKS, steps=300), replace(ANSWERS, steps=300)
-    ),
-    "smoke": FindScale(_smoke(SMALL), _smoke(LOOKS), _smoke(ANSWERS)),
+FULL = (SMALL, LOOKS, ANSWERS)
+# The stages of a run, by its name: how much is learned.
+SCALES: dict[str, tuple[FindPlan, ...]] = {
+    "full": FULL,
+    "finder": (SMALL, LOOKS),
+    "small": tuple(replace(plan, steps=300) for plan in FULL),
+    "smoke": tuple(map(_smoke, FULL)),
 }
 
 
-def scale_of(scale: str) -> FindScale:
-    """The scale of a name. Raises: ValueError naming those there are."""
+def scale_of(scale: str) -> tuple[FindPlan, ...]:
+    """The stages of a scale. Raises: ValueError naming those there are."""
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}, expected one of {', '.join(SCALES)}")
     return SCALES[scale]
@@ -133,7 +122,7 @@ def train_find(
     Returns: whether the run finished (it may be stopped early by ``config.stop_after``).
     Raises: ValueError for a folder without drawings, or with drawings that are held out.
     """
-    out, config, plans = Path(out), config or LoopConfig(), scale_of(scale).plans
+    out, config, plans = Path(out), config or LoopConfig(), scale_of(scale)
     world = world or World()
     config = replace(config, evaluate_every=config.evaluate_every or EVALUATE_EVERY)
     Drawings.for_training(drawings)  # refused now rather than in a worker
@@ -144,6 +133,8 @@ def train_find(
     stages = [FindStage(find, seed, plan, world) for plan in plans]
     finished = run(find, stages, out, config, resume=resume, world=world)
     if finished and world.is_main:
-        model = find.model.to(torch.bfloat16)
-        model.save_pretrained(out / "model", processor=find.processor)
+        model, processor = find.model, find.processor
+        if all(set(plan.kinds) == {"w"} for plan in plans):
+            model, processor = find.put_into_tiny()
+        model.to(torch.bfloat16).save_pretrained(out / "model", processor=processor)
     return finished

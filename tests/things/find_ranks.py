@@ -18,7 +18,7 @@ from nanomolmo2.training.distributed import World
 from nanomolmo2.training.loop import LoopConfig, run
 
 PLAN: FindPlan = replace(
-    SCALES["smoke"].looks, kinds="wte", steps=3, pictures=2, emoji=2, warmup_steps=0, scored=0
+    SCALES["smoke"][1], kinds="wte", steps=3, pictures=2, emoji=2, warmup_steps=0, scored=0
 )
 CONFIG = LoopConfig(workers=0, quiet=True)
 

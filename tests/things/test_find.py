@@ -119,7 +119,7 @@ def test_points_start_as_a_search_for_what_was_learned_to_be_alike() -> None:
 def test_visual_tokens_of_emoji_stay_near_those_of_tiny() -> None:
     find = FindModel(0)
     find.start_from_tiny()
-    stage = FindStage(find, 0, replace(SCALES["smoke"].small, keep=2))
+    stage = FindStage(find, 0, replace(SCALES["smoke"][0], keep=2))
     stage.begin()
     batch = stage.batch(0)
     assert batch.kept is not None and batch.kept.shape == (2, 144, 768)
@@ -183,7 +183,7 @@ def test_a_step_of_emoji_is_told_from_one_of_things() -> None:
 
 
 def test_what_it_learns_from_holds_nothing_that_is_held_out() -> None:
-    for plan in SCALES["full"].plans:
+    for plan in SCALES["full"]:
         assert not plan.source.scene.held_out
         scenes, _ = Things(replace(plan.source, pairs=1.0), 0).scenes(0)
         origins = {kind.look.origin for scene in scenes for kind in scene.kinds}
@@ -233,13 +233,11 @@ def test_an_answer_of_an_example_selects_its_exact_middle() -> None:
 
 @pytest.fixture
 def smallest(monkeypatch) -> None:
-    scale = SCALES["smoke"]
     few = {"steps": 2, "pictures": 1, "emoji": 1, "scored": 0}
-    made = replace(
-        scale,
-        small=replace(scale.small, **few | {"kinds": "w", "keep": 1}),
-        looks=replace(scale.looks, **few | {"kinds": "w", "keep": 1}),
-        answers=replace(scale.answers, **few | {"kinds": "te"}),
+    small, looks, answers = SCALES["smoke"]
+    made = (
+        *(replace(plan, **few, keep=1) for plan in (small, looks)),
+        replace(answers, **few, kinds="te"),
     )
     monkeypatch.setitem(SCALES, "smoke", made)
 
@@ -263,6 +261,26 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path) -> None:
     assert model.config == CONFIG and processor.config.trained_on == ("emoji", "things")
     with pytest.raises(ValueError, match="already holds a run"):
         train_find(parts, scale="smoke", config=QUIET)
+
+
+def test_without_words_it_stays_tiny_and_finds(tmp_path, monkeypatch) -> None:
+    plan = replace(SCALES["smoke"][0], steps=1, pictures=1, keep=1, scored=0)
+    monkeypatch.setitem(SCALES, "finder", (plan,))
+    assert train_find(tmp_path, scale="finder", config=QUIET)
+    before, _ = load("tiny", dtype=torch.float32, device="cpu")
+    model, processor = load(str(tmp_path / "model"), dtype=torch.float32, device="cpu")
+    assert model.finder is not None and processor.config.points is None
+    assert replace(model.config, finder_dim=None) == replace(before.config, finder_dim=None)
+    same = {
+        name: torch.equal(x, before.state_dict()[name])
+        for name, x in model.llm.named_parameters(prefix="llm")
+    }
+    assert len(same) > 50 and all(same.values())
+    name = "vision_encoder.layers.0.mlp.fc1.weight"
+    assert not torch.equal(model.state_dict()[name], before.state_dict()[name])
+    find = FindModel(0)
+    find.start_from_tiny()
+    assert find.model.finder is not None
 
 
 def test_two_ranks_learn_what_one_does_from_the_pictures_of_both(tmp_path) -> None:
@@ -331,7 +349,9 @@ def test_the_command_trains_by_stages(tmp_path, capsys) -> None:
 
 
 def test_unknown_scales_and_kinds_are_named() -> None:
-    with pytest.raises(ValueError, match="scale is 'huge', expected one of full, small, smoke"):
+    with pytest.raises(
+        ValueError, match="scale is 'huge', expected one of full, finder, small, smoke"
+    ):
         train.scale_of("huge")
     with pytest.raises(ValueError, match="kinds are 'tx', expected letters of t, p, e"):
         FindPlan("point", 1, 1, kinds="tx")
