@@ -1,4 +1,4 @@
-"""The demo: the bundled model captions, counts and points on a bundled image.
+"""The demo: the bundled model captions, counts and points on a bundled image, and finds in another.
 
 ``assets/demo/scene.json`` holds the questions and the true answers; scripts/make_demo_picture.py
 makes it and the picture.
@@ -24,6 +24,8 @@ from nanomolmo2.processor.draw import draw_points
 from nanomolmo2.terminal import visible
 
 DEMO = Path(__file__).parent / "assets" / "demo"
+COINS = DEMO.parent / "photos" / "coins.png"
+COIN, NUM_COINS = (157, 52), 24  # where one lies, pixels, and how many there are
 MAX_NEW_TOKENS = 96  # six points and the words around them take about 60
 ZOOM = 3  # the image is small: the overlay is drawn larger
 
@@ -38,6 +40,8 @@ def run_demo(
     load: Callable[[], Pipeline] = Pipeline.from_pretrained,
 ) -> None:
     """Ask everything in scene.json, print the answers as they come, write the points to ``draw``.
+
+    Then click a coin in a photograph, if the model finds.
 
     Args:
         pipeline: the bundled model by default, as ``load`` gives it.
@@ -69,12 +73,19 @@ def run_demo(
         points += answer.points
         truth = question.get("truth") or hits(answer.points, question["boxes"])
         console.print(Text(f"\ntruth: {truth}\n", style="dim"))
+    asked = len(questions)
+    if pipeline.model.finder is not None:
+        asked += 1
+        where = f"Everything like what is at {COIN[0]},{COIN[1]} in {visible(str(shown(COINS)))}"
+        console.print(Text(where, style="bold"), soft_wrap=True)
+        console.print(f"{pipeline.find(COINS, like=[COIN]).count} found")
+        console.print(Text(f"truth: {NUM_COINS} coins, in a photograph\n", style="dim"))
     seconds = time.perf_counter() - start
     large = image.resize((ZOOM * image.width, ZOOM * image.height))
     zoomed = [Point(ZOOM * p.x, ZOOM * p.y, p.image, p.id, p.label) for p in points]
     save_image(draw_points(large, zoomed), draw)
     console.print(
-        Text(f"{len(questions)} answers in {seconds:.1f} s. The points are drawn in ")
+        Text(f"{asked} answers in {seconds:.1f} s. The points are drawn in ")
         + Text(visible(str(draw)), style="bold")
         + Text(f".\n\nTry next:\n{visible(suggestions(questions[-2]['question']))}"),
         soft_wrap=True,
@@ -99,6 +110,7 @@ def suggestions(question: str) -> str:
     command = "nanomolmo2" if on_path else str(shown(folder / "nanomolmo2"))
     lines = [
         f'{command} ask {shown(DEMO / "scene.png")} "{question}" --draw points.png',
+        f"{command} find {shown(COINS)} --at {COIN[0]},{COIN[1]} --draw --out found",
         f"{command} info tiny",
         f"{command} --help",
     ]

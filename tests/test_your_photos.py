@@ -38,8 +38,7 @@ def shows_by_example(arguments: list[str]) -> bool:
 
 def can_find() -> bool:
     """Whether the bundled model finds by example."""
-    points = load_config("tiny").point_config
-    return points is not None and points.finder_dim > 0
+    return load_config("tiny").finder_dim is not None
 
 
 def best_matching(points: list[tuple[float, float]], boxes: list[list[float]]) -> int:

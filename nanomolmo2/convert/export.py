@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from nanomolmo2.accelerate.quantization import is_quantized
 from nanomolmo2.convert.agreement import check_agreement
 from nanomolmo2.convert.folder import write_json, write_weights, written_aside
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 # The first that has Molmo2. Without a version, others take the tokenizer for one of an older time
 # and warn of a mistake that those had.
 TRANSFORMERS_VERSION = "5.23.0"
+NO_FINDER = "no part that finds by example: it is left out, and the exported model cannot"
 NO_PROCESSOR = (
     "no processor was given, so the folder has no tokenizer and no processor files: other programs "
     "need them to answer"
@@ -59,7 +62,7 @@ def export_molmo2(
     Source: Molmo2, olmo/hf_model/convert_molmo2_to_hf.py (which files, and what is in them).
     """
     check_floating(model)
-    tensors = molmo2_tensors(model.state_dict(), model.config)
+    tensors = molmo2_tensors(state_without_finder(model), model.config)
     if processor is not None:
         check_agreement(model.config, processor)
     notes = _notes(model, processor)
@@ -75,6 +78,11 @@ def export_molmo2(
         write_weights(tensors, aside, max_shard_size)
     for note in notes:
         warnings.warn(note, stacklevel=2)
+
+
+def state_without_finder(model: NanoMolmo2) -> dict[str, Tensor]:
+    """Its weights, but for those of a finder, for which no official format has a place."""
+    return {name: x for name, x in model.state_dict().items() if not name.startswith("finder.")}
 
 
 def check_floating(model: NanoMolmo2) -> None:
@@ -158,6 +166,8 @@ def _notes(model: NanoMolmo2, processor: Processor | None) -> list[str]:
                 f"nanomolmo2_processor.json, other programs prepare the same picture differently"
                 + (f"; {layout}" if layout else "")
             )
+    if model.config.finder_dim is not None:
+        notes.append(f"Molmo2 has {NO_FINDER}")
     row = model.llm.embed_tokens.weight[model.config.image_token_id]
     if largest := float(row.detach().abs().max()):
         notes.append(

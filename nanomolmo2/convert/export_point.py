@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from nanomolmo2.convert.agreement import check_agreement
 from nanomolmo2.convert.export import (
+    NO_FINDER,
     NO_PROCESSOR,
     check_floating,
     generation_config,
     ids_of_tokens,
     remarks_of,
+    state_without_finder,
     stored_dtype,
 )
 from nanomolmo2.convert.folder import write_json, write_weights, written_aside
@@ -69,8 +71,7 @@ def export_molmo_point(
     """
     check_floating(model)
     config = replace(model.config, finder_dim=None)
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith("finder.")}
-    tensors = molmo_point_tensors(state, config)
+    tensors = molmo_point_tensors(state_without_finder(model), config)
     if processor is not None:
         check_agreement(model.config, processor)
     notes = _notes(model, processor)
@@ -115,10 +116,7 @@ def _notes(model: NanoMolmo2, processor: Processor | None) -> list[str]:
             f"nanomolmo2_processor.json, other programs prepare the same picture differently"
         )
     if config.finder_dim is not None:
-        notes.append(
-            "MolmoPoint has no part that finds all at once: it is left out, and the exported model "
-            "selects one point after the other"
-        )
+        notes.append(f"MolmoPoint has {NO_FINDER}; of a list it selects one point after the other")
     if point.rule != "released":
         notes.append(
             f"the model points by the rule {point.rule!r}, which MolmoPoint's format can not say: "

@@ -42,7 +42,7 @@ def test_what_finds_is_not_rounded(mode: str, tmp_path: Path) -> None:
 
 def test_an_export_leaves_the_finder_out_and_says_so(tmp_path: Path) -> None:
     model = NanoMolmo2(preset("tiny-find")).eval()
-    with pytest.warns(UserWarning, match="no part that finds all at once: it is left out"):
+    with pytest.warns(UserWarning, match="no part that finds by example: it is left out"):
         export_molmo_point(model, tmp_path / "out", find_processor())
     again, _ = load(tmp_path / "out", dtype=torch.float32, device="cpu")
     assert again.finder is None and model.finder is not None
@@ -51,4 +51,4 @@ def test_an_export_leaves_the_finder_out_and_says_so(tmp_path: Path) -> None:
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "finds all at once: it is left out" in " ".join(card.split())
+    assert "finds by example: it is left out" in " ".join(card.split())

@@ -20,7 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
+import nanomolmo2
 from nanomolmo2 import VLM
+from nanomolmo2.convert.pretrained import load
 from nanomolmo2.generation import finding
 from nanomolmo2.generation.answer import Answer
 from nanomolmo2.generation.find import crops_of
@@ -31,6 +33,7 @@ from nanomolmo2.things.find_model import CROPS
 from tests.find_model import find_net, find_vlm
 from tests.small_model import small_model, small_processor
 
+ASSETS = Path(nanomolmo2.__file__).parent / "assets"
 SIZE = (400, 300)  # 32 x 22 patches of 12.5 x 13.6 pixels, two by two in a window
 
 
@@ -102,7 +105,7 @@ def test_examples_are_patches_of_their_pictures(vlm: VLM, picture, monkeypatch) 
     ((examples, gates),) = seen
     assert examples.tolist() == [17, 704 + 703, 21 * 32]
     assert gates.sign().tolist() == [1, 1, -1]
-    rows = finding.see(vlm.model, crops_of(vlm.processor, None, [SIZE]), picture).rows
+    rows = finding.see(vlm.model, crops_of(vlm.model, vlm.processor, None, [SIZE]), picture).rows
     assert (len(rows), rows[17], rows[21 * 32], rows[703]) == (704, 8, 160, 175)
 
 
@@ -148,7 +151,7 @@ def test_points_are_ordered_as_those_of_a_prompt(vlm: VLM, finds: Finds, size) -
     finds([thing(x, y) for x, y in places])
     picture = Image.new("RGB", size)
     answer = vlm.find(picture, places[:1])
-    asking = vlm.processor.with_settings(multicrop=crops_of(vlm.processor, None, [size]))
+    asking = vlm.processor.with_settings(multicrop=crops_of(vlm.model, vlm.processor, None, [size]))
     encoded = asking.encode([{"role": "user", "content": "How many?"}], [picture])
     assert encoded.point_space is not None
     expected = [point for _, point in encoded.point_space.order(Point(x, y) for x, y in places)]
@@ -519,14 +522,33 @@ def test_a_place_of_the_other_picture_is_told_apart(vlm: VLM, picture, finds: Fi
         vlm.find(picture, [(30, 20), (500, 100, 2)], reference=reference)
 
 
-def test_a_model_that_reads_pictures_as_a_whole_is_refused(picture, finds: Finds) -> None:
-    looks = finds([thing(30, 40)])
-    whole = find_vlm()
-    whole.processor = small_processor()
-    for max_crops in (None, 2):
-        with pytest.raises(ValueError, match="whose processor has multicrop"):
-            whole.find(picture, INSIDE, max_crops=max_crops)
-    assert not looks
+def test_a_model_that_reads_pictures_as_a_whole_finds_in_crops(vlm: VLM, picture) -> None:
+    """The crops that the finder learned on, though its processor has none."""
+    vision = vlm.model.config.vision_config
+    _, whole = load("tiny", device="cpu")
+    assert whole.config.image_size == vision.image_size
+    assert whole.config.multicrop is None and vlm.processor.config.multicrop == CROPS
+    for max_crops in (None, 2, 7):
+        cut = [
+            crops_of(vlm.model, processor, max_crops, [picture.size])
+            for processor in (whole, vlm.processor)
+        ]
+        assert cut[0] == cut[1]
+    with pytest.raises(ValueError, match="expected a whole number from 1 on"):
+        crops_of(vlm.model, whole, 0, [picture.size])
+    with pytest.raises(ValueError, match="max_crops"):
+        crops_of(vlm.model, whole, 10**6, [picture.size])
+
+
+def test_the_bundled_model_finds_the_coins_of_a_photograph() -> None:
+    """A photograph that it has never seen; a click on one coin, and on the bare ground."""
+    vlm = VLM("tiny")
+    coins = ASSETS / "photos" / "coins.png"
+    answer = vlm.find(coins, like=[(157, 52)])
+    assert 22 <= answer.count == len(answer.points) <= 26
+    assert all(point.confidence is not None and point.confidence > 0.5 for point in answer.points)
+    with pytest.warns(UserWarning, match="nothing seems to be there"):
+        assert vlm.find(coins, like=[(75, 86)]).problems
 
 
 # ---- with a net ----

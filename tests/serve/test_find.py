@@ -290,11 +290,7 @@ def test_a_model_that_does_not_find_says_so(
 def test_abilities_say_whether_a_model_finds(http: httpx.Client, server: Running) -> None:
     abilities = http.get("/v1/models/tiny").json()["abilities"]
     assert abilities["find"] is finds(server.vlm)
-    for points, expected in (
-        (None, False),
-        (SimpleNamespace(finder_dim=None), False),
-        (SimpleNamespace(finder_dim=64), True),
-    ):
-        config = SimpleNamespace(point_config=points)
+    for size, expected in ((None, False), (64, True)):
+        config = SimpleNamespace(finder_dim=size)
         vlm: Any = SimpleNamespace(model=SimpleNamespace(config=config))
         assert finds(vlm) is expected
