@@ -136,7 +136,7 @@ def _draw_pool(path: Path, labels: Path, number: int) -> None:
 
 def small_config() -> NanoMolmo2Config:
     """`tiny`'s with four decoder layers."""
-    config = preset("tiny")
+    config = replace(preset("tiny"), finder_dim=None)
     layers = config.llm_config.num_hidden_layers - len(GROWN_LAYERS)
     return replace(config, llm_config=replace(config.llm_config, num_hidden_layers=layers))
 

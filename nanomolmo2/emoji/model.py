@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from nanomolmo2.models.language_model import Attention, DecoderLayer
 from nanomolmo2.processor.processor import Processor, ProcessorConfig, VideoConfig
 from nanomolmo2.processor.tokenizer import Tokenizer
 
-CONFIG = preset("tiny")
+CONFIG = replace(preset("tiny"), finder_dim=None)  # it learns to find later, in `things`
 GROWN_LAYERS = (2, 5)  # of the decoder: they pass everything on until a plan grows the depth
 PATCH_SIZE, POOLING_SIZE = CONFIG.vision_config.patch_size, CONFIG.connector.pooling_size
 CELL_SIZE = PATCH_SIZE * POOLING_SIZE  # of a visual token

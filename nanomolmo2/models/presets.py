@@ -187,7 +187,7 @@ PRESETS: dict[str, NanoMolmo2Config] = {
     "molmo-point-vid-4b": molmo_point_config(
         molmo2_config(replace(_QWEN3_4B, max_position_embeddings=37376, tie_word_embeddings=True))
     ),
-    "tiny": _tiny(),
+    "tiny": replace(_tiny(), finder_dim=FINDER_DIM),
     "tiny-point": _tiny_point(),
     "tiny-find": _tiny_find(),
 }

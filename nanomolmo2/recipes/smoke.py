@@ -48,7 +48,11 @@ def smoke() -> Recipe:
         name="smoke",
         model="tiny",
         architecture=replace(
-            tiny, vision_config=vision, connector_config=connector, llm_config=llm
+            tiny,
+            vision_config=vision,
+            connector_config=connector,
+            llm_config=llm,
+            finder_dim=None,
         ),
         data=(
             SourceConfig(

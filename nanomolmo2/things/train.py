@@ -9,8 +9,10 @@ Stages:
     answers  the decoder learns to answer about what the encoder sees now, which stays as it is:
              questions by example, names, and what `tiny` knew about emoji
 
-Without the last, as in the scale `finder`, the decoder stays as it is: such a model finds, and
-answers questions as before, but does not know the questions by example.
+The scale `finder` has another end: `tiny` stays the model that it is, with this encoder and this
+finder, and a stage of a run of its own, in the folder `words`, lets its decoder learn the questions
+about emoji again for a while. Such a model finds, and answers what it answered before; questions by
+example are not among that.
 
 What was measured on the way is in docs/log.md.
 """
@@ -22,6 +24,11 @@ from pathlib import Path
 
 import torch
 
+from nanomolmo2.emoji.model import TinyForTraining
+from nanomolmo2.emoji.plans import COUNTS
+from nanomolmo2.emoji.question_stage import QuestionStage
+from nanomolmo2.emoji.train import run_stages
+from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.things.drawings import Drawings
 from nanomolmo2.things.find_model import FindModel
 from nanomolmo2.things.find_stage import ANSWERS_MIX, FindPlan, FindStage
@@ -52,12 +59,13 @@ LOOKS = replace(
     SMALL,
     name="looks",
     stream=41,
-    steps=4500,
+    steps=2000,
     source=ThingsConfig(sides=(192, 256, 320, 384, 512), crowded=0.25, mix=ANSWERS_MIX),
     max_crops=9,
     points=8e-4,
     vision=0.003,
-    final_ratio=0.04,
+    final_ratio=0.03,
+    keep_weight=10.0,
 )
 ANSWERS = replace(
     LOOKS,
@@ -83,6 +91,19 @@ def _smoke(plan: FindPlan) -> FindPlan:
 
 
 FULL = (SMALL, LOOKS, ANSWERS)
+WORDS_FOLDER = "words"
+WORDS = replace(
+    COUNTS,
+    name="words",
+    stream=43,
+    kinds="spscsssp",
+    llm_rate=1e-4,
+    llm_matrix_rate=0.001,
+    vision_rate=0.0,
+    claims=False,
+)
+# Steps of `WORDS`, of so many pictures; of scales that are not here it is no part.
+WORDS_STEPS: dict[str, tuple[int, int]] = {"finder": (300, 32)}
 # The stages of a run, by its name: how much is learned.
 SCALES: dict[str, tuple[FindPlan, ...]] = {
     "full": FULL,
@@ -132,9 +153,30 @@ def train_find(
     plans = tuple(replace(p, source=with_drawings(p.source, drawings)) for p in plans)
     stages = [FindStage(find, seed, plan, world) for plan in plans]
     finished = run(find, stages, out, config, resume=resume, world=world)
-    if finished and world.is_main:
-        model, processor = find.model, find.processor
-        if all(set(plan.kinds) == {"w"} for plan in plans):
-            model, processor = find.put_into_tiny()
-        model.to(torch.bfloat16).save_pretrained(out / "model", processor=processor)
-    return finished
+    if not finished or not world.is_main:
+        return finished
+    model, processor = find.model, find.processor
+    if scale in WORDS_STEPS:
+        model, processor = find.put_into_tiny()
+        if not train_words(model, out / WORDS_FOLDER, seed, *WORDS_STEPS[scale], config):
+            return False
+    model.to(torch.bfloat16).save_pretrained(out / "model", processor=processor)
+    return True
+
+
+def train_words(
+    model: NanoMolmo2, folder: Path, seed: int, steps: int, pictures: int, config: LoopConfig
+) -> bool:
+    """Let the decoder of a `tiny` learn its questions again, in ``folder``; resumed if it is there.
+
+    Returns: whether it has; the model then has its weights.
+    """
+    tiny = TinyForTraining(seed)
+    known = {name: x for name, x in model.state_dict().items() if not name.startswith("finder.")}
+    tiny.model.load_state_dict(known)
+    stage = QuestionStage(tiny, seed, steps, WORDS, pictures)
+    config = replace(config, evaluate_every=0)
+    if not run_stages(tiny, [stage], folder, config, resume=folder.exists()):
+        return False
+    model.llm.load_state_dict(tiny.model.llm.state_dict())
+    return True

@@ -249,7 +249,7 @@ def test_the_command_writes_what_answers_the_same(
     assert answers[0] == answers[1]
     assert "<points" in answers[0]
     assert cli.main(["info", str(out)]) == 0
-    assert "7,645,760" in capsys.readouterr().out
+    assert "7,979,497" in capsys.readouterr().out
 
 
 def test_the_command_keeps_what_is_worse_than_a_bound(

@@ -263,19 +263,26 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path) -> None:
         train_find(parts, scale="smoke", config=QUIET)
 
 
-def test_without_words_it_stays_tiny_and_finds(tmp_path, monkeypatch) -> None:
+def test_at_the_scale_finder_it_stays_tiny_and_finds(tmp_path, monkeypatch) -> None:
     plan = replace(SCALES["smoke"][0], steps=1, pictures=1, keep=1, scored=0)
     monkeypatch.setitem(SCALES, "finder", (plan,))
+    monkeypatch.setitem(train.WORDS_STEPS, "finder", (2, 2))
+    stops = replace(QUIET, stop_at=1)
+    assert not train_find(tmp_path / "parts", scale="finder", config=stops)
+    assert not (tmp_path / "parts" / "model").exists()
+    assert train_find(tmp_path / "parts", scale="finder", config=QUIET, resume=True)
     assert train_find(tmp_path, scale="finder", config=QUIET)
     before, _ = load("tiny", dtype=torch.float32, device="cpu")
     model, processor = load(str(tmp_path / "model"), dtype=torch.float32, device="cpu")
     assert model.finder is not None and processor.config.points is None
     assert replace(model.config, finder_dim=None) == replace(before.config, finder_dim=None)
-    same = {
-        name: torch.equal(x, before.state_dict()[name])
-        for name, x in model.llm.named_parameters(prefix="llm")
-    }
-    assert len(same) > 50 and all(same.values())
+    decoders = zip(model.llm.parameters(), before.llm.parameters(), strict=True)
+    changed = [not torch.equal(*two) for two in decoders]
+    assert sum(changed) > len(changed) / 2
+    files = [tmp_path / name / "model" / "model.safetensors" for name in (".", "parts")]
+    whole, resumed = map(load_file, files)
+    assert whole.keys() == resumed.keys() and "finder.token_claim" in whole
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     name = "vision_encoder.layers.0.mlp.fc1.weight"
     assert not torch.equal(model.state_dict()[name], before.state_dict()[name])
     find = FindModel(0)
