@@ -115,6 +115,11 @@ def _ways(command: Eval) -> Iterator[tuple[str, Pipeline]]:
         return load_pipeline(command.model, command.cache_dir, **{**options, **more})
 
     pipeline = load()
+    if WRITTEN in command.also and pipeline.model.config.point_config is None:
+        raise UsageError(
+            f"--also written asks in words, with points in the question, and {command.model} reads "
+            f"none: leave it out, or name a model that selects points"
+        )
     yield "", pipeline
     if WRITTEN in command.also:
         yield WRITTEN, pipeline

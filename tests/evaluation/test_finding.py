@@ -389,6 +389,12 @@ def test_an_evaluation_that_ended_goes_on(tmp_path: Path, fake, capsys, monkeypa
     assert "own_pictures.jsonl, line 2 is no answer of this" in capsys.readouterr().err
 
 
+def test_a_model_that_reads_no_points_is_not_asked_in_words(capsys) -> None:
+    assert cli.main(["eval", "find", "--sets", "few", "--limit", "1", "--also", "written"]) == 2
+    said = capsys.readouterr().err
+    assert "--also written asks in words, with points in the question, and tiny reads none" in said
+
+
 def test_fixed_sets_by_the_command(tmp_path: Path, fake, capsys) -> None:
     fake(*[[]] * 2)
     assert cli.main(["eval", "find", "--sets", "few", "--limit", "2"]) == 0
