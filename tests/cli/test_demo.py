@@ -102,4 +102,4 @@ def test_the_demo_names_the_page_where_it_can_be_served(
     lines = demo.suggestions("Point to the snail.").splitlines()
     found = [line for line in lines if " demo --serve " in line]
     assert len(found) == has_server
-    assert len(lines) == 3 + has_server
+    assert len(lines) == 4 + has_server

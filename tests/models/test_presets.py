@@ -21,7 +21,7 @@ from nanomolmo2.models import PRESETS, NanoMolmo2, NanoMolmo2Config, preset
         ("nanomolmo2-pooling", 998_204_880),
         ("molmo2-4b", 4_850_869_200),
         ("molmo2-8b", 8_661_703_120),
-        ("tiny", 7_645_760),
+        ("tiny", 7_979_497),
     ],
 )
 def test_parameters(name: str, parameters: int) -> None:
