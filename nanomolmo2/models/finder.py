@@ -57,7 +57,7 @@ class Reader(nn.Module):
         self.middle = nn.Linear(width, 1)
         self.embed = nn.Linear(width, size)
         self.way = nn.Linear(width, 3)
-        self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         self.bias = nn.Parameter(torch.tensor(-0.5))  # a likeness below is unlike
 
     def look(self, cells: Tensor) -> Tensor:

@@ -76,10 +76,6 @@ class NanoMolmo2Config(Config):
             raise ValueError(
                 f"image_token_id {self.image_token_id} is outside the vocabulary of {size} tokens"
             )
-        if self.finder_dim is not None and connector.connector_type != "pooling":
-            raise ValueError(
-                f"finder_dim needs the pooling connector, but it is {connector.connector_type!r}"
-            )
         if self.point_config is not None:
             self.point_config.check(self.llm_config.num_logits, connector.connector_type)
 
@@ -113,9 +109,8 @@ class NanoMolmo2Config(Config):
 
 def as_ids(token_id: int | Sequence[int] | None) -> tuple[int, ...]:
     """One id, several or none, as a tuple."""
-    if token_id is None:
-        return ()
-    return (token_id,) if isinstance(token_id, int) else tuple(token_id)
+    ids = () if token_id is None else token_id
+    return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,9 @@ class PointingNanoMolmo2(nanomolmo2.NanoMolmo2):
         super().__init__(config)
         has_points = self.config.point_config is not None
         self.point_predictor = PointPredictor(self.config) if has_points else None
-        size = self.config.finder_dim
+        size, kind = self.config.finder_dim, self.config.connector.connector_type
+        if size is not None and kind != "pooling":
+            raise ValueError(f"finder_dim needs the pooling connector, but it is {kind!r}")
         widths = self.config.connector.feature_dim, self.config.llm_config.hidden_size
         self.finder = Finder(*widths, size) if size else None
 

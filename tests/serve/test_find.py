@@ -281,7 +281,7 @@ def test_its_time_is_limited(vlm: VLM, finder: Finder, monkeypatch: pytest.Monke
 def test_a_model_that_does_not_find_says_so(
     server: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.vlm.model, "finder", None)
+    monkeypatch.setitem(server.vlm.model._modules, "finder", None)
     error = told(http.post("/v1/find", json={**SHOWN, **PLACE}), 400)
     assert "cannot find by example" in error["message"] and error["param"] is None
 
