@@ -2,8 +2,8 @@
 
     python scripts/page_screenshots.py
 
-Writes page.png, page-dark.png, page-phone.png and page-video.png into docs/images. The functions
-that drive the page are those of tests/serve/test_page.py. Needs chromium (Debian's or CHROMIUM=...)
+Writes page.png, page-dark.png, page-phone.png, page-find.png and page-video.png into docs/images.
+The functions that drive the page are those of tests/serve/test_page.py. Needs chromium (Debian's or CHROMIUM=...)
 and Playwright for Python, which here downloads no browser of its own.
 """
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "images"
+COINS = ROOT / "nanomolmo2" / "assets" / "photos" / "coins.png"
 EXAMPLES = ROOT / "nanomolmo2" / "serve" / "page" / "examples"
 ARGUMENTS = [
     "--no-sandbox",  # containers run as root
@@ -241,6 +242,16 @@ SHOTS: dict[str, dict[str, Any]] = {
         "steps": [
             lambda page: start_example(page, "A few things"),
             lambda page: ask(page, "Point to the cookie."),
+        ],
+    },
+    "page-find": {
+        "window": DESKTOP,
+        "steps": [
+            lambda page: page.click("#mode-find"),
+            lambda page: give(page, COINS),
+            lambda page: show_one(page, 157, 52),
+            lambda page: page.wait_for_selector(".marker.thing"),
+            found,
         ],
     },
     "page-video": {

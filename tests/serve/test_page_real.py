@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 import nanomolmo2
+from nanomolmo2.things.photos import coins
 from scripts.page_screenshots import (
+    COINS,
     SHOTS,
     answered,
     ask,
@@ -153,6 +155,24 @@ def test_a_click_finds_the_rest(
         show_one(page, 150, 150)
         page.wait_for_selector("#find-error:visible")
         assert page.inner_text("#find-error-text") == "the example lies outside of the picture"
+
+
+def test_a_click_on_a_coin_finds_the_others(page: Page) -> None:
+    """The bundled model on the photograph of 24 coins; each has a box of its own."""
+    page.click("#mode-find")
+    give(page, COINS)
+    show_one(page, 157, 52)
+    page.wait_for_selector(".marker.thing")
+    found(page)
+    photograph, boxes = coins()
+    width, height = photograph.size
+    places = [(width * x, height * y) for x, y in centres(page)]
+    hit = [
+        [i for i, (x0, y0, x1, y1) in enumerate(boxes) if x0 <= x < x1 and y0 <= y < y1]
+        for x, y in places
+    ]
+    assert len(boxes) == 24 and 22 <= len(places) <= 26
+    assert len({i for one in hit for i in one}) >= 22
 
 
 def test_a_turned_photograph_has_its_places_where_they_are_seen(
