@@ -3,8 +3,8 @@
     python scripts/page_screenshots.py
 
 Writes page.png, page-dark.png, page-phone.png, page-find.png and page-video.png into docs/images.
-The functions that drive the page are those of tests/serve/test_page.py. Needs chromium (Debian's or CHROMIUM=...)
-and Playwright for Python, which here downloads no browser of its own.
+The functions that drive the page are those of tests/serve/test_page.py. Needs chromium (Debian's or
+CHROMIUM=...) and Playwright for Python, which here downloads no browser of its own.
 """
 
 from __future__ import annotations
