@@ -785,13 +785,14 @@ def test_choices_are_those_there_are() -> None:
     """The command line lists them itself: it must not import torch to answer --help."""
     from nanomolmo2.emoji.exam import TEST_GROUPS
     from nanomolmo2.emoji.plans import SCALES
+    from nanomolmo2.things.train import SCALES as FIND_SCALES
 
     def choices(command: type, field: str) -> tuple[str, ...]:
         hint = typing.get_type_hints(command)[field]
         return typing.get_args(hint)
 
     assert choices(cli.Inspect, "loss_weighting") == typing.get_args(LossWeighting)
-    assert set(choices(cli.Train, "scale")) == set(SCALES)
+    assert set(choices(cli.Train, "scale")) == {*SCALES, *FIND_SCALES}
     assert set(choices(cli.Eval, "group")) == {*TEST_GROUPS, "all"}
 
 
