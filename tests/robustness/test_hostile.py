@@ -74,6 +74,13 @@ def worker() -> Iterator[Worker]:
         yield worker
 
 
+@pytest.fixture(scope="module")
+def planted() -> Iterator[Worker]:
+    """One that nothing else has filled: what is left to it is what the planted faults count on."""
+    with Worker() as worker:
+        yield worker
+
+
 def findings(outcomes: list[Outcome]) -> list[str]:
     return [f"{o.name} [{o.what}] {problem}" for o in outcomes for problem in o.problems]
 
@@ -95,11 +102,11 @@ def test_what_was_once_found_stays_mended(name: str, worker: Worker) -> None:
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_the_judge_sees(name: str, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_judge_sees(name: str, planted: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "IDLE_SECONDS", 1.0)
     monkeypatch.setattr(workers, "CPU_SECONDS", 2.0)
     # A worker's first input may take longer: it imports.
-    _, outcome = worker.run(["planted:nothing", f"planted:{name}"])
+    _, outcome = planted.run(["planted:nothing", f"planted:{name}"])
     assert PLANTED[name] in " ".join(outcome.problems)
     assert bool(outcome.problems) == bool(PLANTED[name])
 
