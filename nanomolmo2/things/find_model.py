@@ -18,6 +18,7 @@ from nanomolmo2.convert.pretrained import load
 from nanomolmo2.emoji.model import MAX_FRAMES, SCENES
 from nanomolmo2.emoji.scenes import SceneConfig
 from nanomolmo2.emoji.vocabulary import build_tokenizer
+from nanomolmo2.generation.find import FIND_MARGINS
 from nanomolmo2.models import NanoMolmo2, preset
 from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.processor.processor import Processor, ProcessorConfig, VideoConfig
@@ -30,7 +31,7 @@ CROPS = MultiCrop(
     max_crops=4,
     image_size=CONFIG.vision_config.image_size,
     patch_size=CONFIG.vision_config.patch_size,
-    overlap_margins=(1, 1),
+    overlap_margins=FIND_MARGINS,
     pooling_size=CONFIG.connector.pooling_size,
 )
 EMBEDDING_STD = 0.1  # of new rows, as of `tiny`'s at its start
@@ -65,11 +66,8 @@ class FindModel(nn.Module):
 
     @torch.no_grad()
     def start_from_tiny(self) -> None:
-        """Take what the bundled `tiny` has; all of it where that is such a model already."""
+        """Take what the bundled `tiny` has."""
         tiny, _ = load("tiny", dtype=torch.float32, device="cpu")
-        if tiny.config == CONFIG:
-            self.model.load_state_dict(tiny.state_dict())
-            return
         self._take_words(tiny)
         for name, value in tiny.llm.state_dict().items():
             if not name.startswith("embed_tokens."):
@@ -127,12 +125,4 @@ class FindModel(nn.Module):
 def tokens_of_tiny() -> Callable[[Tensor], Tensor]:
     """What the bundled `tiny` makes of pictures: patches (B, N, 3*P*P) -> tokens (B, n, D)."""
     tiny, _ = load("tiny", dtype=torch.float32, device="cpu")
-    encoder, connector = tiny.vision_encoder, tiny.connector
-    layers = tiny.config.connector.vit_layers
-
-    @torch.no_grad()
-    def tokens(pixel_values: Tensor) -> Tensor:
-        made: Tensor = connector(encoder.features(pixel_values, layers))
-        return made
-
-    return tokens
+    return torch.no_grad()(tiny.encode_images)

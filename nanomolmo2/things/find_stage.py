@@ -261,10 +261,7 @@ class FindStage(Stage):
 
     def changed(self, kept: Tensor) -> Tensor:
         """How far visual tokens are from those of `tiny`, beside their size."""
-        model = self.find.model
-        tokens = model.connector(model.vision_encoder.features(kept, (-1,)))
-        with torch.no_grad():
-            before = self.before(kept)
+        tokens, before = self.find.model.encode_images(kept), self.before(kept)
         return (tokens - before).square().sum() / before.square().sum()
 
     def after_step(self) -> None:

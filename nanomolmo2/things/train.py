@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from nanomolmo2.convert.export import state_without_finder
 from nanomolmo2.emoji.model import TinyForTraining
 from nanomolmo2.emoji.plans import COUNTS
 from nanomolmo2.emoji.question_stage import QuestionStage
@@ -172,8 +173,7 @@ def train_words(
     Returns: whether it has; the model then has its weights.
     """
     tiny = TinyForTraining(seed)
-    known = {name: x for name, x in model.state_dict().items() if not name.startswith("finder.")}
-    tiny.model.load_state_dict(known)
+    tiny.model.load_state_dict(state_without_finder(model))
     stage = QuestionStage(tiny, seed, steps, WORDS, pictures)
     config = replace(config, evaluate_every=0)
     if not run_stages(tiny, [stage], folder, config, resume=folder.exists()):
