@@ -162,12 +162,15 @@ class Teach:
         """Learn the word from annotated photos; examples are kept where they do better."""
         from nanomolmo2.cli.teach_data import Lesson
         from nanomolmo2.convert.pretrained import load_processor
+        from nanomolmo2.emoji.sprites import known_nouns
         from nanomolmo2.generation.words import Words, words_of
 
         assert self.out is not None
         before = words_of(self.model)
         word, files = word_of(name, plural, shown)
-        known = before or Words({}, {}, known_nouns(load_processor(library_name(self.model))))
+        known = before or Words(
+            {}, {}, known_nouns(load_processor(library_name(self.model)).config.trained_on)
+        )
         lesson = Lesson(
             out=self.out,
             model=self.model,
@@ -296,16 +299,10 @@ def word_of(name: str, plural: str, shown: Sequence[Shown]) -> tuple[Word, dict[
 
 def known_words(pipeline: Pipeline) -> Words:
     """The words that a model was taught, and the nouns that it knows."""
+    from nanomolmo2.emoji.sprites import known_nouns
     from nanomolmo2.generation.words import Words
 
-    return pipeline.words or Words({}, {}, known_nouns(pipeline.processor))
-
-
-def known_nouns(processor: Processor) -> tuple[str, ...]:
-    """The nouns that a model knows by what its card says that it was trained on."""
-    from nanomolmo2.emoji.sprites import CATEGORIES, PLURALS
-
-    return (*CATEGORIES, *PLURALS) if "emoji" in processor.config.trained_on else ()
+    return pipeline.words or Words({}, {}, known_nouns(pipeline.processor.config.trained_on))
 
 
 def model_folder(model: str) -> Path:

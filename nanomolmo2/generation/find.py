@@ -1,4 +1,5 @@
 """Find by example: places on things in a picture in, an `Answer` with everything like them out.
+Or by a word, whose look was learned from annotated pictures.
 
 No word is read or written, and the language model is not asked. `finding.see` encodes the picture,
 and the reference if there is one, `finding.look_for` says how likely what is meant is at which
@@ -22,6 +23,7 @@ from nanomolmo2.generation.answer import Answer, Shown, coords_of
 from nanomolmo2.generation.finding import Found, Seen
 from nanomolmo2.generation.prefix_cache import PrefixCache
 from nanomolmo2.generation.question import Images, as_list, read_images
+from nanomolmo2.generation.words import WordLook
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.finder import CANDIDATES
 from nanomolmo2.processor import Point, Processor, load_image
@@ -105,6 +107,31 @@ def find(
         _answer(asked, seen, found),
         timings={"prepare": prepared - start, "first_token": spent, "generate": spent},
     )
+
+
+def find_words(
+    model: NanoMolmo2,
+    processor: Processor,
+    image: Any,
+    looks: Sequence[WordLook],
+    *,
+    cache: PrefixCache | None = None,
+    seeing: AbstractContextManager[Any],
+) -> list[Answer]:
+    """For each word that was learned from annotated pictures what it stands for in a picture, as
+    `VLM.find` answers; nothing was shown, so nothing is said of examples.
+
+    Args: image: anything that `load_image` takes.
+    Raises: ValueError for a model that has not learned to find, and looks of another one.
+    """
+    start = time.perf_counter()
+    picture = load_image(image)
+    asked = Asked(Examples([], []), [image], [picture.size], finding.LIKELY)
+    seen = finding.see(model, crops_of(model, processor, None, asked.sizes), picture, cache, seeing)
+    found = finding.look_for_words(model, seen, looks)
+    spent = time.perf_counter() - start
+    timings = {"prepare": 0.0, "first_token": spent, "generate": spent}
+    return [replace(_answer(asked, [seen], [one]), timings=timings) for one in found]
 
 
 # ---- what is asked ----
@@ -368,7 +395,7 @@ def _problems(
     least = max(asked.min_confidence, finding.LIKELY)
     likely = [one for one in candidates if one.confidence >= least]
     others = [one for one in candidates if not any(one is example for example in themselves)]
-    if not any(one.confidence >= least for one in others):
+    if asked.examples.like and not any(one.confidence >= least for one in others):
         beside = " beside the example itself" if likely else ""
         best = max((one.confidence for one in others), default=0.0)
         problems.append(

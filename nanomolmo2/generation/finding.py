@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -27,8 +28,9 @@ from nanomolmo2.generation.pointing import PointPrompt, Selected, given_points
 from nanomolmo2.generation.prefix_cache import PrefixCache, digest
 from nanomolmo2.generation.prompt import embed_points, request_of
 from nanomolmo2.generation.request import Request
+from nanomolmo2.generation.words import WordLook
 from nanomolmo2.models import NanoMolmo2
-from nanomolmo2.models.finder import APART, Finder
+from nanomolmo2.models.finder import APART, Finder, Patches, Wanted
 from nanomolmo2.processor import Encoded, Point
 from nanomolmo2.processor.crops import MultiCrop
 from nanomolmo2.processor.point_space import PointSpace, Target, View
@@ -179,27 +181,84 @@ def look_for(
     Args: like, unlike: places in pixels of the pictures, which are counted from 1.
     Raises: ValueError for a model that has not learned to find.
     """
-    finder = finder_of(model)
-    tokens = torch.cat([seen.tokens for seen in pictures])
-    firsts = np.cumsum([0, *(len(seen.tokens) for seen in pictures)]).tolist()
-    rows = torch.cat([seen.rows + first for seen, first in zip(pictures, firsts, strict=False)])
-    features = torch.cat([seen.features for seen in pictures])
-    grids = [grid_places(seen.view.rows, seen.view.cols, i) for i, seen in enumerate(pictures)]
-    grid = torch.from_numpy(np.concatenate(grids)).to(tokens.device)
-    patches = finder.patches(features, tokens, torch.zeros_like(tokens), rows, grid)
+    finder, patches = finder_of(model), patches_of(model, pictures)
     starts = np.cumsum([0, *(len(seen.features) for seen in pictures)]).tolist()
     at = []
     for place in (*like, *unlike):
         seen = pictures[place.image - 1]
         number = patch_at(place.x, place.y, (seen.view.rows, seen.view.cols), seen.size)
         at.append(starts[place.image - 1] + number)
-    examples = torch.tensor(at, device=tokens.device)
-    gates = tokens.new_tensor([MEANT] * len(like) + [-MEANT] * len(unlike))
-    nothing = tokens.new_zeros(1, tokens.shape[1])
+    examples = torch.tensor(at, device=patches.claim.device)
+    gates = patches.claim.new_tensor([MEANT] * len(like) + [-MEANT] * len(unlike))
+    nothing = patches.claim.new_zeros(1, pictures[0].tokens.shape[1])
     wanted = finder.wanted(patches, nothing, None, examples, torch.zeros_like(examples), gates)
-    mine = torch.ones(1, len(features), dtype=torch.bool, device=tokens.device)
+    return _things_in(finder, wanted, patches, pictures)
+
+
+@torch.no_grad()
+def look_for_words(
+    model: NanoMolmo2, picture: Seen, looks: Sequence[WordLook]
+) -> list[list[Found]]:
+    """For every word that was learned from annotated pictures what it stands for in a picture, the
+    likeliest first.
+
+    Raises: ValueError for a model that has not learned to find, and looks of another one.
+    """
+    finder, patches = finder_of(model), patches_of(model, [picture])
+    size, found = patches.look.shape[1], {len(look.patch) for look in looks}
+    if found - {size}:
+        raise ValueError(
+            f"a word was learned as {min(found - {size})} numbers, and this model knows looks of "
+            f"{size}: its words.json is that of another model"
+        )
+    device, dtype = patches.look.device, patches.look.dtype
+    look, token_look, sizes = (
+        torch.tensor(part, device=device, dtype=dtype) for part in zip(*looks, strict=True)
+    )
+    wanted = wanted_words(finder, patches, look, token_look, sizes)
+    return [
+        _things_in(finder, Wanted(*(part[i : i + 1] for part in wanted)), patches, [picture])[0]
+        for i in range(len(looks))
+    ]
+
+
+def wanted_words(
+    finder: Finder, patches: Patches, look: Tensor, token_look: Tensor, size: Tensor
+) -> Wanted:
+    """What words ask for that are known by a look: W of them.
+
+    Args: look, token_look: (W, E) of any length. size: (W,) of a thing, its logarithm, in patches.
+    """
+    nothing = look.new_zeros(len(look), finder.context_q.in_features)
+    return Wanted(
+        F.normalize(look, dim=-1),
+        F.normalize(token_look, dim=-1),
+        finder.context_q(nothing),
+        size,
+        look.new_zeros(len(look), len(patches.claim)),
+        nothing,
+    )
+
+
+def patches_of(model: NanoMolmo2, pictures: Sequence[Seen]) -> Patches:
+    """What the finder knows of the patches of some pictures, one picture after the other."""
+    tokens = torch.cat([seen.tokens for seen in pictures])
+    firsts = np.cumsum([0, *(len(seen.tokens) for seen in pictures)]).tolist()
+    rows = torch.cat([seen.rows + first for seen, first in zip(pictures, firsts, strict=False)])
+    features = torch.cat([seen.features for seen in pictures])
+    grids = [grid_places(seen.view.rows, seen.view.cols, i) for i, seen in enumerate(pictures)]
+    grid = torch.from_numpy(np.concatenate(grids)).to(tokens.device)
+    return finder_of(model).patches(features, tokens, torch.zeros_like(tokens), rows, grid)
+
+
+def _things_in(
+    finder: Finder, wanted: Wanted, patches: Patches, pictures: Sequence[Seen]
+) -> list[list[Found]]:
+    """What one question asks for, in each picture."""
+    mine = torch.ones(1, len(patches.claim), dtype=torch.bool, device=patches.claim.device)
     scores = finder(wanted, patches, mine).final[0].float().sigmoid().cpu().numpy()
     ways = patches.way.float().cpu().numpy()
+    starts = np.cumsum([0, *(len(seen.features) for seen in pictures)]).tolist()
     return [
         things_of(scores[a:b], ways[a:b], (seen.view.rows, seen.view.cols), seen.size)
         for seen, a, b in zip(pictures, starts, starts[1:], strict=False)

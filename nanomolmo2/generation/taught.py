@@ -1,9 +1,10 @@
-"""Questions about words that a model was taught by examples: who is asked, and what is answered.
+"""Questions about words that a model was taught: who is asked, and what is answered.
 
     "How many walnuts are there?"
 
-What is like the walnuts that were shown is found, and said as the model says it: "Counting the
-<points ...>walnut</points> shows a total of 5."
+What is like the walnuts that were shown, or has the look that was learned from annotated pictures,
+is found, and said as the model says it: "Counting the <points ...>walnut</points> shows a total
+of 5."
 
 A question about one image that counts, points to or asks for a taught word is answered here. All
 others are the model's own to answer, as if nothing had been taught.
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from PIL import Image
 
 from nanomolmo2.generation.answer import Answer, Shown, coords_of
+from nanomolmo2.generation.find import find_words
 from nanomolmo2.generation.finding import LEAST_CONFIDENCE
 from nanomolmo2.generation.question import Question, read_question
 from nanomolmo2.generation.words import Sample, Word, Words, key_of, listed
@@ -89,9 +91,13 @@ def answer_about_words(vlm: VLM, words: Words, question: Question) -> Answer | N
             )
         return None
     image = load_image(images[0])
-    if words.way == "prompt" and len(about) == 1:
+    if words.way == "prompt" and len(about) == 1 and about[0].samples:
         return ask_with_samples(vlm, words, about[0], image, text)
-    found = [find_word(vlm, words, word, image) for word in about]
+    learned = [word for word in about if word.look is not None]
+    by_look = dict(
+        zip((word.name for word in learned), find_learned(vlm, learned, image), strict=True)
+    )
+    found = [by_look.get(word.name) or find_word(vlm, words, word, image) for word in about]
     answer = _said(task, about, found)
     if others:
         note = f"the answer is about {listed(w.name for w in about)} alone: ask about "
@@ -154,6 +160,24 @@ def find_word(vlm: VLM, words: Words, word: Word, image: Image.Image) -> tuple[A
     merged = merge(lists, NEAR * math.hypot(*image.size))
     found = [point for point in merged if _confidence(point) >= _SURE]
     return answers[0], sorted(found, key=lambda point: (point.y, point.x))
+
+
+def find_learned(
+    vlm: VLM, words: Sequence[Word], image: Image.Image
+) -> list[tuple[Answer, list[Point]]]:
+    """The same of words whose looks were learned."""
+    looks = [word.look for word in words if word.look is not None]
+    if not looks:
+        return []
+    answers = find_words(
+        vlm.model,
+        vlm.processor,
+        image,
+        looks,
+        cache=vlm.prefix_cache if vlm.prefix_cache.max_bytes else None,
+        seeing=vlm.scheduler.seeing,
+    )
+    return [(answer, list(answer.points)) for answer in answers]
 
 
 def merge(lists: Sequence[Sequence[Point]], near: float) -> list[Point]:

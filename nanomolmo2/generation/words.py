@@ -1,15 +1,17 @@
-"""Words that a model was taught by examples, as they lie in its folder.
+"""Words that a model was taught beside what its language model knows, as they lie in its folder.
 
-    words.json          the words, where in which picture each was shown, digests of the pictures
+    words.json          the words, where in which picture each was shown or what it looks like, and
+                        digests of the pictures
     word-3f9a....png    the pictures, byte by byte as they were given
 
-`nanomolmo2 teach` writes them beside the files of a model, and `VLM` reads them with it. How a
-question about a word is answered is in `taught`.
+`nanomolmo2 teach` and `train` write them beside the files of a model, and `VLM` reads them with it.
+How a question about a word is answered is in `taught`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,19 +44,33 @@ class Sample(NamedTuple):
     y: float
 
 
+class WordLook(NamedTuple):
+    """What a word looks like that was learned from annotated pictures, see `training.word_looks`.
+
+    patch, token: numbers, as many as the finder's looks have, of the patch and of the visual token.
+    size: the logarithm of how long a thing's longer side is, in patches.
+    """
+
+    patch: tuple[float, ...]
+    token: tuple[float, ...]
+    size: float
+
+
 @dataclass(frozen=True)
 class Word:
-    """A word and what it stands for.
+    """A word and what it stands for: by samples, or by a look that was learned.
 
     Attributes:
         name: as it is written in answers, such as ``walnut`` or ``hex nut``.
         plural: as people ask for several of them.
-        samples: things that were shown when the word was taught.
+        samples: things that were shown when the word was taught; none of one that has a look.
+        look: learned from annotated pictures; None where it was shown.
     """
 
     name: str
     plural: str
-    samples: tuple[Sample, ...]
+    samples: tuple[Sample, ...] = ()
+    look: WordLook | None = None
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -134,6 +150,7 @@ class Words:
                     "name": word.name,
                     "plural": word.plural,
                     "samples": [list(sample) for sample in word.samples],
+                    **({} if word.look is None else {"look": word.look._asdict()}),
                 }
                 for word in self.words.values()
             ],
@@ -190,9 +207,18 @@ def read_words(folder: Path) -> Words:
 
 def _word(value: Mapping[str, Any]) -> Word:
     samples = tuple(Sample(_text(p), float(x), float(y)) for p, x, y in value["samples"])
-    if not samples:
-        raise ValueError("a word has no sample")
-    return Word(checked_name(_text(value["name"])), _text(value["plural"]), samples)
+    look = None if value.get("look") is None else _look(value["look"])
+    if not samples and look is None:
+        raise ValueError("a word has no sample, and no look")
+    return Word(checked_name(_text(value["name"])), _text(value["plural"]), samples, look)
+
+
+def _look(value: Mapping[str, Any]) -> WordLook:
+    patch, token = (tuple(float(x) for x in value[part]) for part in ("patch", "token"))
+    look = WordLook(patch, token, float(value["size"]))
+    if len(patch) != len(token) or not all(map(math.isfinite, (*patch, *token, look.size))):
+        raise ValueError("a word's look is not as it was learned")
+    return look
 
 
 def _text(value: object) -> str:

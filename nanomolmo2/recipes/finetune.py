@@ -102,6 +102,8 @@ def finetune(
                 find_weight=FIND_WEIGHT,
                 max_crops=max(recipe.max_crops, PHOTOS_A_ROW * crops),
             )
+    elif config_of(recipe).finder_dim is not None:
+        recipe = dataclasses.replace(recipe, find_weight=FIND_WEIGHT)  # behind the last step
     recipe = with_fresh_rate(recipe)
     return with_default_length(recipe) if steps is None else with_steps(recipe, steps)
 

@@ -97,6 +97,8 @@ class Recipe(Config):
             sized otherwise every time (`data/photos.py`).
         find_weight: of what a model finds all at once, beside its answers, where its design has
             that (`training/find_terms.py`); nouns of the data are then found so. 0 = not at all.
+            One that writes coordinates learns the nouns behind the last step, if this is not 0
+            (`training/word_looks.py`).
         crop_weight: what a crop is worth beside a token when rows are packed.
         max_bad_fraction: share of examples that may be bad before the run stops.
         train: parts that learn: vision, connector, llm, embeddings, points (what selects visual

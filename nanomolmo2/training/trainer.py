@@ -83,6 +83,7 @@ from nanomolmo2.training.split import Split, open_split, shared_split
 from nanomolmo2.training.summary import summary
 from nanomolmo2.training.validation import Validation, load_best
 from nanomolmo2.training.watch import Watch
+from nanomolmo2.training.word_looks import learns_words, take_words
 
 __all__ = [
     "Opened",
@@ -198,6 +199,9 @@ def _train(
         load_best(stage, model, Checkpoints(out, world=world, start=start), info)
         processor = with_sources_of(recipe, opened.processor)
         save_model(recipe, model, processor, out / MODEL_FOLDER, world)
+        if world.is_main and learns_words(recipe, model):
+            dtype = getattr(torch, recipe.dtype)
+            take_words(out / MODEL_FOLDER, split, dtype, info, seed=recipe.seed)
     if finished and abilities is not None:
         report_abilities(abilities, recipe, out, info, world.device)
     return finished
