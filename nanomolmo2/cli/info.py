@@ -70,14 +70,13 @@ class Info:
 
 
 def words_text(model: str) -> str:
-    """The words that a model was taught by example, a line; nothing where there are none."""
+    """The words that a model was taught, a line; nothing where there are none."""
     from nanomolmo2.generation.words import words_of
 
     words = words_of(model)
     if words is None or not words.words:
         return ""
-    numbers = {word.name: len(word.samples) for word in words.words.values()}
-    said = ", ".join(f"{n}, taught by {k} example{'s' * (k != 1)}" for n, k in numbers.items())
+    said = ", ".join(f"{word.name}, taught {word.known_by}" for word in words.words.values())
     return f"\nwords: {said}"
 
 

@@ -208,11 +208,9 @@ class Teach:
         if known is not None:
             if self.replace:
                 return
-            examples = len(words.words[known].samples)
             raise ValueError(
-                f"{self.model} was taught {known} before, by {examples} "
-                f"example{'s' if examples != 1 else ''}: --replace takes these in place of them, "
-                f"another name keeps both"
+                f"{self.model} was taught {known} before, {words.words[known].known_by}: --replace "
+                f"takes these in place of them, another name keeps both"
             )
         from nanomolmo2.generation.words import key_of
 

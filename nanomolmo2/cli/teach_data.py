@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from nanomolmo2.cli.options import UsageError
 from nanomolmo2.cli.output import note, progress_bars, say
 
 if TYPE_CHECKING:
+    from nanomolmo2.cli.train import Train
     from nanomolmo2.data.example import Source
     from nanomolmo2.evaluation.summary import Report
     from nanomolmo2.generation.pipeline import Pipeline
@@ -56,13 +57,63 @@ class Lesson:
 
     def run(self) -> None:
         """Train, measure on the photos that were held out, and write the model and the page."""
-        from nanomolmo2.cli.train import Train
-        from nanomolmo2.training.loop import Stopped
-
         self._say_labels()
         run = self.out / RUN
+        if not self._learn_looks(run):
+            self._train(run)
+        pipeline = load_pipeline(
+            str(run / "model"), self.cache_dir, **precision(None, None, self.device)
+        )
+        sources = held_out(run)
+        report = self._measured(pipeline, sources)
+        self._write(run, report, sources, pipeline.words)
+
+    def _learn_looks(self, run: Path) -> bool:
+        """Let the finder of a model learn the nouns of the data. Returns: whether that is all that
+        they ask about; their language model then stays what it was.
+        """
+        import torch
+
+        from nanomolmo2.cli.teach import copy_model, model_folder
+        from nanomolmo2.convert.pretrained import load_config
+        from nanomolmo2.training.run_folder import MODEL_FOLDER, RECIPE_FILE
+        from nanomolmo2.training.split import open_split
+        from nanomolmo2.training.word_looks import learns_words, take_words
+
+        if (run / RECIPE_FILE).is_file() and not (run / MODEL_FOLDER).is_dir():
+            return False  # a run that goes on
+        recipe = replace(self._trainer(run), minutes=None, resume=False).recipe_in(run)
+        if not learns_words(recipe, load_config(self.model)):
+            return False
+        shutil.rmtree(run, ignore_errors=True)
+        (run / MODEL_FOLDER).mkdir(parents=True)
+        copy_model(model_folder(self.model), run / MODEL_FOLDER)
+        split = open_split(recipe)
+        dtype = getattr(torch, recipe.dtype)
+        learned = take_words(run / MODEL_FOLDER, split, dtype, say, seed=recipe.seed)
+        if learned is None or learned.others:
+            shutil.rmtree(run)
+            return False
+        recipe.save(run / RECIPE_FILE)
+        split.save(run)
+        return True
+
+    def _train(self, run: Path) -> None:
+        from nanomolmo2.training.loop import Stopped
+
+        train = self._trainer(run)
+        train.check()
+        try:
+            train.train_into(run)
+        except Stopped as stopped:
+            note(f"nanomolmo2: {stopped}; the same command goes on")
+            raise SystemExit(stopped.code) from None
+
+    def _trainer(self, run: Path) -> Train:
+        from nanomolmo2.cli.train import Train
+
         options: dict[str, Any] = {"val_share": self.share, "val_limit": 0}
-        train = Train(
+        return Train(
             recipe="",
             data=self.data,
             pictures=self.pictures,
@@ -74,18 +125,6 @@ class Lesson:
             cache_dir=self.cache_dir,
             **options,
         )
-        train.check()
-        try:
-            train.train_into(run)
-        except Stopped as stopped:
-            note(f"nanomolmo2: {stopped}; the same command goes on")
-            raise SystemExit(stopped.code) from None
-        pipeline = load_pipeline(
-            str(run / "model"), self.cache_dir, **precision(None, None, self.device)
-        )
-        sources = held_out(run)
-        report = self._measured(pipeline, sources)
-        self._write(run, report, sources, pipeline.words)
 
     def _say_labels(self) -> None:
         """Say it where the data never point to the word."""
@@ -112,7 +151,8 @@ class Lesson:
             report = evaluate(pipeline, [*sources], baselines=True, on_progress=bar("held out"))
             if self.words is None:
                 return report
-            pipeline.words = self.words
+            learned = pipeline.words
+            pipeline.words = self._with_examples(learned)
             other = evaluate(pipeline, [*sources], baselines=True, on_progress=bar("by example"))
         own, by_example = mean_score(report), mean_score(other)
         better = by_example > own
@@ -121,18 +161,30 @@ class Lesson:
             f"example; {'examples are' if better else 'what was learned is'} kept"
         )
         if not better:
-            pipeline.words = None
+            pipeline.words = learned
         return other if better else report
+
+    def _with_examples(self, learned: Words | None) -> Words:
+        """What was taught by examples, and of other words what was learned."""
+        assert self.words is not None
+        words = self.words
+        shown = {form for word in words.words.values() for form in word.forms}
+        for word in () if learned is None else learned.words.values():
+            if not shown & set(word.forms):
+                words = words.with_word(word, {})
+        return words
 
     def _write(
         self, run: Path, report: Report, sources: Sequence[Source], words: Words | None
     ) -> None:
         from nanomolmo2.evaluation.every_answer import write_every_answer
+        from nanomolmo2.generation.words import WORDS_FILE
 
         about = {"data": ", ".join(self.data), "model": self.model, "held out": f"{self.share:.0%}"}
         write_every_answer(
             self.out / PAGE, report, sources, title="What the model says now", about=about
         )
+        (run / "model" / WORDS_FILE).unlink(missing_ok=True)
         if words is not None:
             words.save(self.out)
         names = sorted(os.listdir(run / "model"), key=lambda name: name == "config.json")

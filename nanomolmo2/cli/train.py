@@ -255,7 +255,7 @@ class Train(RecipeOptions):
         from nanomolmo2.training.distributed import World
         from nanomolmo2.training.trainer import train_recipe
 
-        recipe = self._recipe(name, out)
+        recipe = self.recipe_in(out, name)
         note_words_left(recipe.model, "trained")
         if self.device is not None:
             device_of(self.device)
@@ -276,7 +276,7 @@ class Train(RecipeOptions):
         from nanomolmo2.training.distributed import World
         from nanomolmo2.training.find_lr import JSON_FILE, RULE, find_lr
 
-        recipe, folder = self._recipe(name, out), out.with_name(f"{out.name}-find-lr")
+        recipe, folder = self.recipe_in(out, name), out.with_name(f"{out.name}-find-lr")
         if self.device is not None:
             device_of(self.device)
         with World.from_env(self.device) as world:
@@ -293,7 +293,7 @@ class Train(RecipeOptions):
             say(f"train with --lr {found.parts[recipe.leading_part]:.2g} ({parts}): {RULE}")
         say(f"wrote {folder / JSON_FILE} and its picture, and no model")
 
-    def _recipe(self, name: str, out: Path) -> Recipe:
+    def recipe_in(self, out: Path, name: str = "finetune") -> Recipe:
         """The recipe with what the command line changes of it; of a run that goes on, its own."""
         from nanomolmo2.training.recipe import Recipe
         from nanomolmo2.training.run_folder import RECIPE_FILE

@@ -16,7 +16,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
@@ -28,7 +28,7 @@ from nanomolmo2.generation.answer import Answer, Shown, coords_of
 from nanomolmo2.generation.find import find_words
 from nanomolmo2.generation.finding import LEAST_CONFIDENCE
 from nanomolmo2.generation.question import Question, read_question
-from nanomolmo2.generation.words import Sample, Word, Words, key_of, listed
+from nanomolmo2.generation.words import Sample, Word, Words, key_of, listed, with_article
 from nanomolmo2.processor import Message, Point, load_image
 from nanomolmo2.processor.points import NOTHING_THERE
 
@@ -98,7 +98,7 @@ def answer_about_words(vlm: VLM, words: Words, question: Question) -> Answer | N
         zip((word.name for word in learned), find_learned(vlm, learned, image), strict=True)
     )
     found = [by_look.get(word.name) or find_word(vlm, words, word, image) for word in about]
-    answer = _said(task, about, found)
+    answer = replace(said(task, about, found, [image.size]), show=partial(Shown, [image]))
     if others:
         note = f"the answer is about {listed(w.name for w in about)} alone: ask about "
         answer = replace(answer, problems=(*answer.problems, f"{note}{listed(others)} apart"))
@@ -154,11 +154,16 @@ def find_word(vlm: VLM, words: Words, word: Word, image: Image.Image) -> tuple[A
                 min_confidence=least,
             )
         )
-    lists = [[point for point in a.points if _confidence(point) >= least] for a in answers]
-    if len(lists) == 1:
-        return answers[0], lists[0]
-    merged = merge(lists, NEAR * math.hypot(*image.size))
-    found = [point for point in merged if _confidence(point) >= _SURE]
+    return merge_found(answers, image.size)
+
+
+def merge_found(answers: Sequence[Answer], size: tuple[int, int]) -> tuple[Answer, list[Point]]:
+    """The first of several answers of `VLM.find` about one image of ``size``, and what all of them
+    found together; see `merge`."""
+    if len(answers) == 1:
+        return answers[0], [point for point in answers[0].points if _confidence(point) >= _SURE]
+    lists = [answer.points for answer in answers]
+    found = [p for p in merge(lists, NEAR * math.hypot(*size)) if _confidence(p) >= _SURE]
     return answers[0], sorted(found, key=lambda point: (point.y, point.x))
 
 
@@ -211,10 +216,18 @@ def merge(lists: Sequence[Sequence[Point]], near: float) -> list[Point]:
     ]
 
 
-def _said(task: Task, about: Sequence[Word], found: Sequence[tuple[Answer, list[Point]]]) -> Answer:
-    """What was found, in the words that the model has for it."""
+def said(
+    task: Task,
+    about: Sequence[Word],
+    found: Sequence[tuple[Answer, list[Point]]],
+    sizes: Sequence[tuple[int, int]],
+    image: int = 1,
+) -> Answer:
+    """What was found, in the words that the model has for it.
+
+    Args: sizes: of all images of the question. image: the one that is asked about, from 1.
+    """
     first, lists = found[0][0], [points for _, points in found]
-    sizes = first.image_sizes[-1:]
     points: list[Point] = []
     count = sum(map(len, lists)) if task in ("count", "number") else None
     if task == "presence":
@@ -225,7 +238,7 @@ def _said(task: Task, about: Sequence[Word], found: Sequence[tuple[Answer, list[
         texts = []
         for word, own in zip(about, lists, strict=True):
             placed = [
-                replace(point, id=i, label=word.name, image=1)
+                replace(point, id=i, label=word.name, image=image)
                 for i, point in enumerate(own, start=1)
             ]
             points += placed
@@ -246,16 +259,10 @@ def _said(task: Task, about: Sequence[Word], found: Sequence[tuple[Answer, list[
         points=tuple(points),
         count=0 if text == NOTHING_THERE else count,
         problems=tuple(dict.fromkeys(problems)),
-        image_sizes=sizes,
+        image_sizes=tuple(sizes),
         confidences=(),
         timings=timings,
-        show=None if first.show is None else partial(_last_shown, first.show),
     )
-
-
-def _last_shown(show: Callable[[], Shown]) -> Shown:
-    """The image that was asked about, without a reference before it."""
-    return Shown(show().images[-1:])
 
 
 def _confidence(point: Point) -> float:
@@ -293,7 +300,7 @@ def messages_about(
     word: Word, samples: Sequence[Sample], shown: Image.Image, image: Image.Image, text: str
 ) -> list[Message]:
     """A conversation in which a word is explained before the question, as in training."""
-    name = f"{'an' if key_of(word.name)[0] in 'aeiou' else 'a'} {word.name}"
+    name = with_article(word.name)
     parts: list[Any] = [{"type": "image", "image": shown}, {"type": "image", "image": image}]
     parts.append({"type": "text", "text": "This "})
     for i, sample in enumerate(samples):

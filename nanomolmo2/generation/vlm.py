@@ -33,6 +33,7 @@ from nanomolmo2.generation.question import (
     as_question,
 )
 from nanomolmo2.generation.scheduler import Way
+from nanomolmo2.generation.shown import answer_about_shown
 from nanomolmo2.generation.stream import Asked, Item, Said, Stream, begun
 from nanomolmo2.generation.taught import answer_about_words
 from nanomolmo2.generation.words import words_of
@@ -430,8 +431,14 @@ class VLM(Asking):
                 given += 1
 
     def _known(self, question: Question) -> Answer | None:
-        """The answer to a question about words that were taught by examples; None for others."""
-        return None if self.words is None else answer_about_words(self, self.words, question)
+        """The answer to a question about words that were taught, and where the language model
+        cannot read points in a question, to one with points; None for others."""
+        config, known = self.model.config, None
+        if config.finder_dim is not None and config.point_config is None:
+            known = answer_about_shown(self, question)
+        if known is None and self.words is not None:
+            known = answer_about_words(self, self.words, question)
+        return known
 
     # ---- for event loops ----
 

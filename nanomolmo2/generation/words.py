@@ -73,6 +73,13 @@ class Word:
     look: WordLook | None = None
 
     @property
+    def known_by(self) -> str:
+        """How it was taught, for people."""
+        if self.look is not None:
+            return "from annotated pictures"
+        return f"by {len(self.samples)} example{'s' * (len(self.samples) != 1)}"
+
+    @property
     def forms(self) -> tuple[str, ...]:
         """How the word may stand in a question, the longest first."""
         singular = self.name[:-1] if self.plural == self.name and self.name.endswith("s") else ""
@@ -150,7 +157,7 @@ class Words:
                     "name": word.name,
                     "plural": word.plural,
                     "samples": [list(sample) for sample in word.samples],
-                    **({} if word.look is None else {"look": word.look._asdict()}),
+                    **({} if word.look is None else {"look": _look_values(word.look)}),
                 }
                 for word in self.words.values()
             ],
@@ -213,8 +220,14 @@ def _word(value: Mapping[str, Any]) -> Word:
     return Word(checked_name(_text(value["name"])), _text(value["plural"]), samples, look)
 
 
+def _look_values(look: WordLook) -> dict[str, Any]:
+    """A line for each part."""
+    patch, token = (" ".join(map(str, part)) for part in look[:2])
+    return {"patch": patch, "token": token, "size": look.size}
+
+
 def _look(value: Mapping[str, Any]) -> WordLook:
-    patch, token = (tuple(float(x) for x in value[part]) for part in ("patch", "token"))
+    patch, token = (tuple(map(float, value[part].split())) for part in ("patch", "token"))
     look = WordLook(patch, token, float(value["size"]))
     if len(patch) != len(token) or not all(map(math.isfinite, (*patch, *token, look.size))):
         raise ValueError("a word's look is not as it was learned")
@@ -274,6 +287,11 @@ def key_of(text: str) -> str:
 def pattern_of(form: str) -> re.Pattern[str]:
     """A form as a whole word."""
     return re.compile(rf"(?<!\w){re.escape(form)}(?!\w)")
+
+
+def with_article(name: str) -> str:
+    """``a walnut``, ``an almond``; by the first letter."""
+    return f"{'an' if key_of(name)[0] in 'aeiou' else 'a'} {name}"
 
 
 def listed(names: Iterable[str]) -> str:

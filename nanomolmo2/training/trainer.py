@@ -199,7 +199,7 @@ def _train(
         load_best(stage, model, Checkpoints(out, world=world, start=start), info)
         processor = with_sources_of(recipe, opened.processor)
         save_model(recipe, model, processor, out / MODEL_FOLDER, world)
-        if world.is_main and learns_words(recipe, model):
+        if world.is_main and learns_words(recipe, model.config):
             dtype = getattr(torch, recipe.dtype)
             take_words(out / MODEL_FOLDER, split, dtype, info, seed=recipe.seed)
     if finished and abilities is not None:

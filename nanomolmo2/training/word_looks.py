@@ -39,6 +39,7 @@ from nanomolmo2.generation.taught import task_of
 from nanomolmo2.generation.words import Word, WordLook, Words, checked_name, key_of, listed
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.finder import Patches
+from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.processor import Processor, load_image
 from nanomolmo2.processor.points import NOTHING_THERE, Point, parse_points
 from nanomolmo2.training.find_terms import FIRST_WEIGHT, HITS_WEIGHT, WAY_WEIGHT
@@ -66,13 +67,24 @@ class Places(NamedTuple):
     things: dict[str, list[tuple[float, float]]]
 
 
+class Nouns(NamedTuple):
+    """What can be learned from some data.
+
+    Attributes:
+        words: without looks. pictures: that say where things of them are.
+        others: number of answers that are not about these words.
+    """
+
+    words: list[Word]
+    pictures: list[Places]
+    others: int
+
+
 # ---- what the data say ----
 
 
-def read_places(
-    sources: Sequence[Source], known: Collection[str] = (), seed: int = 0
-) -> tuple[list[Word], list[Places]]:
-    """The nouns that some data point to, without looks, and the pictures that say where.
+def read_places(sources: Sequence[Source], known: Collection[str] = (), seed: int = 0) -> Nouns:
+    """The nouns that some data point to, and where.
 
     Only files of records are read, at most `MOST_RECORDS` of each, drawn at random.
 
@@ -91,7 +103,8 @@ def read_places(
     for _, _, answers in said:
         most: dict[str, int] = {}
         for _, points in answers:
-            for label, number in Counter(point.label for point in points if point.label).items():
+            labels = Counter(point.label for point in points or () if point.label)
+            for label, number in labels.items():
                 most[label] = max(most.get(label, 0), number)
         things.update(most)
         pictures.update(most.keys())
@@ -111,28 +124,36 @@ def read_places(
     found = [Places(source, i, _things_of(answers, words)) for source, i, answers in said]
     found = [places for places in found if places.things][:MOST_PICTURES]
     asked = {name for places in found for name, at in places.things.items() if at}
-    return [word for word in chosen if word.name in asked], found
+    chosen = [word for word in chosen if word.name in asked]
+    words = Words({word.name: word for word in chosen}, {})
+    questions = [question for _, _, answers in said for question, _ in answers]
+    others = sum(not (task_of(one) and words.mentioned(one)[0]) for one in questions)
+    return Nouns(chosen, found, others)
 
 
-_Answer = tuple[str, list[Point]]  # a question, and what is pointed to
+# A question, and what is pointed to: nothing where it says that there is none, None where the
+# answer says other things.
+_Answer = tuple[str, list[Point] | None]
 
 
 def _answers(source: Source, number: int) -> list[_Answer]:
-    """The questions of a record about one picture whose answers point, or say that there is
-    nothing."""
+    """The questions of a record."""
     example = _example(source, number)
-    if example is None or example.video is not None or len(example.images) != 1:
+    if example is None:
         return []
-    size = load_image(example.images[0]).size
+    one_picture = example.video is None and len(example.images) == 1
+    size = load_image(example.images[0]).size if one_picture else None
     found = []
     for branch in example.branches:
         turns = [(turn["role"], turn["content"]) for turn in branch.messages]
         for (_, asked), (role, answer) in itertools.pairwise(turns):
-            if role != "assistant" or not (isinstance(asked, str) and isinstance(answer, str)):
+            if role != "assistant":
                 continue
-            points = parse_points(answer, [size], problems=[])
-            if points or answer == NOTHING_THERE:
-                found.append((asked, points))
+            points: list[Point] | None = None
+            if size is not None and isinstance(answer, str):
+                points = parse_points(answer, [size], problems=[])
+                points = points if points or answer == NOTHING_THERE else None
+            found.append((asked if isinstance(asked, str) else "", points))
     return found
 
 
@@ -156,7 +177,7 @@ def _things_of(answers: Sequence[_Answer], words: Words) -> dict[str, list[tuple
     things: dict[str, list[tuple[float, float]]] = {}
     unsure = set()
     for question, points in answers:
-        if task_of(question) not in ("point", "count"):
+        if points is None or task_of(question) not in ("point", "count"):
             continue
         about, _ = words.mentioned(question)
         for word in about:
@@ -317,34 +338,37 @@ def _loss(model: NanoMolmo2, looks: WordLooks, lesson: _Lesson) -> Tensor:
 # ---- in a run ----
 
 
-def learns_words(recipe: Recipe, model: NanoMolmo2) -> bool:
+def learns_words(recipe: Recipe, config: NanoMolmo2Config) -> bool:
     """Whether the nouns of a run's data are learned by the finder behind its last step: one whose
     model points by selecting learns them with everything else, see `find_terms`."""
-    writes = model.config.point_config is None
-    return recipe.find_weight > 0 and writes and model.config.finder_dim is not None
+    writes = config.point_config is None
+    return recipe.find_weight > 0 and writes and config.finder_dim is not None
 
 
 def take_words(
     folder: Path, split: Split, dtype: torch.dtype, info: Info, *, seed: int = 0
-) -> bool:
+) -> Nouns | None:
     """Teach the model in a folder the nouns of its data, if that is better, and write it again.
 
     Args:
         split: what it learned from, and what is held out to measure on; maybe nothing.
         dtype: of the weights that are written.
-    Returns: whether it has learned any.
+    Returns: what it has learned; None where it has not.
     """
     pipeline = Pipeline.from_pretrained(folder, device="cpu", dtype=torch.float32)
     nouns = known_nouns(pipeline.processor.config.trained_on)
     learned_from, held_out = split.mixture.sources, split.validation
-    words, pictures = read_places(learned_from, {key_of(noun) for noun in nouns}, seed)
-    if not words:
-        return False
-    names = listed(word.name for word in words)
-    info(f"learning what {names} look like, from {len(pictures)} pictures")
+    learned = read_places(learned_from, {key_of(noun) for noun in nouns}, seed)
+    if not learned.words:
+        return None
+    names = listed(word.name for word in learned.words)
+    info(f"learning what {names} look like, from {len(learned.pictures)} pictures")
     written = _mean_score(pipeline, held_out)
-    words = learn_looks(pipeline.model, pipeline.processor, words, pictures, seed)
-    pipeline.words = Words({word.name: word for word in words}, {}, nouns)
+    words = learn_looks(pipeline.model, pipeline.processor, *learned[:2], seed)
+    known = pipeline.words or Words({}, {}, nouns)
+    for word in words:
+        known = known.with_word(word, {})
+    pipeline.words = known
     found = _mean_score(pipeline, held_out)
     if written is None or found is None:
         info(f"{names}: found by their looks now (not measured: nothing is held out)")
@@ -353,10 +377,10 @@ def take_words(
         kept = "found by their looks now" if is_better else "left to the language model"
         info(f"{names}: {kept}; mean score on what is held out {found:.3f}, {written:.3f} written")
         if not is_better:
-            return False
+            return None
     pipeline.model.to(dtype).save_pretrained(folder, processor=pipeline.processor)
-    pipeline.words.save(folder)
-    return True
+    known.save(folder)
+    return learned
 
 
 def _mean_score(pipeline: Pipeline, held_out: Sequence[Source]) -> float | None:
