@@ -35,6 +35,7 @@ from nanomolmo2.emoji.sprites import known_nouns
 from nanomolmo2.generation.find import crops_of
 from nanomolmo2.generation.finding import Seen, patch_at, patches_of, see, wanted_words
 from nanomolmo2.generation.pipeline import Pipeline
+from nanomolmo2.generation.prefix_cache import digest
 from nanomolmo2.generation.taught import task_of
 from nanomolmo2.generation.words import Word, WordLook, Words, checked_name, key_of, listed
 from nanomolmo2.models import NanoMolmo2
@@ -90,43 +91,38 @@ def read_places(sources: Sequence[Source], known: Collection[str] = (), seed: in
 
     Args: known: nouns that are left out, as `key_of` writes them.
     """
-    said = []
-    for source in sources:
-        if isinstance(source, RecordSource):
-            order = np.random.default_rng(seed).permutation(len(source))[:MOST_RECORDS]
-            said += [
-                (source, number, answers)
-                for number in order.tolist()
-                if (answers := _answers(source, number))
-            ]
+    said = [record for source in sources for record in _records(source, seed)]
     things, pictures = Counter[str](), Counter[str]()
-    for _, _, answers in said:
+    shown = dict[str, list[_Record]]()
+    for record in said:
+        shown.setdefault(record.picture or f"record {len(shown)}", []).append(record)
+    for records in shown.values():
         most: dict[str, int] = {}
-        for _, points in answers:
+        for _, points in itertools.chain(*(record.answers for record in records)):
             labels = Counter(point.label for point in points or () if point.label)
             for label, number in labels.items():
                 most[label] = max(most.get(label, 0), number)
         things.update(most)
         pictures.update(most.keys())
-    words = Words(
-        {
-            label: Word(label, plural(label))
-            for label, number in things.most_common()
-            if number >= FEWEST_THINGS
-            and pictures[label] >= FEWEST_PICTURES
-            and key_of(label) not in known
-            and _is_name(label)
-        },
-        {},
-    )
-    chosen = list(words.words.values())[:MOST_WORDS]
+    chosen = [
+        Word(label, plural(label))
+        for label, number in things.most_common()
+        if number >= FEWEST_THINGS
+        and pictures[label] >= FEWEST_PICTURES
+        and key_of(label) not in known
+        and _is_name(label)
+    ][:MOST_WORDS]
     words = Words({word.name: word for word in chosen}, {})
-    found = [Places(source, i, _things_of(answers, words)) for source, i, answers in said]
-    found = [places for places in found if places.things][:MOST_PICTURES]
+    found = []
+    for records in shown.values():
+        answers = [answer for record in records for answer in record.answers]
+        if at := _things_of(answers, words):
+            found.append(Places(records[0].source, records[0].number, at))
+    found = found[:MOST_PICTURES]
     asked = {name for places in found for name, at in places.things.items() if at}
     chosen = [word for word in chosen if word.name in asked]
     words = Words({word.name: word for word in chosen}, {})
-    questions = [question for _, _, answers in said for question, _ in answers]
+    questions = [question for record in said for question, _ in record.answers]
     others = sum(not (task_of(one) and words.mentioned(one)[0]) for one in questions)
     return Nouns(chosen, found, others)
 
@@ -136,14 +132,31 @@ def read_places(sources: Sequence[Source], known: Collection[str] = (), seed: in
 _Answer = tuple[str, list[Point] | None]
 
 
-def _answers(source: Source, number: int) -> list[_Answer]:
-    """The questions of a record."""
-    example = _example(source, number)
-    if example is None:
-        return []
-    one_picture = example.video is None and len(example.images) == 1
-    size = load_image(example.images[0]).size if one_picture else None
-    found = []
+class _Record(NamedTuple):
+    """What a record says; ``picture`` is the same for the same picture, empty for several."""
+
+    source: Source
+    number: int
+    picture: str
+    answers: list[_Answer]
+
+
+def _records(source: Source, seed: int) -> Iterator[_Record]:
+    """Those of a file, in random order, at most `MOST_RECORDS`."""
+    if isinstance(source, RecordSource):
+        order = np.random.default_rng(seed).permutation(len(source))[:MOST_RECORDS]
+        for number in order.tolist():
+            example = _example(source, number)
+            if example is not None:
+                yield _read(source, number, example)
+
+
+def _read(source: Source, number: int, example: Example) -> _Record:
+    picture, size = "", None
+    if example.video is None and len(example.images) == 1:
+        image = load_image(example.images[0])
+        picture, size = digest(np.asarray(image)), image.size
+    found: list[_Answer] = []
     for branch in example.branches:
         turns = [(turn["role"], turn["content"]) for turn in branch.messages]
         for (_, asked), (role, answer) in itertools.pairwise(turns):
@@ -154,7 +167,7 @@ def _answers(source: Source, number: int) -> list[_Answer]:
                 points = parse_points(answer, [size], problems=[])
                 points = points if points or answer == NOTHING_THERE else None
             found.append((asked if isinstance(asked, str) else "", points))
-    return found
+    return _Record(source, number, picture, found)
 
 
 def _example(source: Source, number: int) -> Example | None:

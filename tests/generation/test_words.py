@@ -154,7 +154,9 @@ def test_a_count_says_what_find_found_in_the_words_of_the_model() -> None:
     first, second = answer.points
     assert (first.x, first.image, first.id, first.label) == (10.4, 1, 1, "walnut")
     assert (second.confidence, second.id) == (0.5, 2)
-    assert answer.show is not None and answer.show().images == ["asked"]
+    assert answer.show is not None
+    (shown,) = answer.show().images
+    assert shown.size == SIZE and shown.tobytes() == PHOTO.tobytes()
     (call,) = finds.calls
     assert call["like"] == [(10, 20)] and not call["unlike"] and call["min_confidence"] == 0.5
     assert call["reference"].size == SIZE and call["reference"].getpixel((0, 0)) == (255, 0, 0)
