@@ -18,6 +18,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from nanomolmo2.generation import finding
 from nanomolmo2.generation.answer import Answer, Shown, coords_of
 from nanomolmo2.generation.finding import Found, Seen
@@ -99,12 +101,14 @@ def find(
     _check_inside(asked)
     crops = crops_of(model, processor, max_crops, asked.sizes)
     prepared = time.perf_counter()
-    # The reference first: of many pictures that are asked about, it is the last to be forgotten.
-    seen = [finding.see(model, crops, picture, cache, seeing) for picture in pictures]
-    found = finding.look_for(model, seen, *examples)
+    looks = _see(model, crops, pictures, cache, seeing, whole=max_crops is None)
+    found = _together([finding.look_for(model, seen, *examples) for seen in looks], looks)
+    seen = looks[len(looks) // 2]
     spent = time.perf_counter() - prepared
     return replace(
         _answer(asked, seen, found),
+        prompt_tokens=(tokens := _visual_tokens(looks)),
+        input_tokens=tokens,
         timings={"prepare": prepared - start, "first_token": spent, "generate": spent},
     )
 
@@ -127,11 +131,63 @@ def find_words(
     start = time.perf_counter()
     picture = load_image(image)
     asked = Asked(Examples([], []), [image], [picture.size], finding.LIKELY)
-    seen = finding.see(model, crops_of(model, processor, None, asked.sizes), picture, cache, seeing)
-    found = finding.look_for_words(model, seen, looks)
+    crops = crops_of(model, processor, None, asked.sizes)
+    seen = _see(model, crops, [picture], cache, seeing, whole=True)
+    by_look = [finding.look_for_words(model, look, looks) for (look,) in seen]
+    found = [_together([[words[i]] for words in by_look], seen) for i in range(len(looks))]
     spent = time.perf_counter() - start
     timings = {"prepare": 0.0, "first_token": spent, "generate": spent}
-    return [replace(_answer(asked, [seen], [one]), timings=timings) for one in found]
+    tokens = _visual_tokens(seen)
+    middle = seen[len(seen) // 2]
+    return [
+        replace(
+            _answer(asked, middle, one), prompt_tokens=tokens, input_tokens=tokens, timings=timings
+        )
+        for one in found
+    ]
+
+
+def _see(
+    model: NanoMolmo2,
+    crops: MultiCrop,
+    pictures: Sequence[Image.Image],
+    cache: PrefixCache | None,
+    seeing: AbstractContextManager[Any],
+    *,
+    whole: bool,
+) -> list[list[Seen]]:
+    """Each look at the pictures: of `finding.looks_at`, or one alone.
+
+    The reference comes first: of many pictures that are asked about, it is the last to be
+    forgotten.
+    """
+    tilings = [finding.looks_at(crops, picture.size) for picture in pictures]
+    return [
+        [
+            finding.see(model, crops, picture, cache, seeing, tiling[look] if whole else None)
+            for picture, tiling in zip(pictures, tilings, strict=True)
+        ]
+        for look in range(finding.LOOKS if whole else 1)
+    ]
+
+
+def _together(
+    found: Sequence[Sequence[Sequence[Found]]], looks: Sequence[Sequence[Seen]]
+) -> list[list[Found]]:
+    """Of each picture what all looks found."""
+    if len(found) == 1:
+        return [list(one) for one in found[0]]
+    largest = [
+        max(seen.size[0] / seen.view.cols for seen in of_one) for of_one in zip(*looks, strict=True)
+    ]
+    return [
+        finding.vote(of_one, finding.NEAREST_PATCHES * patch)
+        for of_one, patch in zip(zip(*found, strict=True), largest, strict=True)
+    ]
+
+
+def _visual_tokens(looks: Sequence[Sequence[Seen]]) -> int:
+    return sum(len(seen.tokens) for look in looks for seen in look)
 
 
 # ---- what is asked ----
@@ -284,7 +340,6 @@ def _answer(asked: Asked, seen: Sequence[Seen], found: Sequence[Sequence[Found]]
     candidates = _without_unlike(asked, seen, found[asked.image - 1])
     chosen = [one for one in candidates if one.confidence >= asked.min_confidence]
     points = _in_order(asked, seen, chosen)
-    visual_tokens = sum(len(one.tokens) for one in seen)
     problems = _problems(asked, seen, found, candidates)
     text = NOTHING_THERE
     if points:
@@ -301,11 +356,11 @@ def _answer(asked: Asked, seen: Sequence[Seen], found: Sequence[Sequence[Found]]
         image_sizes=tuple(asked.sizes),
         video_size=None,
         frame_times=(),
-        input_tokens=visual_tokens,
+        input_tokens=0,
         output_tokens=0,
         timings={},
         confidence=math.exp(sum(math.log(max(one, 1e-9)) for one in sure) / len(sure)),
-        prompt_tokens=visual_tokens,
+        prompt_tokens=0,
         show=partial(_shown, asked.sources),
     )
 

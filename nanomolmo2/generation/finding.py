@@ -32,7 +32,7 @@ from nanomolmo2.generation.words import WordLook
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.finder import APART, Finder, Patches, Wanted
 from nanomolmo2.processor import Encoded, Point
-from nanomolmo2.processor.crops import MultiCrop
+from nanomolmo2.processor.crops import MultiCrop, resize
 from nanomolmo2.processor.point_space import PointSpace, Target, View
 
 LEAST_CONFIDENCE = 0.05  # candidates below are not told
@@ -40,6 +40,7 @@ SUREST = 0.999
 MEANT = math.tanh(2.0)  # how far an example is meant, where that is told; its negative: not
 LIKELY = 0.5  # from here on it is listed
 LEAST_CROPS, MOST_CROPS = 4, 16
+LOOKS = 3  # at a picture, in sizes of their own
 NEAREST = 0.55  # of their size: two middles nearer to each other are of one thing
 NEAREST_PATCHES = 0.75  # and by so many patches at least
 _BAND = 1 << 22  # pixels of an image that are read at once
@@ -118,6 +119,7 @@ def see(
     picture: Image.Image | NDArray[np.uint8],
     cache: PrefixCache | None = None,
     seeing: AbstractContextManager[Any] | None = None,
+    tiling: tuple[int, int] | None = None,
 ) -> Seen:
     """Encode a picture, or take it from the cache.
 
@@ -125,8 +127,13 @@ def see(
         crops: how it is cut; there is no overview, in which nothing can be found.
         picture: RGB, as `load_image` gives it or (H, W, 3).
         seeing: held while the encoder sees it, and not where the cache knows it.
+        tiling: rows and columns of tiles that it is enlarged or reduced to; None: as ``crops`` cut.
     """
-    width, height = picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
+    size = picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
+    width, height = size
+    if tiling is not None:
+        height, width = (n * crops.window_size + crops.margin_size for n in tiling)
+        crops = replace(crops, max_crops=tiling[0] * tiling[1])
     view = View(0, *crops.patch_grid(width, height), crops.pooling_size)
     row, slot = (part.ravel() for part in view.row_and_slot(*np.indices((view.rows, view.cols))))
     device = model.llm.embed_tokens.weight.device
@@ -140,7 +147,8 @@ def see(
         return features.flatten(0, 1)[torch.from_numpy(windows[row, slot]).to(device)], tokens
 
     def encode_in_turn(_: list[int]) -> list[tuple[Tensor, ...]]:
-        pixels, windows, _grid = crops.tiles(picture)
+        canvas = picture if tiling is None else resize(picture, (height, width))[0]
+        pixels, windows, _grid = crops.tiles(canvas)
         with seeing or nullcontext():
             if cache is None:
                 return [encode(pixels, windows)]
@@ -156,7 +164,20 @@ def see(
         cut = f"{crops.tiling(width, height)} {replace(crops, max_crops=1)}"
         name = f"to find in {_digest(picture)} {cut}"
         ((features, tokens),) = cache.visual_tokens([name], encode_in_turn)
-    return Seen(features, tokens, torch.from_numpy(row).to(device), view, (width, height))
+    return Seen(features, tokens, torch.from_numpy(row).to(device), view, size)
+
+
+def looks_at(crops: MultiCrop, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Rows and columns of tiles of `LOOKS` looks at a picture: about as large as ``crops`` cut it,
+    and with a tile less and a tile more along its longer side.
+
+    Args: size: (width, height), pixels.
+    """
+    rows, cols = crops.tiling(*size)
+    longer = max(rows, cols)
+    first = max(longer - LOOKS // 2, 1)
+    factors = [(first + i) / longer for i in range(LOOKS)]
+    return [(max(1, round(rows * by)), max(1, round(cols * by))) for by in factors]
 
 
 def _digest(picture: Image.Image | NDArray[np.uint8]) -> str:
@@ -371,6 +392,41 @@ def things_of(
         )
         for i, chance in sorted(zip(kept, sure, strict=True), key=lambda one: -one[1])
     ]
+
+
+def vote(looks: Sequence[Sequence[Found]], least: float) -> list[Found]:
+    """What several looks at one picture found together, the likeliest first.
+
+    A thing's confidence is the mean of what the looks say, of those that missed it 0; it lies where
+    the surest saw it. What is large in tiles is seen best in a smaller picture, what is small in a
+    larger one, and the mistakes of one are not those of the others.
+
+    Args: least: pixels; things nearer to each other are one, and those of half their size.
+    """
+    things: list[list[Found]] = []
+    for found in looks:
+        free = list(range(len(things)))  # a look names each thing once
+        for one in sorted(found, key=_sure, reverse=True):
+            surest = np.array([max(things[i], key=_sure)[:3] for i in free]).reshape(-1, 3)
+            away = np.hypot(surest[:, 0] - one.x, surest[:, 1] - one.y)
+            reach = np.maximum(least, NEAREST * np.minimum(surest[:, 2], one.size))
+            if (away <= reach).any():
+                chosen = free.pop(int(np.where(away <= reach, away, np.inf).argmin()))
+                things[chosen].append(one)
+            else:
+                things.append([one])
+    means = [
+        max(seen, key=_sure)._replace(
+            confidence=round(math.fsum(one.confidence for one in seen) / len(looks), 9)
+        )
+        for seen in things
+    ]
+    likely = [one for one in means if one.confidence >= LEAST_CONFIDENCE / 2]
+    return sorted(likely, key=_sure, reverse=True)
+
+
+def _sure(one: Found) -> float:
+    return one.confidence
 
 
 def crops_for(sizes: Sequence[tuple[int, int]], crop: int) -> int:

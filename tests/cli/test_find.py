@@ -166,8 +166,9 @@ def test_options_reach_the_model(says: Says, photos: Path, monkeypatch) -> None:
     wide.save("wide.png")
     assert says("wide.png", "--at", "20,20", "--max-crops", "2")[0] == 0
     assert says("wide.png", "--at", "20,20")[0] == 0
-    # A tile has 10 patches a side, and there are 2 more: 1 x 2 and 2 x 6 tiles.
-    assert grids == [(12, 22), (22, 62)]
+    # A tile has 10 patches a side, and there are 2 more: 1 x 2 tiles, then 2 x 6, and with one less
+    # and one more along.
+    assert grids == [(12, 22), (22, 52), (22, 62), (22, 72)]
 
 
 # ---- several ----
@@ -203,7 +204,7 @@ def test_the_reference_may_be_one_of_the_photos(says: Says, photos: Path, monkey
 
     monkeypatch.setattr(finding, "look_for", counting)
     assert says("photos", "--at", "20,20", "--in", "photos/../photos/b.jpg")[0] == 0
-    assert shown == [2, 1, 2, 2]
+    assert shown == [n for n in (2, 1, 2, 2) for _ in range(finding.LOOKS)]
 
 
 def test_the_reference_is_seen_once(says: Says, photos: Path, monkeypatch) -> None:
@@ -218,7 +219,7 @@ def test_the_reference_is_seen_once(says: Says, photos: Path, monkeypatch) -> No
     monkeypatch.setattr(encoder, "features", counting)
     code, out, _ = says("photos", *IN_REF)
     assert (code, out.splitlines()[-1]) == (0, "5 in 3 photos")
-    assert seen == [1] * (1 + 3)
+    assert sorted(seen) == sorted([1, 4, 9] * (1 + 3))
 
 
 def test_an_example_on_bare_ground_is_told_once(says: Says, photos: Path) -> None:
@@ -461,7 +462,7 @@ def test_a_call_that_was_killed_goes_on(says: Says, photos: Path, model: Path) -
         "calls = []\n"
         "def killed(*given):\n"
         "    calls.append(given)\n"
-        "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if len(calls) == 2 * finding.LOOKS + 1: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return look_for(*given)\n"
         "finding.look_for = killed\n"
         "cli.main(sys.argv[1:])\n"

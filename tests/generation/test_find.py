@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from nanomolmo2.generation.answer import Answer
 from nanomolmo2.generation.find import crops_of
 from nanomolmo2.generation.finding import Found, Seen
 from nanomolmo2.processor import Point, parse_points
+from nanomolmo2.processor.crops import resize
 from nanomolmo2.processor.point_space import View
 from nanomolmo2.things.find_model import CROPS
 from tests.find_model import find_net, find_vlm
@@ -56,6 +58,13 @@ def vlm() -> VLM:
 @pytest.fixture
 def picture() -> Image.Image:
     return Image.new("RGB", SIZE, "green")
+
+
+@pytest.fixture(autouse=True)
+def looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look at each picture, but for the tests that are about several of them."""
+    if request.node.get_closest_marker("several_looks") is None:
+        monkeypatch.setattr(finding, "LOOKS", 1)
 
 
 @pytest.fixture
@@ -540,6 +549,7 @@ def test_a_model_that_reads_pictures_as_a_whole_finds_in_crops(vlm: VLM, picture
         crops_of(vlm.model, whole, 10**6, [picture.size])
 
 
+@pytest.mark.several_looks
 def test_the_bundled_model_finds_the_coins_of_a_photograph() -> None:
     """A photograph that it has never seen; a click on one coin, and on the bare ground."""
     vlm = VLM("tiny")
@@ -552,6 +562,79 @@ def test_the_bundled_model_finds_the_coins_of_a_photograph() -> None:
 
 
 # ---- with a net ----
+
+
+# ---- several looks ----
+
+
+def test_looks_are_smaller_as_large_and_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    crops = replace(CROPS, max_crops=16)
+    expected = {
+        (512, 512): [(2, 2), (3, 3), (4, 4)],
+        (192, 192): [(1, 1), (2, 2), (3, 3)],  # no smaller than one tile
+        (672, 192): [(1, 3), (1, 4), (1, 5)],
+        (352, 672): [(3, 2), (4, 2), (5, 2)],
+    }
+    monkeypatch.setattr(finding, "LOOKS", 3)
+    assert {size: finding.looks_at(crops, size) for size in expected} == expected
+    monkeypatch.setattr(finding, "LOOKS", 1)
+    assert finding.looks_at(crops, (352, 672)) == [crops.tiling(352, 672)]
+
+
+def test_a_look_is_the_enlarged_picture(vlm: VLM) -> None:
+    """As if it had been given in that size; its places are those of the picture."""
+    pixels = np.random.default_rng(5).integers(0, 256, (150, 200, 3), dtype=np.uint8)
+    look = finding.see(vlm.model, CROPS, Image.fromarray(pixels), tiling=(2, 3))
+    (canvas,) = resize(pixels, (2 * 160 + 32, 3 * 160 + 32))
+    plain = finding.see(vlm.model, replace(CROPS, max_crops=6), canvas)
+    assert (look.size, look.view) == ((200, 150), View(0, 22, 32, 2)) and look.view == plain.view
+    assert torch.equal(look.features, plain.features) and torch.equal(look.tokens, plain.tokens)
+
+
+def test_looks_vote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean, of those that missed it 0, where the surest saw it; each names a thing once."""
+    first = [thing(100, 100, 0.9), thing(108, 100, 0.3), thing(10, 10, 0.6)]
+    second = [thing(103, 101, 0.95), thing(300, 50, 0.06)]
+    third = [thing(105, 100, 0.4), thing(12, 10, 0.9, size=4)]
+    found = finding.vote([first, second, third], least=5)
+    assert [(one.x, one.y) for one in found] == [(103, 101), (12, 10), (108, 100)]
+    assert [one.confidence for one in found] == pytest.approx([0.75, 0.5, 0.1])
+    # Half of the smaller one's size is near, or so many pixels.
+    far = [[thing(0, 0, size=40)], [thing(20, 0, size=40)], [thing(60, 0, size=4)]]
+    assert [one.x for one in finding.vote(far, least=5)] == [0, 60]
+    assert finding.vote([[], [], []], least=5) == []
+    same = [[thing(50, 60, 0.7)]] * 3
+    assert finding.vote(same, least=5) == same[0]  # exactly
+
+
+@pytest.mark.several_looks
+def test_what_is_found_is_what_the_looks_found_together(vlm: VLM, picture, monkeypatch) -> None:
+    grids: list[tuple[int, int]] = []
+    said = iter([[thing(200, 60, 0.9), thing(90, 90, 0.9)], [thing(202, 60, 0.6)], []])
+
+    def look_for(model: object, pictures: Sequence[Any], *_: Any) -> list[list[Found]]:
+        grids.extend((seen.view.rows, seen.view.cols) for seen in pictures)
+        return [next(said)]
+
+    monkeypatch.setattr(finding, "look_for", look_for)
+    answer = vlm.find(picture, [(10, 200)], min_confidence=0.1)
+    assert grids == [(12, 22), (22, 32), (32, 42)]  # 1 x 2 tiles, 2 x 3 and 3 x 4
+    assert places(answer) == [(200, 60), (90, 90)]
+    assert [point.confidence for point in answer.points] == pytest.approx([0.5, 0.3])
+    assert answer.usage.prompt_tokens == 6 * 11 + 11 * 16 + 16 * 21
+
+
+@pytest.mark.several_looks
+@pytest.mark.filterwarnings("ignore:nothing seems to be there")
+def test_all_looks_are_kept_for_the_next_click(scene: Image.Image) -> None:
+    vlm = find_vlm()
+    with counted(vlm) as seen:
+        vlm.find(scene, [(50, 60)], min_confidence=0)
+        assert len(seen) == 3
+        vlm.find(scene, [(120, 99)], min_confidence=0)
+        assert len(seen) == 3
+        vlm.find(scene, [(50, 60)], min_confidence=0, max_crops=1)  # the smallest look alone
+        assert len(seen) == 3
 
 
 @pytest.fixture(scope="module")
