@@ -24,8 +24,8 @@ from nanomolmo2.generation.answer import Answer, Shown
 from nanomolmo2.generation.find import LABEL
 from nanomolmo2.generation.finding import LEAST_CONFIDENCE, LIKELY
 from nanomolmo2.generation.question import Question, read_question
-from nanomolmo2.generation.taught import Task, merge_found, said, task_of
-from nanomolmo2.generation.words import Word, Words, checked_name, with_article
+from nanomolmo2.generation.taught import TASK_WORDS, Task, merge_found, said, task_of
+from nanomolmo2.generation.words import Word, Words, checked_name, key_of, with_article
 from nanomolmo2.processor import Message, Point, load_image
 from nanomolmo2.processor.chat import read_messages
 from nanomolmo2.processor.points import Size
@@ -34,34 +34,67 @@ if TYPE_CHECKING:
     from nanomolmo2.generation.vlm import VLM
 
 MARK = "\ufffc"  # stands for a point in a text: "object replacement character"
-_SENTENCE = re.compile(r"(?<=[.!?])\s+")
-_NOT = re.compile(r"\b(?:not|nothing|unlike|except|without|never|excluding)\b", re.IGNORECASE)
-_NAMES = re.compile(
-    r"\b(?:is|are|call(?:ed)?(?:\s+(?:this|these|it|them|that))?)\b[\s" + MARK + r"]*"
-    r"(?:called\s+|named\s+)?(?:(?:an?|the)\s+)?(?P<name>[^\s.,:;!?"
-    + MARK
-    + r"][^.,:;!?"
-    + MARK
-    + r"]*)",
+_ONE = rf"(?:(?:this|that|these|those|here|it)\s+(?:one\s+)?)?{MARK}"
+_SOME = rf"{_ONE}(?:(?:\s*,\s*|\s+and\s+|\s*,\s*and\s+){_ONE})*"
+_NAME = r"(?:(?:called|named)\s+)?(?:an?|the)\s+(?P<name>[^\s,;:.!?]+(?:\s[^\s,;:.!?]+){0,3})"
+_NAMES = [
+    re.compile(rf"^(?:look\s*,\s*|and\s+)?{text}\s*[.!]?$", re.IGNORECASE)
+    for text in (
+        rf"{_SOME}\s+is\s+{_NAME}",
+        rf"(?:this|that|it|here)\s+is\s+{_NAME}\s*:\s*{_SOME}",
+        rf"(?:we|i)\s+call\s+{_SOME}\s+{_NAME}",
+        rf"(?:the thing|what you see)\s+at\s+{_SOME}\s+is\s+{_NAME}",
+    )
+]
+_NAMES_OF_MANY = re.compile(
+    rf"^(?:look\s*,\s*|and\s+)?(?:{_SOME}\s+are|(?:we|i)\s+call\s+{_SOME})\s+(?:called\s+|named\s+)?"
+    rf"(?P<name>[^\s,;:.!?]+(?:\s[^\s,;:.!?]+){{0,3}})\s*[.!]?$",
     re.IGNORECASE,
 )
-_ASKS = re.compile(r"\?|\b(?:how many|count|point|find|show|mark|locate|where|number of)\b", re.I)
-_LIKE = re.compile(
-    r"\b(?:like|alike|same|similar|resembl\w*|kind|sort|type|such|this|these|those|that|other|another)\b",
+_NOT_IN_NAMES = ("not", "no", "and", "or", "too", "also", "this", "that", "these", "those", "it")
+_CLAUSE = re.compile(
+    r"(?<=[.!?;])\s+|(?:\s*,\s*(?:and\s+)?|\s+and\s+)(?=(?:this|that|these|those)\s+(?:one\s+)?"
+    + MARK
+    + ")"
+    r"|\s*,\s*(?:and\s+)?(?=how many|where|point|count|find|show)",
     re.IGNORECASE,
 )
-_ORDINALS = {"first": 1, "second": 2, "third": 3, "fourth": 4, "other": 0, "last": -1}
+_LIKE = (
+    r"(?:(?:thing|one)s?\s+)?(?:(?:that\s+)?looks?\s+)?(?:like|similar\s+to|such\s+as|"
+    r"(?:of\s+)?the\s+same(?:\s+(?:kind|sort|type|thing))?\s+as)"
+)
+_LISTED = rf"{_ONE}(?:(?:\s*,\s*|\s+(?:and|or)\s+|\s*,\s*(?:and|or)\s+)(?:{_LIKE}\s+)?{_ONE})*"
+_SEARCH = re.compile(
+    rf"(?P<before>.*?)\b{_LIKE}\s+(?P<like>{_LISTED})(?P<after>.*)", re.I | re.DOTALL
+)
+_BUT = re.compile(
+    rf"\s*,?\s*(?:(?:but|and)\s+)?(?:not|nothing|none|no|never|except|excluding|without|unlike|other\s+than|"
+    rf"ignor(?:e|ing)|leav(?:e|ing)\s+out|rather\s+than|instead\s+of|do(?:n't|\s+not)\s+(?:include|count)|exclude)"
+    rf"\s+(?:(?:any|all|every)?thing\s+|those\s+|anything\s+)?(?:{_LIKE}\s+)?(?P<unlike>{_LISTED})",
+    re.IGNORECASE,
+)
+_SAME = re.compile(
+    rf"^(?:is|are|do|does)\s+{_ONE}\s+(?:and\s+{_ONE}\s+)?(?:look\s+)?(?:of\s+)?"
+    rf"(?:like|alike|similar(?:\s+to)?|the\s+same(?:\s+(?:kind|sort|type|thing))?(?:\s+as)?)\s*(?:{_ONE})?\s*\?*$",
+    re.IGNORECASE,
+)
+_KIND = re.compile(
+    r"\b(?:of\s+)?(?:the\s+)?(?:same\s+)?(?:kind|sort|type)s?\b|\bmore\b", re.IGNORECASE
+)
+_NUMBERED = ("first", "second", "third", "fourth", "fifth", "sixth")
+_ORDINALS = {name: number for number, name in enumerate(_NUMBERED, start=1)}
+_ORDINALS |= {"1st": 1, "2nd": 2, "3rd": 3, "other": 0, "last": -1}
+_CARDINALS = {name: i for i, name in enumerate(["one", "two", "three", "four", "five", "six"], 1)}
 _PICTURE = re.compile(
-    r"\b(?:(?P<ordinal>first|second|third|fourth|other|last)\s+(?:picture|image|photo|one)"
-    r"|(?:picture|image|photo)\s+(?P<number>\d+))\b",
+    rf"\b(?:in|of|on|from)\s+(?:the\s+)?(?:(?P<ordinal>{'|'.join(_ORDINALS)}|\d+th)\s+"
+    r"(?:picture|image|photo|one)"
+    rf"|(?:picture|image|photo)\s+(?:number\s+)?#?(?P<number>\d{{1,3}}|{'|'.join(_CARDINALS)}))\b",
     re.IGNORECASE,
 )
 NOT_READ = (
     "the question has points, and this model reads those that show what is meant, as in: Point to "
     "everything like <point>. Its language model does not see them"
 )
-# Words that elsewhere compare things, or stand for a moment of a video.
-_BESIDE = re.compile(rf"{_PICTURE.pattern}|\bmore\b(?= (?:like|of|such))", re.IGNORECASE)
 _NEAR_SIZE, _NEAR_SHARE = 0.75, 0.02  # of a thing's size, of the picture's diagonal
 
 
@@ -89,27 +122,54 @@ def answer_about_shown(vlm: VLM, question: Question) -> Answer | None:
 
     Raises: as `VLM.ask` and `VLM.find`.
     """
-    if isinstance(question.question, str) or question.video is not None:
-        return None
-    told = [told_in(message) for message in question.question if _is_users(message)]
-    if not any(turn.points for turn in told):
+    if not _has_points(question.question) or question.video is not None:
         return None
     context = vlm.model.config.llm_config.max_position_embeddings
     conversation = read_question(question, context, allow_remote=vlm.allow_remote)
-    read_messages(conversation.messages)  # what is wrong with them is said as ever
+    turns = read_messages(conversation.messages)
     images, video = conversation.shown()
-    if video is not None or not images:
-        return None
+    if video is not None or not images or turns[-1].role != "user":
+        return None  # the language model's way says what is wrong
+    told = [told_in(message) for message in conversation.messages if _is_users(message)]
     pictures = [load_image(image) for image in images]
+    _check_places(told, pictures)
     names, asked = read_names(told)
     if not asked.text:
         return _understood(vlm, pictures, list(names.values()))
     wish = read_wish(asked, names, len(pictures))
     if wish is None:
-        if asked.points:
+        words = Words({name: meant.name for name, meant in names.items()}, {})
+        if asked.points or words.mentioned(asked.text)[0]:
             warnings.warn(NOT_READ, stacklevel=4)
         return None
     return replace(_granted(vlm, pictures, wish), show=partial(Shown, pictures))
+
+
+def _has_points(question: Any) -> bool:
+    parts = [
+        part
+        for message in (question if isinstance(question, (list, tuple)) else ())
+        if _is_users(message) and isinstance(message.get("content"), (list, tuple))
+        for part in message["content"]
+    ]
+    return any(isinstance(part, Mapping) and part.get("type") == "point" for part in parts)
+
+
+def _check_places(told: Sequence[Told], pictures: Sequence[Image.Image]) -> None:
+    """Raises: ValueError for a place in a picture that is not shown, or outside of its picture."""
+    for point in (point for turn in told for point in turn.points):
+        place, number = f"({point.x:g}, {point.y:g})", len(pictures)
+        if not 1 <= point.image <= number:
+            shown = "1 is shown" if number == 1 else f"{number} are shown"
+            raise ValueError(
+                f"the place {place} is in picture {point.image}, but {shown}: they count from 1"
+            )
+        width, height = pictures[point.image - 1].size
+        if not (0 <= point.x <= width and 0 <= point.y <= height):
+            raise ValueError(
+                f"the place {place} lies outside of the picture, which is {width} x {height} "
+                f"pixels: give pixels from its top-left corner"
+            )
 
 
 def _is_users(message: Any) -> bool:
@@ -134,33 +194,39 @@ def told_in(message: Message) -> Told:
 
 
 def sentences(turn: Told) -> list[Told]:
-    """Its sentences, each with its own points."""
+    """Its clauses, each with its own points."""
     found, left = [], list(turn.points)
-    for text in _SENTENCE.split(turn.text.replace(f"{MARK} .", f"{MARK}.")):
-        number = text.count(MARK)
-        found.append(Told(text, left[:number]))
+    text = re.sub(rf"{MARK}\s+([.,;:!?])", rf"{MARK}\1", turn.text)
+    for clause in filter(None, map(str.strip, _CLAUSE.split(text))):
+        number = clause.count(MARK)
+        found.append(Told(clause.rstrip(";,"), left[:number]))
         del left[:number]
     return found
 
 
 def named_in(sentence: Told) -> Meant | None:
     """What a sentence gives a name to: ``This <point> is a walnut.``"""
-    if not sentence.points or _ASKS.search(sentence.text):
+    from nanomolmo2.data.labels.questions import plural, singular
+
+    for pattern in _NAMES:
+        if found := pattern.match(sentence.text):
+            name = _name(found["name"])
+            return None if name is None else Meant(Word(name, plural(name)), sentence.points, [])
+    found = _NAMES_OF_MANY.match(sentence.text)
+    many = None if found is None else _name(found["name"])
+    if many is None or plural(one := singular(many)) != many:
         return None
-    found = _NAMES.search(sentence.text)
-    if found is None:
+    return Meant(Word(one, many), sentence.points, [])
+
+
+def _name(text: str) -> str | None:
+    """A name; None for what is none."""
+    if set(_NOT_IN_NAMES) & set(key_of(text).split()) or key_of(text) in TASK_WORDS:
         return None
     try:
-        name = checked_name(found["name"])
+        return checked_name(text)
     except ValueError:
         return None
-    from nanomolmo2.data.labels.questions import plural
-
-    is_plural = re.search(r"\b(?:these|those|are)\b", sentence.text, re.IGNORECASE)
-    if is_plural and len(sentence.points) > 1 and name.endswith("s"):
-        one = next((o for o in (name[:-1], name[:-2]) if plural(o) == name), name)
-        return Meant(Word(one, name), sentence.points, [])
-    return Meant(Word(name, plural(name)), sentence.points, [])
 
 
 def read_names(told: Sequence[Told]) -> tuple[dict[str, Meant], Told]:
@@ -170,10 +236,12 @@ def read_names(told: Sequence[Told]) -> tuple[dict[str, Meant], Told]:
     for turn in told:
         asked = []  # what was asked before was answered before
         for sentence in sentences(turn):
-            if (meant := named_in(sentence)) is not None:
-                names[meant.name.name] = meant
-            elif sentence.text:
+            if (meant := named_in(sentence)) is None:
                 asked.append(sentence)
+                continue
+            key = key_of(meant.name.name)
+            before = names.get(key, meant._replace(like=[]))
+            names[key] = before._replace(like=[*before.like, *meant.like])
     text = " ".join(sentence.text for sentence in asked)
     return names, Told(text, [point for sentence in asked for point in sentence.points])
 
@@ -198,23 +266,29 @@ def read_wish(asked: Told, names: Mapping[str, Meant], images: int) -> Wish | No
     Args: names: of `read_names`. images: how many are shown.
     Raises: ValueError for a picture that is not shown.
     """
-    text = asked.text.replace(MARK, "it")
-    task = task_of(_BESIDE.sub("", text))
-    if task is None:
-        return None
-    if not asked.points:
-        words = Words({name: meant.name for name, meant in names.items()}, {})
-        about, _ = words.mentioned(text)
-        wanted = [_with_others(names[word.name], names) for word in about]
-        examples = [point for meant in wanted for point in meant.like]
-        return Wish(task, wanted, _picture(text, images, examples)) if wanted else None
-    like, unlike = _sides(asked)
-    if not like or not _LIKE.search(text):
-        return None
     thing = Word(LABEL, f"{LABEL}s")
-    if task == "presence" and len(like) == 2 and not unlike:
-        return Wish(task, [Meant(thing, like[:1], [])], like[1].image, same=like[1])
-    return Wish(task, [Meant(thing, like, unlike)], _picture(text, images, like))
+    if _SAME.match(asked.text) and len(asked.points) == 2:
+        first, second = asked.points
+        return Wish("presence", [Meant(thing, [first], [])], second.image, same=second)
+    text = _PICTURE.sub("", asked.text)
+    if not asked.points:
+        words = Words({meant.name.name: meant.name for meant in names.values()}, {})
+        about, task = words.mentioned(text)[0], task_of(words.rest(text))
+        if not about or task is None:
+            return None
+        wanted = [_with_others(names[key_of(word.name)], names) for word in about]
+        examples = [point for meant in wanted for point in meant.like]
+        return Wish(task, wanted, _picture(asked.text, images, examples))
+    if (found := _SEARCH.match(text)) is None:
+        return None
+    rest = f"{found['before']} things {_BUT.sub('', found['after'], count=1)}"
+    words = Words({LABEL: thing, "everything": Word("everything", "all")}, {})
+    task = task_of(_KIND.sub(" ", words.rest(rest)))
+    if task is None or MARK in rest:
+        return None
+    number = found["like"].count(MARK)
+    like, unlike = asked.points[:number], asked.points[number:]
+    return Wish(task, [Meant(thing, like, unlike)], _picture(asked.text, images, like))
 
 
 def _granted(vlm: VLM, pictures: Sequence[Image.Image], wish: Wish) -> Answer:
@@ -238,26 +312,17 @@ def _with_others(meant: Meant, names: Mapping[str, Meant]) -> Meant:
     return meant._replace(unlike=[point for point in others if point.image in shown][:2])
 
 
-def _sides(asked: Told) -> tuple[list[Point], list[Point]]:
-    """Which points of a question are meant, and which are not."""
-    like, unlike, is_meant = list[Point](), list[Point](), True
-    for before, point in zip(asked.text.split(MARK), asked.points, strict=False):
-        if _NOT.search(before):
-            is_meant = False
-        (like if is_meant else unlike).append(point)
-    return like, unlike
-
-
 def _picture(text: str, number: int, examples: Sequence[Point]) -> int:
     """Which picture is asked about: the one that is named, else the last that is shown."""
     if number == 1:
         return 1
     if (found := _PICTURE.search(text)) is None:
         return number
-    if found["number"]:
-        chosen = int(found["number"])
+    if text_of := found["number"]:
+        chosen = _CARDINALS.get(text_of.lower()) or int(text_of)
     else:
-        chosen = _ORDINALS[found["ordinal"].lower()]
+        ordinal = found["ordinal"].lower()
+        chosen = _ORDINALS[ordinal] if ordinal in _ORDINALS else int(ordinal[:-2])
         if chosen == 0:
             shown = {point.image for point in examples}
             chosen = next((i for i in range(number, 0, -1) if i not in shown), number)
@@ -274,7 +339,14 @@ def _found(
     """What is like some examples in picture ``number``: of every picture that has some, or of the
     picture itself, all in one search; those of several are merged."""
     image = pictures[number - 1]
-    others = sorted({point.image for point in (*meant.like, *meant.unlike)} - {number})
+    others = sorted({point.image for point in meant.like} - {number})
+    alone = {point.image for point in meant.unlike} - {number, *others}
+    if alone and others:
+        raise ValueError(
+            f"a counter-example lies in picture {min(alone)}, where no example is: give both in "
+            f"the same picture"
+        )
+    others = others or sorted(alone)
     answers = []
     references: list[int | None] = [*others] or [None]
     for reference in references:

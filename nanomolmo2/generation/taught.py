@@ -42,12 +42,6 @@ MOST_SAMPLES = 3  # of a word in a prompt, likewise
 NEAR = 0.05  # of the diagonal: points of two searches that are farther apart are of two things
 _SURE = 0.5
 
-# A part of a question that decides what it asks for; what compares or places things is the
-# model's own to answer.
-_OTHER = re.compile(
-    r"\b(?:more|fewer|less|larger|smaller|bigger|largest|smallest|biggest|left of|right of|above|"
-    r"below|next to|between|which|track|follow|when|seconds?|frames?|go|only in)\b"
-)
 _COUNT = re.compile(r"\bhow many\b|\bcount\b|\bnumber of\b")
 _NUMBER = re.compile(r"\b(?:answer with a|just the|just a|only the|only a) number\b")
 _POINT = re.compile(
@@ -55,12 +49,26 @@ _POINT = re.compile(
 )
 _PRESENCE = re.compile(r"^(?:is|are|do|does|can|could|any)\b")
 _PLEA = re.compile(r"^(?:can|could) you (?:please )?(?:point|show|locate|mark|tell|count)\b")
+# All that may be said beside the things themselves. Any other word asks for something that finding
+# does not know: a colour, a place, a comparison, what the things are not.
+_PLAIN_WORDS = """
+    a all an and answer any are at can click contain could count do does every everything exactly
+    find have here highlight how in is it just locate many mark me notice number of on only please
+    point say see show spot tell that the them there these this those to total visible what where
+    with you your
+    picture image photo photograph scene table tray plate ground floor belt
+"""
+_PLAIN = frozenset(_PLAIN_WORDS.split())
+TASK_WORDS = _PLAIN - {"plate", "tray", "belt", "table"}  # that no thing may be called
 
 
 def task_of(text: str) -> Task | None:
-    """What a question about a word asks for; None for what is not answered by finding."""
+    """What a question about things asks for; None for what is not answered by finding.
+
+    Args: text: without the names of the things, see `Words.rest`.
+    """
     asked = key_of(text)
-    if _OTHER.search(asked):
+    if set(re.findall(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*|\d+", asked)) - _PLAIN:
         return None
     if _COUNT.search(asked):
         return "number" if _NUMBER.search(asked) else "count"
@@ -76,7 +84,7 @@ def answer_about_words(vlm: VLM, words: Words, question: Question) -> Answer | N
     """
     text = _last_text(question.question)
     about, others = words.mentioned(text) if text else ([], [])
-    task = task_of(text) if about else None
+    task = task_of(words.rest(text)) if about else None
     if task is None or question.video is not None:
         return None
     context = vlm.model.config.llm_config.max_position_embeddings

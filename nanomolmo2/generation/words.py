@@ -119,8 +119,15 @@ class Words:
         every.sort(key=lambda item: (-len(item[0]), item[0]))
         return [(pattern_of(form), word) for form, word in every]
 
+    def rest(self, text: str) -> str:
+        """What a text says beside its words and the nouns of ``others``."""
+        return self._read(text)[2]
+
     def mentioned(self, text: str) -> tuple[list[Word], list[str]]:
         """The words of a text in their order, and the nouns of ``others`` in it."""
+        return self._read(text)[:2]
+
+    def _read(self, text: str) -> tuple[list[Word], list[str], str]:
         left, words, others = key_of(text), dict[int, Word](), dict[int, str]()
         for pattern, word in self._mentions:
             for match in pattern.finditer(left):
@@ -131,7 +138,8 @@ class Words:
             # A part of what was found is no other word: "hex nut" holds no "nut".
             left = pattern.sub(lambda match: "\0" * len(match[0]), left)
         named = dict.fromkeys(words[at].name for at in sorted(words))
-        return [self.words[name] for name in named], [others[at] for at in sorted(others)]
+        rest = left.replace("\0", " ")
+        return [self.words[name] for name in named], [others[at] for at in sorted(others)], rest
 
     def with_word(self, word: Word, files: Mapping[str, bytes]) -> Self:
         """The same and one word more, in place of those that are written in the same way."""

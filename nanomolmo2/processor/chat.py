@@ -415,6 +415,7 @@ def _read_point(part: Mapping[str, Any], where: str) -> PointsText:
     numbers = [part.get("x"), part.get("y"), part.get("time", 0)]
     image, label = part.get("image", 1), part.get("label", "point")
     is_whole = all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers)
+    is_whole = is_whole and all(isinstance(n, float) or abs(n) < 2**53 for n in numbers)
     is_place = isinstance(image, int) and not isinstance(image, bool) and isinstance(label, str)
     if not is_whole or not is_place or ("image" in part and "time" in part):
         raise ValueError(

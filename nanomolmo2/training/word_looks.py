@@ -123,8 +123,13 @@ def read_places(sources: Sequence[Source], known: Collection[str] = (), seed: in
     chosen = [word for word in chosen if word.name in asked]
     words = Words({word.name: word for word in chosen}, {})
     questions = [question for record in said for question, _ in record.answers]
-    others = sum(not (task_of(one) and words.mentioned(one)[0]) for one in questions)
+    others = sum(not asks_for(words, question) for question in questions)
     return Nouns(chosen, found, others)
+
+
+def asks_for(words: Words, question: str) -> bool:
+    """Whether a question is answered by finding what words stand for."""
+    return bool(words.mentioned(question)[0]) and task_of(words.rest(question)) is not None
 
 
 # A question, and what is pointed to: nothing where it says that there is none, None where the
@@ -190,7 +195,7 @@ def _things_of(answers: Sequence[_Answer], words: Words) -> dict[str, list[tuple
     things: dict[str, list[tuple[float, float]]] = {}
     unsure = set()
     for question, points in answers:
-        if points is None or task_of(question) not in ("point", "count"):
+        if points is None or task_of(words.rest(question)) not in ("point", "count"):
             continue
         about, _ = words.mentioned(question)
         for word in about:

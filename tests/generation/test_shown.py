@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nanomolmo2.generation.pipeline import Pipeline
+from nanomolmo2.generation.pipeline import Pipeline, Question
 from nanomolmo2.generation.shown import MARK, Told, read_names, read_wish
 from nanomolmo2.processor import Point
 from nanomolmo2.things.photos import PHOTOS
@@ -81,10 +81,87 @@ def test_a_name_and_its_question_in_one_turn_and_several_examples() -> None:
         "Is {a} larger than {b}?",
         "Point to the dog at {a}.",
         "Describe {a}.",
+        "How many legs does this {a} have?",
+        "Is this one damaged? {a}",
+        "Is {a} the same size as {b}?",
+        "Count the windows of this {a}.",
+        "Point to the nose of that dog {a}.",
+        "How many people are sitting on that {a}?",
+        "Find everything other than {a}.",
+        "Find everything not like {a}.",
+        "How many red things like {a} are there?",
+        "Find all like {a} in both pictures.",
     ],
 )
 def test_what_is_no_search(text: str) -> None:
     assert read_wish(told(text, a=FIRST, b=SECOND), {}, 1) is None
+
+
+@pytest.mark.parametrize(
+    "but",
+    [
+        "ignoring {b}",
+        "rather than {b}",
+        "instead of {b}",
+        "leave out {b}",
+        "and don't include {b}",
+        "exclude {b}",
+        "and no {b}",
+        "except {b}",
+        "but without {b}",
+        "other than {b}",
+        "but not things like {b}",
+    ],
+)
+def test_what_is_not_meant(but: str) -> None:
+    for text in (f"Count all like {{a}}, {but}.", f"Find everything like {{a}} {but}"):
+        wish = read_wish(told(text, a=FIRST, b=OTHER), {}, 1)
+        assert wish is not None, text
+        assert (wish.wanted[0].like, wish.wanted[0].unlike) == ([FIRST], [OTHER]), text
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("This {a} is a drachma, that {b} is a stone.", {"drachma": [FIRST], "stone": [SECOND]}),
+        (
+            "This {a} is a walnut and this {b} is an almond.",
+            {"walnut": [FIRST], "almond": [SECOND]},
+        ),
+        ("This {a} is a walnut. That {b} is a Walnut.", {"walnut": [FIRST, SECOND]}),
+        ("{a} and {b} are boxes.", {"box": [FIRST, SECOND]}),
+        ("These {a} and {b} are berries.", {"berry": [FIRST, SECOND]}),
+        ("These {a}, {b} are geese.", {"goose": [FIRST, SECOND]}),
+        ("We call these {a} and {b} hex nuts.", {"hex nut": [FIRST, SECOND]}),
+        ("This {a} is not a drachma.", {}),
+        ("The dog at {a} is big.", {}),
+        ("This {a} is a walnut, too.", {}),
+        ("This {a} is a picture.", {}),
+    ],
+)
+def test_who_is_called_what(text: str, names: dict[str, list[Point]]) -> None:
+    found, asked = read_names([told(text, a=FIRST, b=SECOND)])
+    assert {meant.name.name: meant.like for meant in found.values()} == names
+    assert bool(asked.text) == (not names)
+
+
+def test_a_question_behind_a_name() -> None:
+    names, asked = read_names([told("This {a} is a walnut; how many walnuts are there?", a=FIRST)])
+    assert list(names) == ["walnut"] and asked.text == "how many walnuts are there?"
+    for text in (
+        "How many dogs and walnuts are there?",
+        "Are walnuts made of gold?",
+        "Where do walnuts come from?",
+        "How many walnuts are red?",
+    ):
+        assert read_wish(Told(text, []), names, 1) is None, text
+
+
+@pytest.mark.parametrize("which", ["2nd picture", "second image", "picture two", "image #2"])
+def test_a_picture_has_many_names(which: str) -> None:
+    the = "" if which[-1] in "o2" else "the "
+    wish = read_wish(told(f"Find all like {{a}} in {the}{which}.", a=FIRST), {}, 3)
+    assert wish is not None and wish.image == 2
 
 
 def test_pictures_by_their_numbers() -> None:
@@ -169,6 +246,31 @@ def test_points_that_the_model_cannot_read_get_a_warning(vlm: Pipeline) -> None:
         vlm.ask(None, [turn("What is *?", (157, 52, 1))], max_new_tokens=2)
 
 
-def test_places_outside_of_their_picture_are_refused(vlm: Pipeline) -> None:
-    with pytest.raises(ValueError, match="lies outside of the picture"):
-        vlm.ask(None, [turn("Find all like *.", (5000, 52, 1))])
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        ([(5000, 52, 1)], "lies outside of the picture, which is 384 x 303 pixels"),
+        ([(157, 52, 3)], "is in picture 3, but 1 is shown"),
+        ([(157, 52, 0)], "picture"),
+        ([(None, 52, 1)], "holds"),
+        ([(10**400, 52, 1)], ""),
+    ],
+)
+def test_bad_places_are_refused(vlm: Pipeline, points: Any, said: str) -> None:
+    asked = turn("Find all like *.", *points)
+    with pytest.raises(ValueError, match=said) as raised:
+        vlm.ask(None, [asked])
+    (found,) = vlm.ask_many([Question([asked])])
+    assert str(found) == str(raised.value)
+
+
+def test_a_counterexample_in_a_picture_without_example(vlm: Pipeline) -> None:
+    text = "Find all like *, not like * in the third image."
+    with pytest.raises(ValueError, match="lies in picture 2, where no example is"):
+        vlm.ask(None, [turn(text, (157, 52, 1), (10, 150, 2), images=3)])
+
+
+def test_a_conversation_that_ends_with_an_answer_is_refused(vlm: Pipeline) -> None:
+    asked = turn("Find all like *.", (157, 52, 1))
+    with pytest.raises(ValueError, match="ends with an answer"):
+        vlm.ask(None, [asked, {"role": "assistant", "content": "Yes."}])

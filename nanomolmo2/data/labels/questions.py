@@ -187,6 +187,14 @@ def plural(label: str) -> str:
     return start + space + word
 
 
+def singular(label: str) -> str:
+    """The other way round; of what is no plural the label itself."""
+    start, space, word = label.rpartition(" ")
+    irregular = [one for one, many in _PLURALS.items() if many == word]
+    found = [*irregular, f"{word[:-3]}y", word[:-2], word[:-1]]
+    return start + space + next((one for one in found if one and plural(one) == word), word)
+
+
 def article(label: str) -> str:
     """``an apple``; of plurals ``any scissors``."""
     if plural(label) == label:
