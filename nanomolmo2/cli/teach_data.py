@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from nanomolmo2.data.example import Source
     from nanomolmo2.evaluation.summary import Report
     from nanomolmo2.generation.pipeline import Pipeline
-    from nanomolmo2.generation.words import Words
+    from nanomolmo2.generation.words import Word, Words
 
 RUN, PAGE = "run", "report.html"  # in the folder that is written
+CHECKPOINTS = "checkpoints"  # in that of a run
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Lesson:
 
     Attributes:
         forms: of the word, as it is compared.
-        words: taught by examples, to be told of beside; None: none.
+        before: words that the model was taught. shown: the word with its examples; None: none.
+        pictures_of: the bytes of the examples' pictures, by their names beside the model.
+        none: no words, and the nouns that the model knew ever.
         share: of the photos that is held out. minutes: how long it may take.
     """
 
@@ -39,7 +42,10 @@ class Lesson:
     data: tuple[str, ...]
     pictures: Path | None
     forms: tuple[str, ...]
-    words: Words | None
+    before: Words | None
+    shown: Word | None
+    pictures_of: Mapping[str, bytes]
+    none: Words
     share: float
     minutes: float
     device: str | None
@@ -80,14 +86,16 @@ class Lesson:
         from nanomolmo2.training.split import open_split
         from nanomolmo2.training.word_looks import learns_words, take_words
 
-        if (run / RECIPE_FILE).is_file() and not (run / MODEL_FOLDER).is_dir():
-            return False  # a run that goes on
+        if (run / CHECKPOINTS).is_dir():
+            return False  # a training that goes on
         recipe = replace(self._trainer(run), minutes=None, resume=False).recipe_in(run)
         if not learns_words(recipe, load_config(self.model)):
             return False
         shutil.rmtree(run, ignore_errors=True)
         (run / MODEL_FOLDER).mkdir(parents=True)
         copy_model(model_folder(self.model), run / MODEL_FOLDER)
+        if self.before is not None:
+            self.before.save(run / MODEL_FOLDER)
         split = open_split(recipe)
         dtype = getattr(torch, recipe.dtype)
         learned = take_words(run / MODEL_FOLDER, split, dtype, say, seed=recipe.seed)
@@ -148,30 +156,30 @@ class Lesson:
         from nanomolmo2.evaluation import evaluate
 
         with progress_bars() as bar:
+            pipeline.words = learned = self._with_before(pipeline.words)
             report = evaluate(pipeline, [*sources], baselines=True, on_progress=bar("held out"))
-            if self.words is None:
+            if self.shown is None:
                 return report
-            learned = pipeline.words
-            pipeline.words = self._with_examples(learned)
-            other = evaluate(pipeline, [*sources], baselines=True, on_progress=bar("by example"))
+            words = learned or self.none
+            pipeline.words = words.with_word(self.shown, self.pictures_of)
+            other = evaluate(pipeline, [*sources], baselines=True, on_progress=bar("by examples"))
         own, by_example = mean_score(report), mean_score(other)
         better = by_example > own
         say(
-            f"mean score on the photos held out: {own:.3f} as learned, {by_example:.3f} by "
-            f"example; {'examples are' if better else 'what was learned is'} kept"
+            f"mean score on the photos held out: {own:.3f} as learned, {by_example:.3f} by the "
+            f"examples; {'examples are' if better else 'what was learned is'} kept"
         )
         if not better:
             pipeline.words = learned
         return other if better else report
 
-    def _with_examples(self, learned: Words | None) -> Words:
-        """What was taught by examples, and of other words what was learned."""
-        assert self.words is not None
-        words = self.words
-        shown = {form for word in words.words.values() for form in word.forms}
+    def _with_before(self, learned: Words | None) -> Words | None:
+        """What was learned, and what the model was taught before of other words."""
+        if self.before is None:
+            return learned
+        words = self.before
         for word in () if learned is None else learned.words.values():
-            if not shown & set(word.forms):
-                words = words.with_word(word, {})
+            words = words.with_word(word, learned.files if learned is not None else {})
         return words
 
     def _write(

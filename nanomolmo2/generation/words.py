@@ -143,13 +143,18 @@ class Words:
 
     def with_word(self, word: Word, files: Mapping[str, bytes]) -> Self:
         """The same and one word more, in place of those that are written in the same way."""
-        forms = set(word.forms)
-        words = {name: each for name, each in self.words.items() if not forms & set(each.forms)}
+        words = dict(self.without(word).words)
         words[word.name] = word
         used = {sample.picture for each in words.values() for sample in each.samples}
         every = {**self.files, **files}
         kept = {name: data for name, data in every.items() if name in used}
         return type(self)(words, kept, self.others, self.way)
+
+    def without(self, word: Word) -> Self:
+        """The same but for what is written like a word."""
+        forms = set(word.forms)
+        words = {name: each for name, each in self.words.items() if not forms & set(each.forms)}
+        return type(self)(words, self.files, self.others, self.way)
 
     def knows(self, name: str) -> str | None:
         """The word that a name, or its plural, already stands for."""
@@ -216,7 +221,7 @@ def read_words(folder: Path) -> Words:
         reason = str(error) if isinstance(error, (ValueError, OSError)) else "its fields are others"
         raise ValueError(
             f"the taught words in {path} cannot be read ({reason}): teach them again, or remove "
-            f"the file, and the model is as it was before"
+            f"the file, and the model knows none"
         ) from None
 
 

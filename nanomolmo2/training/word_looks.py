@@ -18,8 +18,10 @@ W words, E numbers of a look, n patches of a picture.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +38,7 @@ from nanomolmo2.generation.find import crops_of
 from nanomolmo2.generation.finding import Seen, patch_at, patches_of, see, wanted_words
 from nanomolmo2.generation.pipeline import Pipeline
 from nanomolmo2.generation.prefix_cache import digest
-from nanomolmo2.generation.taught import task_of
+from nanomolmo2.generation.taught import TASK_WORDS, task_of
 from nanomolmo2.generation.words import Word, WordLook, Words, checked_name, key_of, listed
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.finder import Patches
@@ -54,6 +56,7 @@ STEPS, PICTURES = 120, 4  # and pictures of a step
 RATE, LOOK_RATE = 5e-4, 2.5e-3  # AdamW, of the finder and of the looks
 WARMUP, FINAL_RATIO = 20, 0.03
 NEAR_EDGE = 0.25  # of a patch from its middle: a thing beyond may count in the next patch, too
+MOST_SAID = 8  # sentences on what is not learned
 MEASURED = 40  # held-out records whose answers decide
 
 Info = Callable[[str], None]
@@ -74,11 +77,13 @@ class Nouns(NamedTuple):
     Attributes:
         words: without looks. pictures: that say where things of them are.
         others: number of answers that are not about these words.
+        left: sentences on labels that are not learned, and records that do not open.
     """
 
     words: list[Word]
     pictures: list[Places]
     others: int
+    left: list[str]
 
 
 # ---- what the data say ----
@@ -91,7 +96,10 @@ def read_places(sources: Sequence[Source], known: Collection[str] = (), seed: in
 
     Args: known: nouns that are left out, as `key_of` writes them.
     """
-    said = [record for source in sources for record in _records(source, seed)]
+    said: list[_Record] = []
+    bad = Counter[str]()
+    for source in sources:
+        said += _records(source, seed, bad)
     things, pictures = Counter[str](), Counter[str]()
     shown = dict[str, list[_Record]]()
     for record in said:
@@ -104,27 +112,49 @@ def read_places(sources: Sequence[Source], known: Collection[str] = (), seed: in
                 most[label] = max(most.get(label, 0), number)
         things.update(most)
         pictures.update(most.keys())
-    chosen = [
-        Word(label, plural(label))
+    reasons = {
+        label: _reason(label, number, pictures[label], known)
         for label, number in things.most_common()
-        if number >= FEWEST_THINGS
-        and pictures[label] >= FEWEST_PICTURES
-        and key_of(label) not in known
-        and _is_name(label)
-    ][:MOST_WORDS]
+    }
+    left = [f"{label[:80]!r} is not learned: {why}" for label, why in reasons.items() if why]
+    left += [f"{n} records are left out ({cause})" for cause, n in bad.items()]
+    chosen = [Word(label, plural(label)) for label, why in reasons.items() if not why]
+    left += [f"only the {MOST_WORDS} most frequent of {len(chosen)} nouns are learned"] * (
+        len(chosen) > MOST_WORDS
+    )
+    chosen = chosen[:MOST_WORDS]
     words = Words({word.name: word for word in chosen}, {})
     found = []
     for records in shown.values():
         answers = [answer for record in records for answer in record.answers]
         if at := _things_of(answers, words):
             found.append(Places(records[0].source, records[0].number, at))
-    found = found[:MOST_PICTURES]
+    order = np.random.default_rng(seed).permutation(len(found))[:MOST_PICTURES]
+    found = [found[i] for i in order.tolist()]
     asked = {name for places in found for name, at in places.things.items() if at}
     chosen = [word for word in chosen if word.name in asked]
     words = Words({word.name: word for word in chosen}, {})
     questions = [question for record in said for question, _ in record.answers]
     others = sum(not asks_for(words, question) for question in questions)
-    return Nouns(chosen, found, others)
+    return Nouns(chosen, found, others, left)
+
+
+def _reason(label: str, things: int, pictures: int, known: Collection[str]) -> str:
+    """Why a label is not learned; empty for one that is."""
+    if key_of(label) in known:
+        return "the model knew it before"
+    try:
+        name = checked_name(label)
+    except ValueError:
+        return "it is no word of letters"
+    if name != label or key_of(label) in TASK_WORDS:
+        return f"no name of a thing: call it {name!r}" if name != label else "no name of a thing"
+    if things < FEWEST_THINGS or pictures < FEWEST_PICTURES:
+        return (
+            f"{things} things in {pictures} pictures, and {FEWEST_THINGS} in {FEWEST_PICTURES} are "
+            f"needed"
+        )
+    return ""
 
 
 def asks_for(words: Words, question: str) -> bool:
@@ -146,13 +176,17 @@ class _Record(NamedTuple):
     answers: list[_Answer]
 
 
-def _records(source: Source, seed: int) -> Iterator[_Record]:
-    """Those of a file, in random order, at most `MOST_RECORDS`."""
+def _records(source: Source, seed: int, bad: Counter[str]) -> Iterator[_Record]:
+    """Those of a file, in random order, at most `MOST_RECORDS`; ``bad`` counts the causes of those
+    that do not open."""
     if isinstance(source, RecordSource):
         order = np.random.default_rng(seed).permutation(len(source))[:MOST_RECORDS]
         for number in order.tolist():
-            example = _example(source, number)
-            if example is not None:
+            try:
+                example = source[number]
+            except BadExample as problem:
+                bad[problem.cause] += 1
+            else:
                 yield _read(source, number, example)
 
 
@@ -173,20 +207,6 @@ def _read(source: Source, number: int, example: Example) -> _Record:
                 points = points if points or answer == NOTHING_THERE else None
             found.append((asked if isinstance(asked, str) else "", points))
     return _Record(source, number, picture, found)
-
-
-def _example(source: Source, number: int) -> Example | None:
-    try:
-        return source[number]
-    except BadExample:
-        return None
-
-
-def _is_name(label: str) -> bool:
-    try:
-        return checked_name(label) == label
-    except ValueError:
-        return False
 
 
 def _things_of(answers: Sequence[_Answer], words: Words) -> dict[str, list[tuple[float, float]]]:
@@ -377,19 +397,23 @@ def take_words(
     nouns = known_nouns(pipeline.processor.config.trained_on)
     learned_from, held_out = split.mixture.sources, split.validation
     learned = read_places(learned_from, {key_of(noun) for noun in nouns}, seed)
+    for sentence in learned.left[:MOST_SAID]:
+        info(f"warning: {sentence}")
     if not learned.words:
         return None
     names = listed(word.name for word in learned.words)
-    info(f"learning what {names} look like, from {len(learned.pictures)} pictures")
-    written = _mean_score(pipeline, held_out)
-    words = learn_looks(pipeline.model, pipeline.processor, *learned[:2], seed)
+    info(f"learning by sight: {names}, from {len(learned.pictures)} pictures")
     known = pipeline.words or Words({}, {}, nouns)
-    for word in words:
+    if stale := [word.name for word in known.words.values() if word.look is not None]:
+        info(f"warning: the finder, which learns too, knew {listed(stale)} before: check them")
+    about = [OnlyAbout(source, learned.words) for source in held_out]
+    written = _mean_score(pipeline, about)
+    for word in learn_looks(pipeline.model, pipeline.processor, *learned[:2], seed):
         known = known.with_word(word, {})
     pipeline.words = known
-    found = _mean_score(pipeline, held_out)
+    found = _mean_score(pipeline, about)
     if written is None or found is None:
-        info(f"{names}: found by their looks now (not measured: nothing is held out)")
+        info(f"{names}: found by their looks now (not measured: nothing held out asks for them)")
     else:
         is_better = found >= written
         kept = "found by their looks now" if is_better else "left to the language model"
@@ -401,14 +425,36 @@ def take_words(
     return learned
 
 
+class OnlyAbout:
+    """Of some examples the questions that words answer."""
+
+    def __init__(self, source: Source, words: Sequence[Word]) -> None:
+        self.source, self.name = source, source.name
+        self.words = Words({word.name: word for word in words}, {})
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Example:
+        example = self.source[i]
+        branches = [
+            branch
+            for branch in example.branches
+            if isinstance(text := branch.messages[0]["content"], str) and asks_for(self.words, text)
+        ]
+        if not branches:
+            raise BadExample("no answer", "it does not ask for what was learned")
+        return replace(example, branches=branches)
+
+
 def _mean_score(pipeline: Pipeline, held_out: Sequence[Source]) -> float | None:
     """Of the answers about some records, 0 to 1, all tasks alike; None where none can be scored."""
     from nanomolmo2.evaluation import evaluate
 
-    if not held_out:
-        return None
-    try:
-        report = evaluate(pipeline, [*held_out], baselines=False, limit=MEASURED)
-    except ValueError:  # it has no truth
-        return None
+    with warnings.catch_warnings():  # of those that ask for other things
+        warnings.simplefilter("ignore")
+        try:
+            report = evaluate(pipeline, [*held_out], baselines=False, limit=MEASURED)
+        except ValueError:  # nothing that can be scored
+            return None
     return sum(report.scores.values()) / len(report.scores)

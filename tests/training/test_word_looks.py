@@ -94,17 +94,57 @@ def test_few_things_words_that_are_known_and_phrases_are_left_to_the_model(
     folder: Path, boxes: dict[str, list[tuple[int, ...]]]
 ) -> None:
     lines = records(boxes)
-    few = source(folder, lines[:4], "few.jsonl")
-    assert read_places([few]).words == []
-    assert read_places([source(folder, lines)], {"hex nut"}).words == []
+    few = read_places([source(folder, lines[:4], "few.jsonl")])
+    assert few.words == []
+    assert few.left == ["'hex nut' is not learned: 3 things in 2 pictures, and 8 in 6 are needed"]
+    known = read_places([source(folder, lines)], {"hex nut"})
+    assert (known.words, known.left) == ([], ["'hex nut' is not learned: the model knew it before"])
     left = [
         {**line, "question": "Point to the hex nut left of the others."}
         for line in lines
         if line["question"].startswith("Point")
     ]
     assert read_places([source(folder, left, "left.jsonl")]).words == []
-    odd = [{**line, "label": "nut (M4)"} for line in lines]
-    assert read_places([source(folder, odd, "odd.jsonl")]).words == []
+    for label, why in (("nut (M4)", "it is no word of letters"), ("point", "no name of a thing")):
+        odd = read_places([source(folder, [{**line, "label": label} for line in lines])])
+        assert (odd.words, odd.left) == ([], [f"{label!r} is not learned: {why}"])
+
+
+def test_records_that_do_not_open_are_told(
+    folder: Path, boxes: dict[str, list[tuple[int, ...]]]
+) -> None:
+    lines = records(boxes)
+    lines[0] = {**lines[0], "image": "photos/none.png"}
+    found = read_places([source(folder, lines)])
+    assert found.words and found.left == ["1 records are left out (missing picture)"]
+
+
+def test_questions_about_more_than_the_things_are_others(
+    folder: Path, boxes: dict[str, list[tuple[int, ...]]]
+) -> None:
+    asked = [
+        {"image": "photos/00.png", "question": "Are the hex nuts rusty?", "answer": "No."},
+        {"image": "photos/00.png", "question": "Is there a rusty hex nut?", "answer": "No."},
+        {"image": "photos/00.png", "question": "How many hex nuts are not there?", "answer": "0"},
+    ]
+    found = read_places([source(folder, [*records(boxes), *asked])])
+    assert found.words and found.others == len(asked)
+
+
+def test_no_file_starves_another(
+    folder: Path, boxes: dict[str, list[tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(word_looks, "MOST_PICTURES", 12)
+    names, washers = sorted(boxes), {}
+    first = source(folder, records({name: boxes[name] for name in names[:8]}), "a.jsonl")
+    washers = {name: boxes[name] for name in names[8:]}
+    second = [
+        {**line, "label": "washer", "question": line["question"].replace("hex nut", "washer")}
+        for line in records(washers)
+    ]
+    found = read_places([first, source(folder, second, "b.jsonl")])
+    assert {word.name for word in found.words} == {"hex nut", "washer"}
+    assert len(found.pictures) == 12
 
 
 def test_answers_that_contradict_each_other_are_not_learned_from(
@@ -195,6 +235,32 @@ def test_words_are_taken_where_they_are_better(
     assert {path.name: path.read_bytes() for path in again.iterdir()} == before
 
 
+def test_words_that_were_taught_before_stay(
+    folder: Path,
+    boxes: dict[str, list[tuple[int, ...]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(word_looks, "STEPS", 30)
+    source(folder, records(boxes))
+    coins = str(find_directory("tiny").parent / "photos" / "coins.png")
+    taught, more, third = (str(tmp_path / name) for name in ("taught", "more", "third"))
+    assert cli.main(["teach", "drachma", f"{coins}@157,52", "--out", taught]) == 0
+    data = ["--data", str(folder / "my.jsonl")]
+    assert cli.main(["teach", "hex nut", *data, "--model", taught, "--out", more]) == 0
+    words = read_words(Path(more))
+    assert set(words.words) == {"drachma", "hex nut"} and len(words.files) == 1
+    photo = f"{folder / 'photos' / '00.png'}@125,63"
+    capsys.readouterr()
+    again = ["teach", "hex nut", photo, *data, "--replace", "--model", more, "--out", third]
+    assert cli.main(again) == 0
+    said = capsys.readouterr()
+    assert "the finder, which learns too, knew hex nut before" not in said.out + said.err
+    assert "mean score on the photos held out" in said.out
+    assert set(read_words(Path(third)).words) == {"drachma", "hex nut"}
+
+
 def test_teach_learns_from_photos_and_changes_nothing_else(
     folder: Path,
     boxes: dict[str, list[tuple[int, ...]]],
@@ -237,7 +303,7 @@ def test_a_run_ends_with_the_words_of_its_data(
     source(folder, records(boxes))
     run = ["train", "--data", str(folder / "my.jsonl"), "--steps", "1", "--workers", "0"]
     assert cli.main([*run, "--replay", "0", "--out", str(tmp_path / "run")]) == 0
-    assert "not measured: nothing is held out" in capsys.readouterr().err
+    assert "not measured: nothing held out asks for them" in capsys.readouterr().err
     assert set(read_words(tmp_path / "run" / "model").words) == {"hex nut"}
     off = [*run, "--replay", "0", "--set", "find_weight=0", "--out", str(tmp_path / "off")]
     assert cli.main(off) == 0
