@@ -94,13 +94,13 @@ def load_pipeline(name: str, cache_dir: Path, **options: Any) -> Pipeline:
 
 
 def note_words_left(model: str, what: str) -> None:
-    """Say that the words that a model was taught by example are not in what is made of it."""
+    """Say that the words that a model was taught are not in what is made of it."""
     from nanomolmo2.generation.words import listed, words_of
 
     if (words := words_of(model)) is not None and words.words:
         names = listed(words.words)
         verb = "is" if len(words.words) == 1 else "are"
-        note(f"note: {names}, taught by example, {verb} not part of what is {what}")
+        note(f"note: {names}, taught beside the language model, {verb} not part of what is {what}")
 
 
 def collect_again() -> None:

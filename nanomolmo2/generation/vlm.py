@@ -262,8 +262,9 @@ class VLM(Asking):
             unlike: places on things that are not meant, likewise; up to 2 were learned. What lies
                 under one is never listed.
             reference: another picture, in which the examples lie.
-            max_crops: most detail crops of a picture: more finds smaller things, and takes longer;
-                None: as many as keep the picture about as large as it is.
+            max_crops: None: three looks, at the picture about as large as it is, smaller and
+                larger. Else one look with so many detail crops at most: more finds smaller things,
+                and takes longer.
             min_confidence: what is less likely meant is left out, 0 to 1.
         Returns: its ``points`` are things with their ``confidence`` and ``size``, in the order in
             which the model lists them, the examples among them; ``count`` is their number, and
