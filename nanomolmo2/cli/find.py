@@ -122,8 +122,8 @@ class Find:
         int | None,
         arg(
             metavar="N",
-            help="most detail crops a photo: more finds smaller things, and takes longer; none = "
-            "as many as keep the photo about as large as it is",
+            help="one look at a photo, with so many detail crops at most: more find smaller things, "
+            "and take longer; none = three looks, as large as the photo is, smaller and larger",
         ),
         AtLeast(1),
     ] = None

@@ -210,5 +210,8 @@ def test_copies_of_a_taught_model_say_what_becomes_of_its_words(
     assert list(read_words(Path("int8")).words) == ["walnut"]
     capsys.readouterr()
     assert run("export", "t", "exported") == 0
-    assert "walnut, taught beside the language model, is not part of what is exported" in capsys.readouterr().err
+    assert (
+        "walnut, taught beside the language model, is not part of what is exported"
+        in capsys.readouterr().err
+    )
     assert not (Path("exported") / "words.json").exists()

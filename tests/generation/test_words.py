@@ -244,7 +244,9 @@ def test_all_else_is_answered_by_the_model() -> None:
     vlm = vlm_of(words(WALNUT), Finds(), "A dog.", "Yes.", "2", "No.")
     assert vlm.ask(PHOTO, "Describe this picture.").text == "A dog."
     assert vlm.ask(PHOTO, "What is left of the walnut?").text == "Yes."
-    with pytest.warns(UserWarning, match="walnut, a word that was taught, which is found in one image"):
+    with pytest.warns(
+        UserWarning, match="walnut, a word that was taught, which is found in one image"
+    ):
         assert vlm.ask([PHOTO, PHOTO], "How many walnuts are there?").text == "2"
     content: Any = [{"type": "text", "text": "Tell me about"}, {"type": "text", "text": "walnuts"}]
     assert vlm.ask(PHOTO, [{"role": "user", "content": content}]).text == "No."
