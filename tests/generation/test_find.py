@@ -598,13 +598,15 @@ def test_looks_vote(monkeypatch: pytest.MonkeyPatch) -> None:
     third = [thing(105, 100, 0.4), thing(12, 10, 0.9, size=4)]
     found = finding.vote([first, second, third], least=5)
     assert [(one.x, one.y) for one in found] == [(103, 101), (12, 10), (108, 100)]
-    assert [one.confidence for one in found] == pytest.approx([0.75, 0.5, 0.1])
+    means = [0.75, 0.5, 0.1]
+    assert [one.confidence for one in found] == pytest.approx([*map(finding.calibrated, means)])
     # Half of the smaller one's size is near, or so many pixels.
     far = [[thing(0, 0, size=40)], [thing(20, 0, size=40)], [thing(60, 0, size=4)]]
     assert [one.x for one in finding.vote(far, least=5)] == [0, 60]
     assert finding.vote([[], [], []], least=5) == []
-    same = [[thing(50, 60, 0.7)]] * 3
-    assert finding.vote(same, least=5) == same[0]  # exactly
+    # Probabilities stay what they are but for a little, in their order.
+    raised = [finding.calibrated(p) for p in (0.0, 0.1, 0.43, 0.5, 0.9, 1.0)]
+    assert raised == pytest.approx([0.0, 0.130, 0.505, 0.574, 0.924, 1.0], abs=1e-3)
 
 
 @pytest.mark.several_looks
@@ -620,7 +622,8 @@ def test_what_is_found_is_what_the_looks_found_together(vlm: VLM, picture, monke
     answer = vlm.find(picture, [(10, 200)], min_confidence=0.1)
     assert grids == [(12, 22), (22, 32), (32, 42)]  # 1 x 2 tiles, 2 x 3 and 3 x 4
     assert places(answer) == [(200, 60), (90, 90)]
-    assert [point.confidence for point in answer.points] == pytest.approx([0.5, 0.3])
+    means = [0.5, 0.3]
+    assert [p.confidence for p in answer.points] == pytest.approx([*map(finding.calibrated, means)])
     assert answer.usage.prompt_tokens == 6 * 11 + 11 * 16 + 16 * 21
 
 
