@@ -122,8 +122,9 @@ class Find:
         int | None,
         arg(
             metavar="N",
-            help="one look at a photo, with so many detail crops at most: more find smaller things, "
-            "and take longer; none = three looks, as large as the photo is, smaller and larger",
+            help="one look at a photo, with so many detail crops at most: more find smaller "
+            "things, and take longer; none = three looks, as large as the photo is, smaller and "
+            "larger",
         ),
         AtLeast(1),
     ] = None

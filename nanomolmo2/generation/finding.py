@@ -399,8 +399,8 @@ def vote(looks: Sequence[Sequence[Found]], least: float) -> list[Found]:
     """What several looks at one picture found together, the likeliest first.
 
     A thing's confidence is the mean of what the looks say, of those that missed it 0, `calibrated`;
-    it lies where the surest saw it. What is large in tiles is seen best in a smaller picture, what is small in a
-    larger one, and the mistakes of one are not those of the others.
+    it lies where the surest saw it. What is large in tiles is seen best in a smaller picture, what
+    is small in a larger one, and the mistakes of one are not those of the others.
 
     Args: least: pixels; things nearer to each other are one, and those of half their size.
     """

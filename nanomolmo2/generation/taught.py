@@ -93,8 +93,8 @@ def answer_about_words(vlm: VLM, words: Words, question: Question) -> Answer | N
         if len(images) > 1:
             names = listed(word.name for word in about)
             warnings.warn(
-                f"the question is about {names}, a word that was taught, which is found in one image "
-                f"at a time, and {len(images)} are shown: the model answers without them",
+                f"the question is about {names}, a word that was taught, which is found in one "
+                f"image at a time, and {len(images)} are shown: the model answers without them",
                 stacklevel=4,
             )
         return None
