@@ -108,7 +108,7 @@ def test_one_photo(says: Says, photos: Path) -> None:
     assert out.splitlines() == [
         "photos/a.png: 2",
         "   1  20.0,20.0  confidence 1.00",
-        "   2  60.0,20.0  confidence 0.80",
+        "   2  60.0,20.0  confidence 0.84",
     ]
     assert err == ""
 
@@ -153,7 +153,7 @@ def test_examples_in_another_photo(says: Says, photos: Path) -> None:
 
 
 def test_options_reach_the_model(says: Says, photos: Path, monkeypatch) -> None:
-    code, out, _ = says("photos/b.jpg", "--at", "20,20", "--min-confidence", "0.75")
+    code, out, _ = says("photos/b.jpg", "--at", "20,20", "--min-confidence", "0.8")
     assert (code, out.splitlines()[0]) == (0, "photos/b.jpg: 2")
     grids: list[tuple[int, ...]] = []
 
@@ -183,7 +183,7 @@ def test_a_folder_in_the_order_of_names(says: Says, photos: Path) -> None:
     ]
     assert err.splitlines() == [
         "note: photos/c.webp: nothing like the example was found: the likeliest place has "
-        "confidence 0.30"
+        "confidence 0.37"
     ]
 
 
@@ -335,7 +335,7 @@ def test_the_table_has_a_line_a_point(says: Says, photos: Path) -> None:
         ("photos/c.webp", "0", ""),
         *(("photos/d.png", "3", n) for n in "123"),
     ]
-    cells = ["photos/a.png", "2", "thing", "2", "60.0", "20.0", "0.800", "20.0", "80", "40", ""]
+    cells = ["photos/a.png", "2", "thing", "2", "60.0", "20.0", "0.844", "20.0", "80", "40", ""]
     assert list(rows[1].values())[:-1] == cells
     assert rows[6]["problem"].startswith("nothing like the example")
 
@@ -370,7 +370,7 @@ def test_what_is_done_is_not_looked_at_again(says: Says, photos: Path, monkeypat
     assert [(r["photo"], r["count"]) for r in reports] == [
         (f"photos/{name}", count) for name, count in COUNTS.items()
     ]
-    point = {"id": 2, "label": "thing", "x": 60, "y": 20, "confidence": 0.8, "size": 20}
+    point = {"id": 2, "label": "thing", "x": 60, "y": 20, "confidence": 0.844, "size": 20}
     assert reports[0]["points"][1] == point
 
 

@@ -17,8 +17,8 @@ from tests.generation.gate import Gate
 from tests.serve.conftest import SCENE, SCENE_URL, Running, running
 
 # `tiny` on assets/demo/scene.png, which has 192 x 192 pixels: thousandths -> pixels and shares.
-SUNFLOWERS = '<points coords="1 1 250 700 2 500 700 3 800 400">sunflower</points>'
-PLACES = [(48.0, 134.4, 0.25, 0.7), (96.0, 134.4, 0.5, 0.7), (153.6, 76.8, 0.8, 0.4)]
+SUNFLOWERS = '<points coords="1 1 300 700 2 500 700 3 800 400">sunflower</points>'
+PLACES = [(57.6, 134.4, 0.3, 0.7), (96.0, 134.4, 0.5, 0.7), (153.6, 76.8, 0.8, 0.4)]
 
 
 def places(answer: dict[str, Any]) -> list[tuple[float, ...]]:
