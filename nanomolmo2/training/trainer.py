@@ -201,7 +201,9 @@ def _train(
         save_model(recipe, model, processor, out / MODEL_FOLDER, world)
         if world.is_main and learns_words(recipe, model.config):
             dtype = getattr(torch, recipe.dtype)
-            take_words(out / MODEL_FOLDER, split, dtype, info, seed=recipe.seed)
+            learned = take_words(out / MODEL_FOLDER, split, dtype, info, seed=recipe.seed)
+            if learned is not None and not learned.others:
+                info("nothing else is asked in these data: `teach --data` learns it and no more")
     if finished and abilities is not None:
         report_abilities(abilities, recipe, out, info, world.device)
     return finished
