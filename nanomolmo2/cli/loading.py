@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +25,8 @@ MODEL_FILES = (
     *("*config.json", "processor.json", "tokenizer*.json", "*.index.json", "*.safetensors"),
     *("vocab.json", "special_tokens_map.json", "added_tokens.json", "README.md"),
 )
+# Beside the model's own files: what a folder may hold that is written anew.
+TAUGHT_FILES = ("words.json", "word-*", "merges.txt", "LICENSE*", "NOTICE")
 
 
 def precision(
@@ -151,3 +154,23 @@ def load_module(name: str, cache_dir: Path, **options: Any) -> nn.Module:
     return cast(
         "nn.Module", loader.from_pretrained(library_name(name), cache_dir=cache_dir, **options)
     )
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a model's files.
+
+    Raises: UsageError for what is none.
+    """
+    from nanomolmo2.convert.pretrained import find_directory
+
+    name = library_name(model)
+    if name is None:
+        raise UsageError(f"--model is {model}, which is two parts: name a folder, or tiny")
+    return find_directory(name)
+
+
+def copy_model(source: Path, folder: Path) -> None:
+    """Copy the files of a model into a folder."""
+    for pattern in (*MODEL_FILES, *TAUGHT_FILES[2:]):
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from tyro.conf import Positional, arg
 
-from nanomolmo2.cli.loading import MODEL_FILES, files_of, load_pipeline, precision
+from nanomolmo2.cli.loading import (
+    MODEL_FILES,
+    TAUGHT_FILES,
+    copy_model,
+    files_of,
+    load_pipeline,
+    model_folder,
+    precision,
+)
 from nanomolmo2.cli.options import (
     MODEL_HELP,
     CacheDir,
@@ -37,8 +44,6 @@ if TYPE_CHECKING:
 
 _NUMBER = r"-?\d{1,9}(?:\.\d{1,9})?"
 _PLACE = re.compile(rf"(.+)@({_NUMBER}),({_NUMBER})", re.DOTALL)
-# Beside the model's own files: what a folder may hold that is written anew.
-TAUGHT_FILES = ("words.json", "word-*", "merges.txt", "LICENSE*", "NOTICE")
 
 
 class Shown(NamedTuple):
@@ -163,7 +168,7 @@ class Teach:
         """Learn the word from annotated photos; examples are kept where they do better."""
         from nanomolmo2.cli.teach_data import Lesson
         from nanomolmo2.convert.pretrained import load_processor
-        from nanomolmo2.emoji.sprites import known_nouns
+        from nanomolmo2.data.registry import known_nouns
         from nanomolmo2.generation.words import Words, words_of
 
         assert self.out is not None
@@ -193,8 +198,8 @@ class Teach:
         lesson.run()
 
     def _names(self) -> tuple[str, str]:
-        from nanomolmo2.data.labels.questions import plural
         from nanomolmo2.generation.words import checked_name
+        from nanomolmo2.processor.nouns import plural
 
         if _PLACE.fullmatch(self.name) or os.path.isfile(self.name):
             raise UsageError(
@@ -302,27 +307,7 @@ def word_of(name: str, plural: str, shown: Sequence[Shown]) -> tuple[Word, dict[
 
 def known_words(pipeline: Pipeline) -> Words:
     """The words that a model was taught, and the nouns that it knows."""
-    from nanomolmo2.emoji.sprites import known_nouns
+    from nanomolmo2.data.registry import known_nouns
     from nanomolmo2.generation.words import Words
 
     return pipeline.words or Words({}, {}, known_nouns(pipeline.processor.config.trained_on))
-
-
-def model_folder(model: str) -> Path:
-    """The folder of a model's files.
-
-    Raises: UsageError for what is none.
-    """
-    from nanomolmo2.convert.pretrained import find_directory
-
-    name = library_name(model)
-    if name is None:
-        raise UsageError(f"--model is {model}, which is two parts: name a folder, or tiny")
-    return find_directory(name)
-
-
-def copy_model(source: Path, folder: Path) -> None:
-    """Copy the files of a model into a folder."""
-    for pattern in (*MODEL_FILES, *TAUGHT_FILES[2:]):
-        for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanomolmo2.cli.loading import load_pipeline, precision
+from nanomolmo2.cli.loading import copy_model, load_pipeline, model_folder, precision
 from nanomolmo2.cli.options import UsageError
 from nanomolmo2.cli.output import note, progress_bars, say
 
@@ -80,7 +80,6 @@ class Lesson:
         """
         import torch
 
-        from nanomolmo2.cli.teach import copy_model, model_folder
         from nanomolmo2.convert.pretrained import load_config
         from nanomolmo2.training.run_folder import MODEL_FOLDER, RECIPE_FILE
         from nanomolmo2.training.split import open_split

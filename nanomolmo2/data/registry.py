@@ -7,6 +7,7 @@ them strictly when the source is opened.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Self
 
 from nanomolmo2.config import Config
@@ -33,8 +34,18 @@ class SourceOptions(Config):
         """
         return cls()
 
+    @classmethod
+    def nouns(cls) -> tuple[str, ...]:
+        """What things are called in it, one and several, where these are few."""
+        return ()
+
 
 SOURCES: Registry[type[SourceOptions]] = Registry(
     emoji="nanomolmo2.emoji.source:EmojiConfig",
     things="nanomolmo2.things.source:ThingsConfig",
 )
+
+
+def known_nouns(trained_on: Collection[str]) -> tuple[str, ...]:
+    """The nouns that a model knows by what its card says that it was trained on."""
+    return tuple(noun for name in trained_on if name in SOURCES for noun in SOURCES[name].nouns())

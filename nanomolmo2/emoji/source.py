@@ -9,7 +9,7 @@ from nanomolmo2.data.example import BadExample, Example
 from nanomolmo2.data.registry import SourceOptions
 from nanomolmo2.emoji.questions import BranchMix, make_branches
 from nanomolmo2.emoji.scenes import SceneConfig, render_scene, train_rng
-from nanomolmo2.emoji.sprites import Sprites
+from nanomolmo2.emoji.sprites import CATEGORIES, PLURALS, Sprites
 
 REPLAYED = BranchMix(presence=2, count=1, number=1, point=1, caption=1, points=0, size=0, at=0)
 
@@ -37,6 +37,10 @@ class EmojiConfig(SourceOptions):
         model knows, and a share of the examples is to be about the same share of the loss.
         """
         return cls(mix=REPLAYED)
+
+    @classmethod
+    def nouns(cls) -> tuple[str, ...]:
+        return (*CATEGORIES, *PLURALS)
 
     def open(self, seed: int = 0, name: str = "emoji") -> EmojiScenes:
         return EmojiScenes(self, seed, name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,6 @@ STYLE_GROUPS: dict[str, tuple[str, ...]] = {
     for group in ("seen", "mild", "openmoji", "extra")
 }
 STYLE_GROUPS["inked"] = tuple(style + INKED for style in STYLE_GROUPS["seen"])
-
-
-def known_nouns(trained_on: Collection[str]) -> tuple[str, ...]:
-    """The nouns that a model knows by what its card says that it was trained on."""
-    return (*CATEGORIES, *PLURALS) if "emoji" in trained_on else ()
 
 
 def article(noun: str) -> str:

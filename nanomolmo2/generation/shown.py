@@ -28,6 +28,7 @@ from nanomolmo2.generation.taught import TASK_WORDS, Task, merge_found, said, ta
 from nanomolmo2.generation.words import Word, Words, checked_name, key_of, with_article
 from nanomolmo2.processor import Message, Point, load_image
 from nanomolmo2.processor.chat import read_messages
+from nanomolmo2.processor.nouns import plural, singular
 from nanomolmo2.processor.points import Size
 
 if TYPE_CHECKING:
@@ -206,8 +207,6 @@ def sentences(turn: Told) -> list[Told]:
 
 def named_in(sentence: Told) -> Meant | None:
     """What a sentence gives a name to: ``This <point> is a walnut.``"""
-    from nanomolmo2.data.labels.questions import plural, singular
-
     for pattern in _NAMES:
         if found := pattern.match(sentence.text):
             name = _name(found["name"])

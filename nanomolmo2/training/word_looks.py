@@ -31,9 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomolmo2.data.example import BadExample, Example, Source
-from nanomolmo2.data.labels.questions import plural
+from nanomolmo2.data.registry import known_nouns
 from nanomolmo2.data.sources import RecordSource
-from nanomolmo2.emoji.sprites import known_nouns
 from nanomolmo2.generation.find import crops_of
 from nanomolmo2.generation.finding import Seen, patch_at, patches_of, see, wanted_words
 from nanomolmo2.generation.pipeline import Pipeline
@@ -44,6 +43,7 @@ from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.finder import Patches
 from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.processor import Processor, load_image
+from nanomolmo2.processor.nouns import plural
 from nanomolmo2.processor.points import NOTHING_THERE, Point, parse_points
 from nanomolmo2.training.find_terms import FIRST_WEIGHT, HITS_WEIGHT, WAY_WEIGHT
 from nanomolmo2.training.recipe import Recipe

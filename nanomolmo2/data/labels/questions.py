@@ -20,6 +20,7 @@ import numpy as np
 
 from nanomolmo2.data.labels.labelled import Labelled, Thing
 from nanomolmo2.data.layouts import COUNT_QUESTIONS, POINT_QUESTIONS
+from nanomolmo2.processor.nouns import plural
 from nanomolmo2.processor.points import NOTHING_THERE
 
 Ask = Literal["point", "count", "presence", "class", "caption", "question"]
@@ -33,12 +34,6 @@ CAPTION_QUESTIONS = (
     "Write a caption for this picture.",
     "What can be seen in this picture?",
 )
-_PLURALS = {
-    "child": "children", "deer": "deer", "fish": "fish", "foot": "feet", "goose": "geese",
-    "knife": "knives", "leaf": "leaves", "loaf": "loaves", "man": "men", "mouse": "mice",
-    "ox": "oxen", "people": "people", "person": "people", "sheep": "sheep", "shelf": "shelves",
-    "skis": "skis", "tooth": "teeth", "wife": "wives", "wolf": "wolves", "woman": "women",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -171,28 +166,6 @@ def _told(question: str, answer: str, task: str, truth: Mapping[str, Any]) -> di
 
 def _rounded(values: Sequence[float]) -> list[float]:
     return [round(float(value), 2) for value in values]
-
-
-def plural(label: str) -> str:
-    """``traffic light`` -> ``traffic lights``, by the rule of most English nouns."""
-    start, space, word = label.rpartition(" ")
-    if word in _PLURALS:
-        word = _PLURALS[word]
-    elif word.endswith(("ss", "us", "is", "x", "z", "ch", "sh")):
-        word += "es"
-    elif word.endswith("y") and word[-2:-1] not in tuple("aeiou"):
-        word = word[:-1] + "ies"
-    elif not word.endswith("s"):  # scissors, and labels that are plurals already
-        word += "s"
-    return start + space + word
-
-
-def singular(label: str) -> str:
-    """The other way round; of what is no plural the label itself."""
-    start, space, word = label.rpartition(" ")
-    irregular = [one for one, many in _PLURALS.items() if many == word]
-    found = [*irregular, f"{word[:-3]}y", word[:-2], word[:-1]]
-    return start + space + next((one for one in found if one and plural(one) == word), word)
 
 
 def article(label: str) -> str:
