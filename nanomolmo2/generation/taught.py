@@ -59,6 +59,7 @@ _PLAIN_WORDS = """
     picture image photo photograph scene table tray plate ground floor belt
 """
 _PLAIN = frozenset(_PLAIN_WORDS.split())
+_TOKEN = r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*|\d+"
 TASK_WORDS = _PLAIN - {"plate", "tray", "belt", "table"}  # that no thing may be called
 
 
@@ -68,13 +69,24 @@ def task_of(text: str) -> Task | None:
     Args: text: without the names of the things, see `Words.rest`.
     """
     asked = key_of(text)
-    if set(re.findall(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*|\d+", asked)) - _PLAIN:
+    if set(re.findall(_TOKEN, asked)) - _PLAIN:
         return None
     if _COUNT.search(asked):
         return "number" if _NUMBER.search(asked) else "count"
     if _PRESENCE.search(asked) and not _PLEA.search(asked):
         return "point" if "where" in asked.split() else "presence"
     return "point" if _POINT.search(asked) else None
+
+
+def noun_in(text: str) -> str | None:
+    """What a question about things of one kind calls them: "walnuts" of "Point to the walnuts.";
+    None where it asks for something else, or for several."""
+    pieces = re.findall(_TOKEN, key_of(text))
+    others = [i for i, piece in enumerate(pieces) if piece not in _PLAIN]
+    if not others or others != list(range(others[0], others[-1] + 1)):
+        return None
+    rest = " ".join(piece for piece in pieces if piece in _PLAIN)
+    return " ".join(pieces[i] for i in others) if task_of(rest) in ("point", "count") else None
 
 
 def answer_about_words(vlm: VLM, words: Words, question: Question) -> Answer | None:

@@ -37,7 +37,7 @@ from nanomolmo2.generation.find import crops_of
 from nanomolmo2.generation.finding import Seen, patch_at, patches_of, see, wanted_words
 from nanomolmo2.generation.pipeline import Pipeline
 from nanomolmo2.generation.prefix_cache import digest
-from nanomolmo2.generation.taught import TASK_WORDS, task_of
+from nanomolmo2.generation.taught import TASK_WORDS, noun_in, task_of
 from nanomolmo2.generation.words import Word, WordLook, Words, checked_name, key_of, listed
 from nanomolmo2.models import NanoMolmo2
 from nanomolmo2.models.finder import Patches
@@ -118,7 +118,7 @@ def read_places(sources: Sequence[Source], known: Collection[str] = (), seed: in
     }
     left = [f"{label[:80]!r} is not learned: {why}" for label, why in reasons.items() if why]
     left += [f"{n} records are left out ({cause})" for cause, n in bad.items()]
-    chosen = [Word(label, plural(label)) for label, why in reasons.items() if not why]
+    chosen = _words_of([label for label, why in reasons.items() if not why])
     left += [f"only the {MOST_WORDS} most frequent of {len(chosen)} nouns are learned"] * (
         len(chosen) > MOST_WORDS
     )
@@ -137,6 +137,12 @@ def read_places(sources: Sequence[Source], known: Collection[str] = (), seed: in
     questions = [question for record in said for question, _ in record.answers]
     others = sum(not asks_for(words, question) for question in questions)
     return Nouns(chosen, found, others, left)
+
+
+def _words_of(labels: Sequence[str]) -> list[Word]:
+    """A word for each label; one for both where they are one noun, once in the plural."""
+    many = {plural(label) for label in labels if plural(label) != label}
+    return [Word(label, plural(label)) for label in labels if label not in many]
 
 
 def _reason(label: str, things: int, pictures: int, known: Collection[str]) -> str:
@@ -204,9 +210,17 @@ def _read(source: Source, number: int, example: Example) -> _Record:
             points: list[Point] | None = None
             if size is not None and isinstance(answer, str):
                 points = parse_points(answer, [size], problems=[])
-                points = points if points or answer == NOTHING_THERE else None
+                points = _named(points, asked) if points or answer == NOTHING_THERE else None
             found.append((asked if isinstance(asked, str) else "", points))
     return _Record(source, number, picture, found)
+
+
+def _named(points: list[Point], question: object) -> list[Point]:
+    """Points without a name of their own get that of the question."""
+    if not isinstance(question, str) or {key_of(p.label or "") for p in points} - TASK_WORDS:
+        return points
+    noun = noun_in(question)
+    return points if noun is None else [replace(point, label=noun) for point in points]
 
 
 def _things_of(answers: Sequence[_Answer], words: Words) -> dict[str, list[tuple[float, float]]]:

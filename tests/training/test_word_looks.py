@@ -105,9 +105,36 @@ def test_few_things_words_that_are_known_and_phrases_are_left_to_the_model(
         if line["question"].startswith("Point")
     ]
     assert read_places([source(folder, left, "left.jsonl")]).words == []
-    for label, why in (("nut (M4)", "it is no word of letters"), ("point", "no name of a thing")):
-        odd = read_places([source(folder, [{**line, "label": label} for line in lines])])
-        assert (odd.words, odd.left) == ([], [f"{label!r} is not learned: {why}"])
+    named = [{**line, "label": "nut (M4)"} for line in lines]
+    it = [{**line, "label": "point", "question": "Point to it."} for line in lines]
+    for odd, said in (
+        (named, "'nut (M4)' is not learned: it is no word of letters"),
+        (it, "'point' is not learned: no name of a thing"),
+    ):
+        found = read_places([source(folder, odd)])
+        assert (found.words, found.left) == ([], [said])
+
+
+def test_points_without_a_label_are_called_what_is_asked_for(
+    folder: Path, boxes: dict[str, list[tuple[int, ...]]]
+) -> None:
+    lines = records(boxes)
+    for line in lines:
+        del line["label"]
+    found = read_places([source(folder, lines)])
+    assert [(word.name, word.plural) for word in found.words] == [("hex nuts", "hex nuts")]
+    assert len(found.pictures) == PHOTOS and found.others == 0
+
+
+def test_a_noun_and_its_plural_are_one_word(
+    folder: Path, boxes: dict[str, list[tuple[int, ...]]]
+) -> None:
+    lines = records(boxes)
+    for line in lines[::2]:
+        line["label"] = "hex nuts"
+    found = read_places([source(folder, lines)])
+    assert [(word.name, word.plural) for word in found.words] == [("hex nut", "hex nuts")]
+    assert len(found.pictures) == PHOTOS and found.others == 0
 
 
 def test_records_that_do_not_open_are_told(
