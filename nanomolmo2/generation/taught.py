@@ -45,17 +45,19 @@ _SURE = 0.5
 _COUNT = re.compile(r"\bhow many\b|\bcount\b|\bnumber of\b")
 _NUMBER = re.compile(r"\b(?:answer with a|just the|just a|only the|only a) number\b")
 _POINT = re.compile(
-    r"\b(?:point(?: to| at)?|where|show (?:me|the|all|every)|find|locate|mark|click|highlight)\b"
+    r"\b(?:points?(?: to| at)?|where|show (?:me|us|the|all|every|each)|find|locate|mark|click|"
+    r"highlight|identify|detect|coordinates|positions?|locations?)\b"
 )
 _PRESENCE = re.compile(r"^(?:is|are|do|does|can|could|any)\b")
 _PLEA = re.compile(r"^(?:can|could) you (?:please )?(?:point|show|locate|mark|tell|count)\b")
 # All that may be said beside the things themselves. Any other word asks for something that finding
 # does not know: a colour, a place, a comparison, what the things are not.
 _PLAIN_WORDS = """
-    a all an and answer any are at can click contain could count do does every everything exactly
-    find have here highlight how in is it just locate many mark me notice number of on only please
-    point say see show spot tell that the them there these this those to total visible what where
-    with you your
+    a all an and answer any appear appears are at be can click contain contains coordinates could
+    count detect do does each every everything exactly find for give has have here highlight how i
+    identify in is it its just list locate location locations many mark me my notice number of on
+    only our please point points position positions present say see seen show shown spot tell that
+    the their them there these this those to total us visible we what where with you your
     picture image photo photograph scene table tray plate ground floor belt
 """
 _PLAIN = frozenset(_PLAIN_WORDS.split())

@@ -124,6 +124,22 @@ def test_what_compares_or_places_things_is_left_to_the_model(task: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "task"),
+    [
+        ("Locate each walnut in the photo.", "point"),
+        ("What are the coordinates of all walnuts?", "point"),
+        ("Give me the positions of the walnuts.", "point"),
+        ("How many walnuts are on the table?", "count"),
+        ("Give the number of walnuts, please.", "count"),
+        ("Can you count the walnuts?", "count"),
+        ("Does this image contain a walnut?", "presence"),
+    ],
+)
+def test_other_wordings(text: str, task: str) -> None:
+    assert task_of(words(WALNUT).rest(text)) == task
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "Are the walnuts rusty?",
