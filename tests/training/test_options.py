@@ -151,10 +151,10 @@ def test_a_run_goes_on_with_what_was_derived_from_its_data(folder: Path, capsys)
     assert isinstance(resumed, Train)
     with open("my.jsonl", "a") as stream:
         stream.write('{"question": "1?", "answer": "2"}\n' * 500)
-    assert resumed._recipe("finetune", Path("run")) == began
+    assert resumed.recipe_in(Path("run")) == began
     capsys.readouterr()
     longer = dataclasses.replace(resumed, steps=began.steps + 1)
-    assert longer._recipe("finetune", Path("run")) == began
+    assert longer.recipe_in(Path("run")) == began
     assert f"keeps its length of {began.steps} steps: --max-steps" in capsys.readouterr().err
     assert main([*run, "--resume", "--lora"]) == 1
     assert "train, optimisers, lora differ" in capsys.readouterr().err

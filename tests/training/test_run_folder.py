@@ -396,7 +396,7 @@ def test_data_are_read_in_training_as_in_the_audit(tmp_path: Path, monkeypatch, 
     options = ("--pictures", "photos", "--points-scale", "percent")
     own = Train(data=("a.jsonl", "b.jsonl"), pictures=Path("photos"), points_scale="percent")
     for name in ("finetune", "base"):
-        sources = own._recipe(name, tmp_path).data
+        sources = own.recipe_in(tmp_path, name).data
         assert [source.path for source in sources] == ["a.jsonl", "b.jsonl"]
         assert {source.image_folder for source in sources} == {"photos"}
         assert {source.points_scale for source in sources} == {"percent"}
@@ -410,8 +410,8 @@ def test_a_run_resumed_with_its_data_keeps_its_length(tmp_path: Path) -> None:
     begun = finetune(["a.jsonl"], "tiny", steps=6)
     begun.save(tmp_path / "recipe.json")
     resumed = Train(data=("a.jsonl",), out=tmp_path, resume=True)
-    assert resumed._recipe("finetune", tmp_path) == begun
-    assert Train(data=("a.jsonl",), out=tmp_path)._recipe("finetune", tmp_path).steps == 40
+    assert resumed.recipe_in(tmp_path) == begun
+    assert Train(data=("a.jsonl",), out=tmp_path).recipe_in(tmp_path).steps == 40
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**70])
