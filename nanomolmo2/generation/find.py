@@ -103,12 +103,9 @@ def find(
     prepared = time.perf_counter()
     looks = _see(model, crops, pictures, cache, seeing, whole=max_crops is None)
     found = _together([finding.look_for(model, seen, *examples) for seen in looks], looks)
-    seen = looks[len(looks) // 2]
     spent = time.perf_counter() - prepared
     return replace(
-        _answer(asked, seen, found),
-        prompt_tokens=(tokens := _visual_tokens(looks)),
-        input_tokens=tokens,
+        _answer(asked, looks, found),
         timings={"prepare": prepared - start, "first_token": spent, "generate": spent},
     )
 
@@ -137,14 +134,7 @@ def find_words(
     found = [_together([[words[i]] for words in by_look], seen) for i in range(len(looks))]
     spent = time.perf_counter() - start
     timings = {"prepare": 0.0, "first_token": spent, "generate": spent}
-    tokens = _visual_tokens(seen)
-    middle = seen[len(seen) // 2]
-    return [
-        replace(
-            _answer(asked, middle, one), prompt_tokens=tokens, input_tokens=tokens, timings=timings
-        )
-        for one in found
-    ]
+    return [replace(_answer(asked, seen, one), timings=timings) for one in found]
 
 
 def _see(
@@ -184,10 +174,6 @@ def _together(
         finding.vote(of_one, finding.NEAREST_PATCHES * patch)
         for of_one, patch in zip(zip(*found, strict=True), largest, strict=True)
     ]
-
-
-def _visual_tokens(looks: Sequence[Sequence[Seen]]) -> int:
-    return sum(len(seen.tokens) for look in looks for seen in look)
 
 
 # ---- what is asked ----
@@ -334,8 +320,12 @@ def crops_of(
 # ---- what was found ----
 
 
-def _answer(asked: Asked, seen: Sequence[Seen], found: Sequence[Sequence[Found]]) -> Answer:
+def _answer(
+    asked: Asked, looks: Sequence[Sequence[Seen]], found: Sequence[Sequence[Found]]
+) -> Answer:
     """An answer as the model would have written it, but for the confidences."""
+    seen = looks[len(looks) // 2]
+    visual_tokens = sum(len(one.tokens) for look in looks for one in look)
     found = _as_told(asked, seen, found)
     candidates = _without_unlike(asked, seen, found[asked.image - 1])
     chosen = [one for one in candidates if one.confidence >= asked.min_confidence]
@@ -356,11 +346,11 @@ def _answer(asked: Asked, seen: Sequence[Seen], found: Sequence[Sequence[Found]]
         image_sizes=tuple(asked.sizes),
         video_size=None,
         frame_times=(),
-        input_tokens=0,
+        input_tokens=visual_tokens,
         output_tokens=0,
         timings={},
         confidence=math.exp(sum(math.log(max(one, 1e-9)) for one in sure) / len(sure)),
-        prompt_tokens=0,
+        prompt_tokens=visual_tokens,
         show=partial(_shown, asked.sources),
     )
 
