@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from nanomolmo2.generation.words import Word, Words
 
 RUN, PAGE = "run", "report.html"  # in the folder that is written
-CHECKPOINTS = "checkpoints"  # in that of a run
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,12 @@ class Lesson:
         import torch
 
         from nanomolmo2.convert.pretrained import load_config
+        from nanomolmo2.training.checkpoint import FOLDER
         from nanomolmo2.training.run_folder import MODEL_FOLDER, RECIPE_FILE
         from nanomolmo2.training.split import open_split
         from nanomolmo2.training.word_looks import learns_words, take_words
 
-        if (run / CHECKPOINTS).is_dir():
+        if (run / FOLDER).is_dir():
             return False  # a training that goes on
         recipe = replace(self._trainer(run), minutes=None, resume=False).recipe_in(run)
         if not learns_words(recipe, load_config(self.model)):
@@ -162,7 +162,7 @@ class Lesson:
             words = learned or self.none
             pipeline.words = words.with_word(self.shown, self.pictures_of)
             other = evaluate(pipeline, [*sources], baselines=True, on_progress=bar("by examples"))
-        own, by_example = mean_score(report), mean_score(other)
+        own, by_example = report.mean_score, other.mean_score
         better = by_example > own
         say(
             f"mean score on the photos held out: {own:.3f} as learned, {by_example:.3f} by the "
@@ -186,6 +186,7 @@ class Lesson:
     ) -> None:
         from nanomolmo2.evaluation.every_answer import write_every_answer
         from nanomolmo2.generation.words import WORDS_FILE
+        from nanomolmo2.training.checkpoint import FOLDER
 
         about = {"data": ", ".join(self.data), "model": self.model, "held out": f"{self.share:.0%}"}
         write_every_answer(
@@ -198,7 +199,7 @@ class Lesson:
         for name in names:  # the last one makes a model of them
             os.replace(run / "model" / name, self.out / name)
         (run / "model").rmdir()
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        shutil.rmtree(run / FOLDER, ignore_errors=True)
         say(report.table())
         quoted = shlex.quote(str(self.out))
         say(
@@ -233,8 +234,3 @@ def pointed_labels(sources: Sequence[Source]) -> dict[str, int]:
                 if isinstance(label, str) and pointing.get("points"):
                     found[label] = found.get(label, 0) + 1
     return found
-
-
-def mean_score(report: Report) -> float:
-    """Of all tasks alike."""
-    return sum(report.scores.values()) / len(report.scores)

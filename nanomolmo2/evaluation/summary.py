@@ -149,6 +149,11 @@ class Report:
         """The main score of every task, 0 to 1, more is better."""
         return {row.task: row.score for row in self.rows}
 
+    @property
+    def mean_score(self) -> float:
+        """The mean of these; of all tasks alike."""
+        return sum(self.scores.values()) / len(self.scores)
+
     def flat(self) -> dict[str, float]:
         """``scores``, and further numbers as ``task_name``."""
         further = {

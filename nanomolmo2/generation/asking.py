@@ -54,7 +54,7 @@ class Asking:
         self.scheduler = Scheduler(model.llm, self.prefix_cache, max_rows=max_rows)
 
     @property
-    def _cache(self) -> PrefixCache | None:
+    def cache(self) -> PrefixCache | None:
         return self.prefix_cache if self.prefix_cache.max_bytes else None
 
     def _encode(self, question: Question) -> tuple[Conversation, Encoded]:
@@ -71,7 +71,7 @@ class Asking:
     def _see(self, encoded: Encoded, reuse: bool = True) -> Request:
         """A prompt for the engine, with its images as embeddings."""
         with self.scheduler.seeing:
-            return finding_request(self.model, encoded, self._cache if reuse else None)
+            return finding_request(self.model, encoded, self.cache if reuse else None)
 
     def _prepare(
         self, question: Question, options: GenerateOptions, well_formed_points: bool, reuse: bool

@@ -71,7 +71,7 @@ _SEARCH = re.compile(
 _BUT = re.compile(
     rf"\s*,?\s*(?:(?:but|and)\s+)?(?:not|nothing|none|no|never|except|excluding|without|unlike|other\s+than|"
     rf"ignor(?:e|ing)|leav(?:e|ing)\s+out|rather\s+than|instead\s+of|do(?:n't|\s+not)\s+(?:include|count)|exclude)"
-    rf"\s+(?:(?:any|all|every)?thing\s+|those\s+|anything\s+)?(?:{_LIKE}\s+)?(?P<unlike>{_LISTED})",
+    rf"\s+(?:(?:any|all|every)?thing\s+|those\s+|anything\s+)?(?:{_LIKE}\s+)?{_LISTED}",
     re.IGNORECASE,
 )
 _SAME = re.compile(
@@ -139,8 +139,7 @@ def answer_about_shown(vlm: VLM, question: Question) -> Answer | None:
         return _understood(vlm, pictures, list(names.values()))
     wish = read_wish(asked, names, len(pictures))
     if wish is None:
-        words = Words({name: meant.name for name, meant in names.items()}, {})
-        if asked.points or words.mentioned(asked.text)[0]:
+        if asked.points or _words(names).mentioned(asked.text)[0]:
             warnings.warn(NOT_READ, stacklevel=4)
         return None
     return replace(_granted(vlm, pictures, wish), show=partial(Shown, pictures))
@@ -271,7 +270,7 @@ def read_wish(asked: Told, names: Mapping[str, Meant], images: int) -> Wish | No
         return Wish("presence", [Meant(thing, [first], [])], second.image, same=second)
     text = _PICTURE.sub("", asked.text)
     if not asked.points:
-        words = Words({meant.name.name: meant.name for meant in names.values()}, {})
+        words = _words(names)
         about, task = words.mentioned(text)[0], task_of(words.rest(text))
         if not about or task is None:
             return None
@@ -288,6 +287,10 @@ def read_wish(asked: Told, names: Mapping[str, Meant], images: int) -> Wish | No
     number = found["like"].count(MARK)
     like, unlike = asked.points[:number], asked.points[number:]
     return Wish(task, [Meant(thing, like, unlike)], _picture(asked.text, images, like))
+
+
+def _words(names: Mapping[str, Meant]) -> Words:
+    return Words({meant.name.name: meant.name for meant in names.values()}, {})
 
 
 def _granted(vlm: VLM, pictures: Sequence[Image.Image], wish: Wish) -> Answer:

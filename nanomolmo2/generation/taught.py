@@ -201,7 +201,7 @@ def find_learned(
         vlm.processor,
         image,
         looks,
-        cache=vlm.prefix_cache if vlm.prefix_cache.max_bytes else None,
+        cache=vlm.cache,
         seeing=vlm.scheduler.seeing,
     )
     return [(answer, list(answer.points)) for answer in answers]

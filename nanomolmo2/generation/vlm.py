@@ -225,7 +225,7 @@ class VLM(Asking):
         request, asked = self._prepare(question_, options, well_formed_points, reuse)
         if cut_at_context:
             request = self._cut(request)
-        way = Way(options.batch_invariant, options.lookup, reuse and bool(self._cache))
+        way = Way(options.batch_invariant, options.lookup, reuse and bool(self.cache))
         return Stream(self.scheduler.submit(request, way), asked)
 
     def point(self, images: Images, label: str, **keywords: Unpack[GenerateKeywords]) -> Answer:
@@ -281,7 +281,7 @@ class VLM(Asking):
             max_crops=max_crops,
             min_confidence=min_confidence,
             allow_remote=self.allow_remote,
-            cache=self._cache,
+            cache=self.cache,
             seeing=self.scheduler.seeing,
         )
 
@@ -398,7 +398,7 @@ class VLM(Asking):
             self.model.llm,
             max_rows=batch_size,
             batch_invariant=options.batch_invariant,
-            prefix_cache=self._cache,
+            prefix_cache=self.cache,
             lookup=options.lookup,
         )
         numbered = enumerate(questions)

@@ -301,6 +301,19 @@ def _target(values: NDArray[np.int64]) -> _Target:
     return row, slot, cell
 
 
+def scores_loss(scores: Scores, hits: Tensor, asked: Tensor) -> Tensor:
+    """(Q,) the loss of both scores, summed over the patches that are asked.
+
+    Args: hits, asked: (Q, n) bool.
+    """
+    weights = torch.where(hits, HITS_WEIGHT, 1.0) * asked
+    summed = weights.new_zeros(len(hits))
+    for logits, weight in ((scores.final, 1.0), (scores.first, FIRST_WEIGHT)):
+        each = F.binary_cross_entropy_with_logits(logits.float(), hits.float(), reduction="none")
+        summed = summed + weight * (each * weights).sum(dim=1)
+    return summed
+
+
 def find_loss(model: NanoMolmo2, batch: Batch, states: Tensor, targets: FindTargets) -> FindSums:
     """The loss of all questions of a batch, summed; that of one is a sum over the patches of its
     pictures, over 1 and the number of things that are asked for.
@@ -311,11 +324,7 @@ def find_loss(model: NanoMolmo2, batch: Batch, states: Tensor, targets: FindTarg
     scores, of_mine, patches = scores_of(model, batch, states, targets)
     hits = targets.hits
     mine = of_mine & ~targets.unsure
-    weights = torch.where(hits, HITS_WEIGHT, 1.0) * mine
-    summed = weights.new_zeros(len(targets))
-    for logits, weight in ((scores.final, 1.0), (scores.first, FIRST_WEIGHT)):
-        each = F.binary_cross_entropy_with_logits(logits.float(), hits.float(), reduction="none")
-        summed = summed + weight * (each * weights).sum(dim=1)
+    summed = scores_loss(scores, hits, mine)
     question, patch = targets.place.T
     # Where in its ninth of the patch a middle lies is not known, so nothing is asked of it there.
     off = ((patches.way[patch, :2].float() - targets.way).abs() - CELL / 2).clamp(min=0)

@@ -45,7 +45,7 @@ from nanomolmo2.models.nanomolmo2 import NanoMolmo2Config
 from nanomolmo2.processor import Processor, load_image
 from nanomolmo2.processor.nouns import plural
 from nanomolmo2.processor.points import NOTHING_THERE, Point, parse_points
-from nanomolmo2.training.find_terms import FIRST_WEIGHT, HITS_WEIGHT, WAY_WEIGHT
+from nanomolmo2.training.find_terms import WAY_WEIGHT, scores_loss
 from nanomolmo2.training.recipe import Recipe
 from nanomolmo2.training.split import Split
 
@@ -376,11 +376,7 @@ def _loss(model: NanoMolmo2, looks: WordLooks, lesson: _Lesson) -> Tensor:
     wanted = wanted_words(finder, patches, looks.look[of], looks.token_look[of], looks.size[of])
     hits = lesson.hits
     scores = finder(wanted, patches, torch.ones_like(hits))
-    weights = torch.where(hits, HITS_WEIGHT, 1.0) * ~lesson.unsure
-    total = weights.new_zeros(())
-    for logits, weight in ((scores.final, 1.0), (scores.first, FIRST_WEIGHT)):
-        each = F.binary_cross_entropy_with_logits(logits.float(), hits.float(), reduction="none")
-        total = total + weight * ((each * weights).sum(dim=1) / (1 + hits.sum(dim=1))).mean()
+    total = (scores_loss(scores, hits, ~lesson.unsure) / (1 + hits.sum(dim=1))).mean()
     if len(lesson.place):
         off = (patches.way[lesson.place, :2] - lesson.way).abs().sum(dim=1)
         total = total + WAY_WEIGHT * off.mean()
@@ -471,4 +467,4 @@ def _mean_score(pipeline: Pipeline, held_out: Sequence[Source]) -> float | None:
             report = evaluate(pipeline, [*held_out], baselines=False, limit=MEASURED)
         except ValueError:  # nothing that can be scored
             return None
-    return sum(report.scores.values()) / len(report.scores)
+    return report.mean_score

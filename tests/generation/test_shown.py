@@ -157,6 +157,13 @@ def test_a_question_behind_a_name() -> None:
         assert read_wish(Told(text, []), names, 1) is None, text
 
 
+@pytest.mark.parametrize("name", ["drachma", "Drachma"])
+def test_a_question_about_a_name_that_is_not_read_gets_a_warning(vlm: Pipeline, name: str) -> None:
+    asked = turn(f"This * is a {name}. Are {name}s made of gold?", (157, 52, 1))
+    with pytest.warns(UserWarning, match="reads those that show what is meant"):
+        vlm.ask(None, [asked], max_new_tokens=2)
+
+
 @pytest.mark.parametrize("which", ["2nd picture", "second image", "picture two", "image #2"])
 def test_a_picture_has_many_names(which: str) -> None:
     the = "" if which[-1] in "o2" else "the "

@@ -115,25 +115,26 @@ def test_few_things_words_that_are_known_and_phrases_are_left_to_the_model(
         assert (found.words, found.left) == ([], [said])
 
 
-def test_points_without_a_label_are_called_what_is_asked_for(
-    folder: Path, boxes: dict[str, list[tuple[int, ...]]]
+@pytest.mark.parametrize(
+    ("label", "every", "name"),
+    [
+        (None, 1, "hex nuts"),  # as the questions say
+        ("hex nuts", 2, "hex nut"),  # one word with its plural
+    ],
+)
+def test_labels_that_are_left_out_or_in_the_plural(
+    folder: Path,
+    boxes: dict[str, list[tuple[int, ...]]],
+    label: str | None,
+    every: int,
+    name: str,
 ) -> None:
     lines = records(boxes)
-    for line in lines:
+    for line in lines[::every]:
         del line["label"]
+        line |= {} if label is None else {"label": label}
     found = read_places([source(folder, lines)])
-    assert [(word.name, word.plural) for word in found.words] == [("hex nuts", "hex nuts")]
-    assert len(found.pictures) == PHOTOS and found.others == 0
-
-
-def test_a_noun_and_its_plural_are_one_word(
-    folder: Path, boxes: dict[str, list[tuple[int, ...]]]
-) -> None:
-    lines = records(boxes)
-    for line in lines[::2]:
-        line["label"] = "hex nuts"
-    found = read_places([source(folder, lines)])
-    assert [(word.name, word.plural) for word in found.words] == [("hex nut", "hex nuts")]
+    assert [(word.name, word.plural) for word in found.words] == [(name, "hex nuts")]
     assert len(found.pictures) == PHOTOS and found.others == 0
 
 
