@@ -12,7 +12,7 @@ import math
 import numbers
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -35,6 +35,9 @@ from nanomolmo2.processor.points import NOTHING_THERE
 
 LABEL = "thing"  # what all that is found is called
 LEARNED = 60  # things of a kind that a picture of the training had at most
+SURE, MORE_EXAMPLES = 0.9, 5  # what is so sure to be like the examples is one, too
+MANY = 12  # things, of which a larger look is needed
+MANY_CANDIDATES = 2 * CANDIDATES  # of these, judged together: a thing may have several
 FIND_MARGINS = (1, 1)  # patches by which crops overlap where the processor says nothing
 BARE = 0.3  # a place that no candidate of this confidence holds is bare ground
 # A thing's size and its middle are guesses: a place that is so near to the middle lies on it.
@@ -42,6 +45,7 @@ _NEAR_SIZES, _NEAR_PATCHES = 0.75, 1.25
 
 Place = Point | Sequence[float]  # (x, y), or (x, y, number of the picture in the prompt)
 Size = tuple[int, int]  # (width, height), pixels
+Tiling = tuple[int, int]  # rows and columns of tiles
 
 
 class Examples(NamedTuple):
@@ -101,8 +105,13 @@ def find(
     _check_inside(asked)
     crops = crops_of(model, processor, max_crops, asked.sizes)
     prepared = time.perf_counter()
-    looks = _see(model, crops, pictures, cache, seeing, whole=max_crops is None)
+    tilings = _tilings(crops, asked.sizes) if max_crops is None else [[None] * len(pictures)]
+    see = partial(_see, model, crops, pictures, cache, seeing)
+    looks = [see(tiling) for tiling in tilings]
     found = _together([finding.look_for(model, seen, *examples) for seen in looks], looks)
+    if len(looks) > 1:
+        larger = partial(see, _tilings(crops, asked.sizes, larger=1)[-1])
+        looks, found = _search_again(model, asked, looks, found, larger)
     spent = time.perf_counter() - prepared
     return replace(
         _answer(asked, looks, found),
@@ -129,12 +138,21 @@ def find_words(
     picture = load_image(image)
     asked = Asked(Examples([], []), [image], [picture.size], finding.LIKELY)
     crops = crops_of(model, processor, None, asked.sizes)
-    seen = _see(model, crops, [picture], cache, seeing, whole=True)
+    tilings = _tilings(crops, asked.sizes)
+    seen = [_see(model, crops, [picture], cache, seeing, tiling) for tiling in tilings]
     by_look = [finding.look_for_words(model, look, looks) for (look,) in seen]
     found = [_together([[words[i]] for words in by_look], seen) for i in range(len(looks))]
     spent = time.perf_counter() - start
     timings = {"prepare": 0.0, "first_token": spent, "generate": spent}
     return [replace(_answer(asked, seen, one), timings=timings) for one in found]
+
+
+def _tilings(crops: MultiCrop, sizes: Sequence[Size], larger: int = 0) -> list[list[Tiling]]:
+    """Of each look at some pictures how many tiles each has: see `finding.looks_at`."""
+    return [
+        list(one)
+        for one in zip(*(finding.looks_at(crops, size, larger) for size in sizes), strict=True)
+    ]
 
 
 def _see(
@@ -143,22 +161,64 @@ def _see(
     pictures: Sequence[Image.Image],
     cache: PrefixCache | None,
     seeing: AbstractContextManager[Any],
-    *,
-    whole: bool,
-) -> list[list[Seen]]:
-    """Each look at the pictures: of `finding.looks_at`, or one alone.
+    tilings: Sequence[Tiling | None],
+) -> list[Seen]:
+    """One look at the pictures.
 
     The reference comes first: of many pictures that are asked about, it is the last to be
     forgotten.
     """
-    tilings = [finding.looks_at(crops, picture.size) for picture in pictures]
     return [
-        [
-            finding.see(model, crops, picture, cache, seeing, tiling[look] if whole else None)
-            for picture, tiling in zip(pictures, tilings, strict=True)
-        ]
-        for look in range(finding.LOOKS if whole else 1)
+        finding.see(model, crops, picture, cache, seeing, tiling)
+        for picture, tiling in zip(pictures, tilings, strict=True)
     ]
+
+
+def _search_again(
+    model: NanoMolmo2,
+    asked: Asked,
+    looks: list[list[Seen]],
+    found: list[list[Found]],
+    larger: Callable[[], list[Seen]],
+) -> tuple[list[list[Seen]], list[list[Found]]]:
+    """Search once more, with what the first search told: the surest things beside the examples, up
+    to `MORE_EXAMPLES` of them, are examples, too; and where there are more than `MANY`, they are
+    small or close to each other, and a larger look takes the place of the smallest.
+
+    Returns: the looks, and what they found together.
+    """
+    sure = _sure_ones(asked, looks[len(looks) // 2], found[0])
+    many = sum(one.confidence >= finding.LIKELY for one in found[-1]) > MANY
+    if many:
+        looks = [*looks[1:], larger()]
+    elif not sure:
+        return looks, found
+    like = [*asked.examples.like, *(Point(one.x, one.y) for one in sure)]
+    candidates = MANY_CANDIDATES if many else CANDIDATES
+    again = [
+        finding.look_for(model, seen, like, asked.examples.unlike, candidates) for seen in looks
+    ]
+    found = _together(again, looks)
+    # That it was an example makes a thing no surer than it was.
+    rest = [other for other in found[0] if not any(_is_near(one, other) for one in sure)]
+    found[0] = sorted([*sure, *rest], key=lambda one: -one.confidence)
+    return looks, found
+
+
+def _is_near(one: Found, other: Found) -> bool:
+    """Whether two searches speak of the same thing."""
+    away = math.hypot(other.x - one.x, other.y - one.y)
+    return away <= finding.NEAREST * min(one.size, other.size)
+
+
+def _sure_ones(asked: Asked, seen: Sequence[Seen], found: Sequence[Found]) -> list[Found]:
+    """The surest of what was found in the picture of the examples, without these; none where they
+    lie on bare ground."""
+    told = [_at(point, seen, found) for point in asked.examples.like if point.image == 1]
+    if told and not any(one is not None and one.confidence >= BARE for one in told):
+        return []
+    left = [one for one in _without_unlike(asked, seen, found, 1) if one not in told]
+    return [one for one in left if one.confidence >= SURE][:MORE_EXAMPLES]
 
 
 def _together(
@@ -327,10 +387,11 @@ def _answer(
     seen = looks[len(looks) // 2]
     visual_tokens = sum(len(one.tokens) for look in looks for one in look)
     found = _as_told(asked, seen, found)
-    candidates = _without_unlike(asked, seen, found[asked.image - 1])
+    candidates = _without_unlike(asked, seen, found[asked.image - 1], asked.image)
     chosen = [one for one in candidates if one.confidence >= asked.min_confidence]
     points = _in_order(asked, seen, chosen)
-    problems = _problems(asked, seen, found, candidates)
+    judged = CANDIDATES if len(looks) == 1 else MANY_CANDIDATES
+    problems = _problems(asked, seen, found, candidates, judged)
     text = NOTHING_THERE
     if points:
         listed = f'<points coords="{coords_of(points, asked.sizes)}">{LABEL}</points>'
@@ -375,11 +436,13 @@ def _as_told(
     return told
 
 
-def _without_unlike(asked: Asked, seen: Sequence[Seen], candidates: Sequence[Found]) -> list[Found]:
-    """What a counter-example marks is not listed, whatever the model thinks of it."""
+def _without_unlike(
+    asked: Asked, seen: Sequence[Seen], candidates: Sequence[Found], image: int
+) -> list[Found]:
+    """What a counter-example in a picture marks is not listed, whatever the model thinks of it."""
     left = list(candidates)
     for point in asked.examples.unlike:
-        if point.image == asked.image:
+        if point.image == image:
             marked = _at(point, seen, left)
             left = [one for one in left if one is not marked]
     return left
@@ -421,8 +484,12 @@ def _problems(
     seen: Sequence[Seen],
     found: Sequence[Sequence[Found]],
     candidates: Sequence[Found],
+    judged: int,
 ) -> list[str]:
-    """What may be wrong, a line each; an example on bare ground is warned of, too."""
+    """What may be wrong, a line each; an example on bare ground is warned of, too.
+
+    Args: judged: so many of many candidates were judged beside each other.
+    """
     problems = []
     themselves: list[Found] = []  # the examples, among what was found
     for point in asked.examples.like:
@@ -449,8 +516,8 @@ def _problems(
         )
     if (listed := len(likely)) > LEARNED:
         alone = ""
-        if listed > CANDIDATES:
-            alone = f", and only the {CANDIDATES} likeliest were judged beside each other"
+        if listed > judged:
+            alone = f", and only the {judged} likeliest were judged beside each other"
         problems.append(
             f"{listed} things were listed, more than the {LEARNED} of a kind that the model "
             f"learned to find in a picture{alone}: check them, or ask about parts of the picture"

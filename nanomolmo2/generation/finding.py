@@ -30,7 +30,7 @@ from nanomolmo2.generation.prompt import embed_points, request_of
 from nanomolmo2.generation.request import Request
 from nanomolmo2.generation.words import WordLook
 from nanomolmo2.models import NanoMolmo2
-from nanomolmo2.models.finder import APART, Finder, Patches, Wanted
+from nanomolmo2.models.finder import APART, CANDIDATES, Finder, Patches, Wanted
 from nanomolmo2.processor import Encoded, Point
 from nanomolmo2.processor.crops import MultiCrop, resize
 from nanomolmo2.processor.point_space import PointSpace, Target, View
@@ -168,15 +168,15 @@ def see(
     return Seen(features, tokens, torch.from_numpy(row).to(device), view, size)
 
 
-def looks_at(crops: MultiCrop, size: tuple[int, int]) -> list[tuple[int, int]]:
+def looks_at(crops: MultiCrop, size: tuple[int, int], larger: int = 0) -> list[tuple[int, int]]:
     """Rows and columns of tiles of `LOOKS` looks at a picture: about as large as ``crops`` cut it,
     and with a tile less and a tile more along its longer side.
 
-    Args: size: (width, height), pixels.
+    Args: size: (width, height), pixels. larger: so many tiles more than that, in all of them.
     """
     rows, cols = crops.tiling(*size)
     longer = max(rows, cols)
-    first = max(longer - LOOKS // 2, 1)
+    first = max(longer - LOOKS // 2, 1) + larger
     factors = [(first + i) / longer for i in range(LOOKS)]
     return [(max(1, round(rows * by)), max(1, round(cols * by))) for by in factors]
 
@@ -193,14 +193,18 @@ def _digest(picture: Image.Image | NDArray[np.uint8]) -> str:
 
 @torch.no_grad()
 def look_for(
-    model: NanoMolmo2, pictures: Sequence[Seen], like: Sequence[Point], unlike: Sequence[Point] = ()
+    model: NanoMolmo2,
+    pictures: Sequence[Seen],
+    like: Sequence[Point],
+    unlike: Sequence[Point] = (),
+    candidates: int = CANDIDATES,
 ) -> list[list[Found]]:
     """Of every picture what is like the examples, the likeliest first; no word is needed.
 
-    The patches of all pictures that are the likeliest by themselves, `models.finder.CANDIDATES` of
-    them, are judged beside each other; what is said of others is what each is by itself.
-
-    Args: like, unlike: places in pixels of the pictures, which are counted from 1.
+    Args:
+        like, unlike: places in pixels of the pictures, which are counted from 1.
+        candidates: patches of all pictures, the likeliest by themselves, that are judged beside
+            each other; what is said of others is what each is by itself.
     Raises: ValueError for a model that has not learned to find.
     """
     finder, patches = finder_of(model), patches_of(model, pictures)
@@ -214,7 +218,7 @@ def look_for(
     gates = patches.claim.new_tensor([MEANT] * len(like) + [-MEANT] * len(unlike))
     nothing = patches.claim.new_zeros(1, pictures[0].tokens.shape[1])
     wanted = finder.wanted(patches, nothing, None, examples, torch.zeros_like(examples), gates)
-    return _things_in(finder, wanted, patches, pictures)
+    return _things_in(finder, wanted, patches, pictures, candidates)
 
 
 @torch.no_grad()
@@ -274,11 +278,15 @@ def patches_of(model: NanoMolmo2, pictures: Sequence[Seen]) -> Patches:
 
 
 def _things_in(
-    finder: Finder, wanted: Wanted, patches: Patches, pictures: Sequence[Seen]
+    finder: Finder,
+    wanted: Wanted,
+    patches: Patches,
+    pictures: Sequence[Seen],
+    candidates: int = CANDIDATES,
 ) -> list[list[Found]]:
     """What one question asks for, in each picture."""
     mine = torch.ones(1, len(patches.claim), dtype=torch.bool, device=patches.claim.device)
-    scores = finder(wanted, patches, mine).final[0].float().sigmoid().cpu().numpy()
+    scores = finder(wanted, patches, mine, candidates).final[0].float().sigmoid().cpu().numpy()
     ways = patches.way.float().cpu().numpy()
     starts = np.cumsum([0, *(len(seen.features) for seen in pictures)]).tolist()
     return [

@@ -247,8 +247,13 @@ class Finder(nn.Module):
         given = given.index_put((question, examples), gates)
         return Wanted(looks[0], looks[1], self.context_q(ends), size, given, states)
 
-    def forward(self, wanted: Wanted, patches: Patches, mine: Tensor) -> Scores:
-        """Args: mine: (Q, n) bool, whether a patch is in a picture of the question."""
+    def forward(
+        self, wanted: Wanted, patches: Patches, mine: Tensor, candidates: int = CANDIDATES
+    ) -> Scores:
+        """Args:
+        mine: (Q, n) bool, whether a patch is in a picture of the question.
+        candidates: of a question that are seen together.
+        """
         likeness = wanted.look @ patches.look.T, wanted.token_look @ patches.token_look.T
         of_patch = self.patch.alike(likeness[0])
         of_token = self.token.alike(likeness[1])
@@ -257,7 +262,7 @@ class Finder(nn.Module):
         first = both(patches.claim, alike).masked_fill(~mine, FAR)
         # Examples are always seen, also those that are not meant.
         rank = first.detach() - FAR * (wanted.given != 0)
-        best = rank.topk(min(CANDIDATES, rank.shape[1]), dim=1).indices  # (Q, K)
+        best = rank.topk(min(candidates, rank.shape[1]), dim=1).indices  # (Q, K)
         seen = [x.gather(1, best) for x in (first, of_patch, of_token, context, wanted.given)]
         way, looks = patches.way[best], (patches.look[best], patches.token_look[best])
         scalars = torch.stack(
@@ -266,8 +271,8 @@ class Finder(nn.Module):
         products = wanted.look[:, None] * looks[0], wanted.token_look[:, None] * looks[1]
         shown = mine.gather(1, best)
         scalars = scalars.clamp(-20, 20)
-        candidates = torch.cat((*looks, *products, scalars), dim=-1)
-        change = self.judge(candidates, pairs_of(patches, best), wanted.states, shown)
+        known = torch.cat((*looks, *products, scalars), dim=-1)
+        change = self.judge(known, pairs_of(patches, best), wanted.states, shown)
         return Scores(first, first.scatter_add(1, best, change.to(first.dtype) * shown))
 
 

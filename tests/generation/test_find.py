@@ -28,6 +28,7 @@ from nanomolmo2.generation import finding
 from nanomolmo2.generation.answer import Answer
 from nanomolmo2.generation.find import crops_of
 from nanomolmo2.generation.finding import Found, Seen
+from nanomolmo2.models.finder import CANDIDATES
 from nanomolmo2.processor import Point, parse_points
 from nanomolmo2.processor.crops import resize
 from nanomolmo2.processor.point_space import View
@@ -45,6 +46,7 @@ class Look(NamedTuple):
     pictures: list[Seen]
     like: list[Point]
     unlike: list[Point]
+    candidates: int = CANDIDATES
 
 
 Finds = Callable[..., list[Look]]
@@ -628,16 +630,77 @@ def test_what_is_found_is_what_the_looks_found_together(vlm: VLM, picture, monke
 
 
 @pytest.mark.several_looks
+def test_what_is_sure_is_an_example_of_a_second_search(
+    vlm: VLM, picture, finds: Finds, monkeypatch
+) -> None:
+    """The surest five of the picture of the examples, but for these and what is not meant; their
+    confidence stays what it was.
+    """
+    monkeypatch.setattr(finding, "calibrated", lambda mean: mean)
+    sure = [thing(20 + 40 * i, 60, 0.98 - 0.01 * i) for i in range(7)]
+    doubted = [thing(20, 200, 0.89), thing(90, 200, 0.6)]
+    looks = finds([*sure, *doubted])
+    answer = vlm.find(picture, [(21, 61)], [(62, 59)])
+    assert [(p.x, p.y) for p in looks[0].like] == [(21, 61)]
+    again = [(21, 61), (100, 60), (140, 60), (180, 60), (220, 60), (260, 60)]
+    assert [[(p.x, p.y) for p in look.like] for look in looks[3:]] == [again] * 3
+    assert {look.candidates for look in looks} == {CANDIDATES}
+    assert all([(p.x, p.y) for p in look.unlike] == [(62, 59)] for look in looks)
+    assert answer.count == 8
+    # Of a second search that is surer, and of one that sees nothing.
+    for second in (0.99, 0.0):
+        said = iter([0.95] * 3 + [second] * 3)
+        monkeypatch.setattr(
+            finding, "look_for", lambda *_, said=said: [[thing(9, 9), thing(50, 50, next(said))]]
+        )
+        answer = vlm.find(picture, [(9, 9)], min_confidence=0)
+        assert [(p.x, p.confidence) for p in answer.points] == [(9, 1), (50, pytest.approx(0.95))]
+
+
+@pytest.mark.several_looks
+@pytest.mark.parametrize("number", [12, 13])
+def test_many_are_looked_at_in_a_larger_picture(
+    vlm: VLM, picture, finds: Finds, number: int
+) -> None:
+    """In place of the smallest look, with more of them judged beside each other."""
+    looks = finds([thing(20 + 30 * (i % 12), 40 + 40 * (i // 12), 0.8) for i in range(number)])
+    answer = vlm.find(picture, [(20, 40)])
+    assert answer.count == number
+    grids = [look.pictures[0].view[1:3] for look in looks]
+    first = [(12, 22), (22, 32), (32, 42)]
+    larger = [(22, 32), (32, 42), (32, 52)]  # 2 x 3 tiles, 3 x 4 and 3 x 5
+    assert grids == (first if number == 12 else first + larger)
+    assert [look.candidates for look in looks[3:]] == [2 * CANDIDATES] * (len(looks) - 3)
+    looks.clear()
+    assert vlm.find(picture, [(20, 40)], max_crops=6).count == number
+    assert len(looks) == 1
+
+
+@pytest.mark.several_looks
+def test_a_second_search_knows_the_reference(vlm: VLM, picture, finds: Finds) -> None:
+    """What is sure there is an example, what is sure in the other picture is not, and nothing is
+    where the place that was clicked is bare.
+    """
+    looks = finds([thing(30, 30), thing(90, 30, 0.95)], [thing(200, 200, 0.95)])
+    assert vlm.find(picture, [(30, 30)], reference=picture).count == 1
+    assert [look.like for look in looks[3:]] == [[Point(30, 30), Point(90, 30)]] * 3
+    looks.clear()
+    with pytest.warns(UserWarning, match="nothing seems to be there"):
+        vlm.find(picture, [(300, 290)], reference=picture)
+    assert len(looks) == 3
+
+
+@pytest.mark.several_looks
 @pytest.mark.filterwarnings("ignore:nothing seems to be there")
 def test_all_looks_are_kept_for_the_next_click(scene: Image.Image) -> None:
     vlm = find_vlm()
     with counted(vlm) as seen:
         vlm.find(scene, [(50, 60)], min_confidence=0)
-        assert len(seen) == 3
+        assert len(seen) == 4  # such a net finds many everywhere
         vlm.find(scene, [(120, 99)], min_confidence=0)
-        assert len(seen) == 3
+        assert len(seen) == 4
         vlm.find(scene, [(50, 60)], min_confidence=0, max_crops=1)  # the smallest look alone
-        assert len(seen) == 3
+        assert len(seen) == 4
 
 
 @pytest.fixture(scope="module")
