@@ -222,18 +222,21 @@ def _sure_ones(asked: Asked, seen: Sequence[Seen], found: Sequence[Found]) -> li
 
 
 def _together(
-    found: Sequence[Sequence[Sequence[Found]]], looks: Sequence[Sequence[Seen]]
+    found: Sequence[Sequence[Sequence[Found]]],
+    looks: Sequence[Sequence[Seen]],
+    underrated: float = finding.UNDERRATED,
 ) -> list[list[Found]]:
-    """Of each picture what all looks found."""
+    """Of each picture what all looks found, see `finding.calibrated`."""
     if len(found) == 1:
         return [list(one) for one in found[0]]
     largest = [
         max(seen.size[0] / seen.view.cols for seen in of_one) for of_one in zip(*looks, strict=True)
     ]
-    return [
+    voted = [
         finding.vote(of_one, finding.NEAREST_PATCHES * patch)
         for of_one, patch in zip(zip(*found, strict=True), largest, strict=True)
     ]
+    return [[finding.calibrated(one, underrated) for one in of_one] for of_one in voted]
 
 
 # ---- what is asked ----

@@ -406,9 +406,9 @@ def things_of(
 def vote(looks: Sequence[Sequence[Found]], least: float) -> list[Found]:
     """What several looks at one picture found together, the likeliest first.
 
-    A thing's confidence is the mean of what the looks say, of those that missed it 0, `calibrated`;
-    it lies where the surest saw it. What is large in tiles is seen best in a smaller picture, what
-    is small in a larger one, and the mistakes of one are not those of the others.
+    A thing's confidence is the mean of what the looks say, of those that missed it 0; it lies where
+    the surest saw it. What is large in tiles is seen best in a smaller picture, what is small in a
+    larger one, and the mistakes of one are not those of the others.
 
     Args: least: pixels; things nearer to each other are one, and those of half their size.
     """
@@ -426,7 +426,7 @@ def vote(looks: Sequence[Sequence[Found]], least: float) -> list[Found]:
                 things.append([one])
     means = [
         max(seen, key=_sure)._replace(
-            confidence=calibrated(math.fsum(one.confidence for one in seen) / len(looks))
+            confidence=math.fsum(one.confidence for one in seen) / len(looks)
         )
         for seen in things
     ]
@@ -434,12 +434,14 @@ def vote(looks: Sequence[Sequence[Found]], least: float) -> list[Found]:
     return sorted(likely, key=_sure, reverse=True)
 
 
-def calibrated(mean: float) -> float:
-    """The mean confidence of several looks as a probability: looks that miss a thing pull it down
-    too far. In scenes such as those of the training, of few things and of many, F1 and counts
-    are better so."""
-    odds = math.exp(UNDERRATED) * mean
-    return odds / (odds + 1 - mean)
+def calibrated(one: Found, underrated: float) -> Found:
+    """With the mean confidence of several looks as a probability: looks that miss a thing pull it
+    down too far.
+
+    Args: underrated: logit that is added.
+    """
+    odds = math.exp(underrated) * one.confidence
+    return one._replace(confidence=odds / (odds + 1 - one.confidence))
 
 
 def _sure(one: Found) -> float:

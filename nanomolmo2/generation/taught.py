@@ -19,14 +19,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from PIL import Image
 
 from nanomolmo2.generation.answer import Answer, Shown, coords_of
 from nanomolmo2.generation.find import find_words
-from nanomolmo2.generation.finding import LEAST_CONFIDENCE
+from nanomolmo2.generation.finding import LEAST_CONFIDENCE, LIKELY, Found, vote
 from nanomolmo2.generation.question import Question, read_question
 from nanomolmo2.generation.words import Sample, Word, Words, key_of, listed, with_article
 from nanomolmo2.processor import Message, Point, load_image
@@ -39,8 +38,7 @@ Task = Literal["point", "count", "number", "presence"]
 
 MOST_UNLIKE = 2  # counter-examples, as in training: other words that were shown in one picture
 MOST_SAMPLES = 3  # of a word in a prompt, likewise
-NEAR = 0.05  # of the diagonal: points of two searches that are farther apart are of two things
-_SURE = 0.5
+NEAR = 0.02  # of the diagonal: points of two searches that are nearer are of one thing
 
 _COUNT = re.compile(r"\bhow many\b|\bcount\b|\bnumber of\b")
 _NUMBER = re.compile(r"\b(?:answer with a|just the|just a|only the|only a) number\b")
@@ -156,7 +154,7 @@ def find_word(vlm: VLM, words: Words, word: Word, image: Image.Image) -> tuple[A
     counter-examples there.
     """
     pictures = list(dict.fromkeys(sample.picture for sample in word.samples))
-    least = _SURE if len(pictures) == 1 else LEAST_CONFIDENCE
+    least = LIKELY if len(pictures) == 1 else LEAST_CONFIDENCE
     answers = []
     for name in pictures:
         shown = words.pictures[name]
@@ -181,12 +179,18 @@ def find_word(vlm: VLM, words: Words, word: Word, image: Image.Image) -> tuple[A
 
 def merge_found(answers: Sequence[Answer], size: tuple[int, int]) -> tuple[Answer, list[Point]]:
     """The first of several answers of `VLM.find` about one image of ``size``, and what all of them
-    found together; see `merge`."""
-    if len(answers) == 1:
-        return answers[0], [point for point in answers[0].points if _confidence(point) >= _SURE]
-    lists = [answer.points for answer in answers]
-    found = [p for p in merge(lists, NEAR * math.hypot(*size)) if _confidence(p) >= _SURE]
-    return answers[0], sorted(found, key=lambda point: (point.y, point.x))
+    found together, see `finding.vote`."""
+    points = answers[0].points
+    if len(answers) > 1:
+        lists = [
+            [Found(p.x, p.y, p.size or 0.0, p.confidence or 0.0) for p in answer.points]
+            for answer in answers
+        ]
+        points = tuple(
+            Point(one.x, one.y, size=one.size, confidence=one.confidence)
+            for one in sorted(vote(lists, NEAR * math.hypot(*size)), key=lambda one: (one.y, one.x))
+        )
+    return answers[0], [point for point in points if (point.confidence or 0.0) >= LIKELY]
 
 
 def find_learned(
@@ -205,37 +209,6 @@ def find_learned(
         seeing=vlm.scheduler.seeing,
     )
     return [(answer, list(answer.points)) for answer in answers]
-
-
-def merge(lists: Sequence[Sequence[Point]], near: float) -> list[Point]:
-    """Points that several searches found in one image, each thing once.
-
-    Two points of different searches are of one thing if they are nearer to each other than half of
-    the way between any two points of one search, and than ``near`` (pixels).
-
-    Returns: points with the mean confidence of all searches, of those that missed it 0; each lies
-        where the surest search saw it.
-    """
-    ways = [math.dist(_at(a), _at(b)) for found in lists for a, b in combinations(found, 2)]
-    reach = min([near, *(way / 2 for way in ways if way > 0)])
-    things: list[list[Point]] = []
-    for found in lists:
-        free = list(things)  # a search names each thing once
-        for point in sorted(found, key=_confidence, reverse=True):
-            close = [one for one in free if math.dist(_at(one[0]), _at(point)) <= reach]
-            if close:
-                nearest = min(close, key=lambda one: math.dist(_at(one[0]), _at(point)))
-                nearest.append(point)
-                free = [one for one in free if one is not nearest]
-            else:
-                things.append([point])
-    return [
-        replace(
-            max(one, key=_confidence),
-            confidence=math.fsum(map(_confidence, one)) / len(lists),
-        )
-        for one in things
-    ]
 
 
 def said(
@@ -285,14 +258,6 @@ def said(
         confidences=(),
         timings=timings,
     )
-
-
-def _confidence(point: Point) -> float:
-    return 1.0 if point.confidence is None else point.confidence
-
-
-def _at(point: Point) -> tuple[float, float]:
-    return point.x, point.y
 
 
 # ---- by telling the model ----

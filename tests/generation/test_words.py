@@ -19,7 +19,7 @@ from nanomolmo2.emoji import wordings as emoji_wordings
 from nanomolmo2.generation import taught
 from nanomolmo2.generation.answer import Answer, Shown
 from nanomolmo2.generation.pipeline import Pipeline, Question
-from nanomolmo2.generation.taught import merge, messages_about, task_of
+from nanomolmo2.generation.taught import messages_about, task_of
 from nanomolmo2.generation.words import (
     Sample,
     Word,
@@ -245,15 +245,6 @@ def test_several_pictures_of_samples_agree_about_each_thing() -> None:
     answer = vlm_of(words(HEX_NUT), Finds(first, second)).ask(PHOTO, "Point to the hex nuts.")
     # (.9 + .7) / 2, (.2 + .8) / 2; of one search alone .6 / 2 and .9 / 2 are not sure.
     assert [(p.x, p.confidence) for p in answer.points] == [(10, 0.8), (89, 0.5)]
-
-
-def test_near_things_of_one_search_are_never_taken_together() -> None:
-    close = [Point(10, 10, confidence=0.9), Point(14, 10, confidence=0.9)]
-    other = [Point(12.5, 10, confidence=0.9)]
-    # Half of the way between the two is 2: the third is 1.5 from the second.
-    assert [p.confidence for p in merge([close, other], 10)] == pytest.approx([0.45, 0.9])
-    assert len(merge([close, [Point(12, 12.5, confidence=1.0)]], 10)) == 3
-    assert merge([[], []], 10) == []
 
 
 def test_all_else_is_answered_by_the_model() -> None:
