@@ -1,14 +1,15 @@
 """What each idea in the recipe of finding is worth: short runs, each without one of them.
 
-Every run has the steps, the number of pictures and the seed of the baseline, begins with the
-weights that the recipe begins with, and is asked about the same pictures of the fixed sets, a click
-each. The budget is small, so differences are of how fast something is learned, not of where it
+Every run has the steps, the number of pictures and the seed of the baseline, begins with the same
+weights, and is asked about the same pictures of the fixed sets, a click each. The bundled `tiny`
+has learned all of it: give one that has not (`train tiny` makes it, and so does the repository's
+history). The budget is small, so differences are of how fast something is learned, not of where it
 ends; one that is smaller than the intervals beside it has not been shown.
 
 
-    python -m benchmarks.finding --drawings DRAWINGS           # all; goes on where it stopped
-    python -m benchmarks.finding --runs baseline no-crops      # these only
-    python -m benchmarks.finding --page docs/find.md           # puts the table between its marks
+    python -m benchmarks.finding --drawings DRAWINGS --start DIR    # goes on where it stopped
+    python -m benchmarks.finding --runs baseline no-crops           # these only
+    python -m benchmarks.finding --page docs/find.md                # into the page, between marks
 """
 
 from __future__ import annotations
@@ -122,10 +123,12 @@ def source_of(source: ThingsConfig, variant: Variant, drawings: str) -> ThingsCo
     return replace(found, scene=variant.scene(found.scene))
 
 
-def learn(folder: Path, variant: Variant, budget: Budget, drawings: str, workers: int) -> VLM:
+def learn(
+    folder: Path, variant: Variant, budget: Budget, drawings: str, start: str, workers: int
+) -> VLM:
     """Train a run, or go on with it."""
     config = LoopConfig(workers=workers, quiet=True)
-    find = FindModel(SEED)
+    find = FindModel(SEED, start=start)
     find.start_from_tiny()
     crops = replace(CROPS, max_crops=variant.max_crops)
     find.processor = find.processor.with_settings(multicrop=crops)
@@ -150,7 +153,12 @@ def ask(vlm: VLM, variant: Variant, budget: Budget) -> dict[str, Any]:
 
 
 def measure(
-    out: Path, names: Sequence[str], budget: Budget, drawings: str = "", workers: int = 1
+    out: Path,
+    names: Sequence[str],
+    budget: Budget,
+    drawings: str = "",
+    start: str = "tiny",
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Results of the runs by name; what is in the folder is not done again."""
     results = {}
@@ -159,7 +167,7 @@ def measure(
         if not path.is_file():
             start = time.monotonic()
             (out / name).mkdir(parents=True, exist_ok=True)
-            vlm = learn(out / name, VARIANTS[name], budget, drawings, workers)
+            vlm = learn(out / name, VARIANTS[name], budget, drawings, start, workers)
             sets = ask(vlm, VARIANTS[name], budget)
             vlm.close()
             minutes = round((time.monotonic() - start) / 60, 1)
@@ -192,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--runs", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="RUN")
     add("--out", type=Path, default=Path("runs/find-ablations"), metavar="DIR")
     add("--drawings", default="", metavar="DIR", help="to train on; without it those of emoji")
+    add("--start", default="tiny", metavar="DIR", help="a tiny that has not learned to find yet")
     add("--steps", type=int, default=Budget.steps, metavar="N", help="of each run")
     add("--pictures", type=int, default=Budget.pictures, metavar="N", help="of each set")
     add("--workers", type=int, default=1, metavar="N", help="processes that draw scenes")
@@ -200,7 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     budget = Budget(given.steps, given.pictures)
     budget = SHORT if given.short else budget
-    found = table(measure(given.out, given.runs, budget, given.drawings, given.workers))
+    found = table(
+        measure(given.out, given.runs, budget, given.drawings, given.start, given.workers)
+    )
     print(found)
     if given.page is not None:
         put_into(given.page, found)

@@ -137,6 +137,8 @@ class Train(RecipeOptions):
             again += f" --scale {self.scale}"
         if self.drawings is not None:
             again += f" --drawings {shlex.quote(str(self.drawings))}"
+        if name == "find" and self.model is not None:
+            again += f" --model {shlex.quote(str(self.model))}"
         if self.find_lr:
             self._find_lr(name, out)
             return
@@ -206,10 +208,11 @@ class Train(RecipeOptions):
 
     def _not_of_stages(self) -> list[str]:
         """The options that were given and that the recipes `STAGED` do not have."""
+        kept = ("recipe", "seed", "model") if self.recipe == "find" else ("recipe", "seed")
         given = [
             field.name
             for field in dataclasses.fields(RecipeOptions)
-            if field.name not in ("recipe", "seed") and getattr(self, field.name) != field.default
+            if field.name not in kept and getattr(self, field.name) != field.default
         ]
         named = {"pictures": "--images", "settings": "--set"}
         return [named.get(name, option(name)) for name in (*given, *(self.log_to and ["log_to"]))]
@@ -240,7 +243,13 @@ class Train(RecipeOptions):
             from nanomolmo2.training.distributed import World
 
             with World.from_env("cpu") as world:
-                return train_find(out, drawings=str(self.drawings or ""), world=world, **settings)
+                return train_find(
+                    out,
+                    drawings=str(self.drawings or ""),
+                    start=self.model or "tiny",
+                    world=world,
+                    **settings,
+                )
         if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
             raise UsageError(
                 f"torchrun started {ranks} processes, but the recipe {self.recipe} trains in one: "

@@ -263,8 +263,8 @@ class VLM(Asking):
                 under one is never listed.
             reference: another picture, in which the examples lie.
             max_crops: None: three looks, at the picture about as large as it is, smaller and
-                larger. Else one look with so many detail crops at most: more finds smaller things,
-                and takes longer.
+                larger, and a second search that knows what the first was sure of. Else one look
+                with so many detail crops at most: more finds smaller things, and takes longer.
             min_confidence: what is less likely meant is left out, 0 to 1.
         Returns: its ``points`` are things with their ``confidence`` and ``size``, in the order in
             which the model lists them, the examples among them; ``count`` is their number, and

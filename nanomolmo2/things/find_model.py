@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +53,12 @@ class FindModel(nn.Module):
 
     Attributes:
         scenes: how scenes of emoji look.
+        start: a `tiny` whose knowledge it starts with: the bundled one, or a folder.
     """
 
-    def __init__(self, seed: int, scenes: SceneConfig = SCENES) -> None:
+    def __init__(self, seed: int, scenes: SceneConfig = SCENES, start: str | Path = "tiny") -> None:
         super().__init__()
-        self.scenes = scenes
+        self.scenes, self.start = scenes, start
         self.processor = find_processor()
         torch.manual_seed(seed)
         self.model = NanoMolmo2(CONFIG)
@@ -66,8 +68,11 @@ class FindModel(nn.Module):
 
     @torch.no_grad()
     def start_from_tiny(self) -> None:
-        """Take what the bundled `tiny` has."""
-        tiny, _ = load("tiny", dtype=torch.float32, device="cpu")
+        """Take what that `tiny` has.
+
+        Raises: ValueError for a model of other sizes.
+        """
+        tiny, _ = self._load_tiny()
         self._take_words(tiny)
         for name, value in tiny.llm.state_dict().items():
             if not name.startswith("embed_tokens."):
@@ -80,10 +85,10 @@ class FindModel(nn.Module):
 
     @torch.no_grad()
     def put_into_tiny(self) -> tuple[NanoMolmo2, Processor]:
-        """The bundled `tiny` with this encoder, connector and finder: it finds, and its decoder,
-        which is as it was, reads visual tokens that are nearly as they were.
+        """That `tiny` with this encoder, connector and finder: it finds, and its decoder, which is
+        as it was, reads visual tokens that are nearly as they were.
         """
-        tiny, processor = load("tiny", dtype=torch.float32, device="cpu")
+        tiny, processor = self._load_tiny()
         made = NanoMolmo2(replace(tiny.config, finder_dim=CONFIG.finder_dim))
         made.llm.load_state_dict(tiny.llm.state_dict())
         made.vision_encoder.load_state_dict(self.model.vision_encoder.state_dict())
@@ -91,6 +96,21 @@ class FindModel(nn.Module):
         assert made.finder is not None and self.model.finder is not None
         made.finder.load_state_dict(self.model.finder.state_dict())
         return made, processor
+
+    def tokens_at_start(self) -> Callable[[Tensor], Tensor]:
+        """What that `tiny` makes of pictures: patches (B, N, 3*P*P) -> tokens (B, n, D)."""
+        tiny, _ = self._load_tiny()
+        return torch.no_grad()(tiny.encode_images)
+
+    def _load_tiny(self) -> tuple[NanoMolmo2, Processor]:
+        tiny, processor = load(self.start, dtype=torch.float32, device="cpu")
+        mine, theirs = CONFIG.vision_config, tiny.config.vision_config
+        if (mine, CONFIG.llm_config.hidden_size) != (theirs, tiny.config.llm_config.hidden_size):
+            raise ValueError(
+                f"{self.start} is a model of other sizes than `tiny`, with which finding starts: "
+                f"give the folder of one that `nanomolmo2 train tiny` made, or leave --model out"
+            )
+        return tiny, processor
 
     @torch.no_grad()
     def point_by_looks(self) -> None:
@@ -120,9 +140,3 @@ class FindModel(nn.Module):
         """Hold the image tokens' embeddings at zero: adding to them and replacing them are one."""
         for id in CONFIG.visual_token_ids:
             self.model.llm.embed_tokens.weight[id] = 0
-
-
-def tokens_of_tiny() -> Callable[[Tensor], Tensor]:
-    """What the bundled `tiny` makes of pictures: patches (B, N, 3*P*P) -> tokens (B, n, D)."""
-    tiny, _ = load("tiny", dtype=torch.float32, device="cpu")
-    return torch.no_grad()(tiny.encode_images)

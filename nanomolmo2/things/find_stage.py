@@ -30,7 +30,7 @@ from nanomolmo2.things.find_labels import (
     of_emoji,
     wanted_of,
 )
-from nanomolmo2.things.find_model import CROPS, FindModel, tokens_of_tiny
+from nanomolmo2.things.find_model import CROPS, FindModel
 from nanomolmo2.things.find_scores import find_scores
 from nanomolmo2.things.questions import FindMix, make_branches
 from nanomolmo2.things.scenes import Scene, train_rng
@@ -229,7 +229,7 @@ class FindStage(Stage):
         if self.plan.by_looks:
             self.find.point_by_looks()
         if self.plan.keep:
-            self.before = tokens_of_tiny()
+            self.before = self.find.tokens_at_start()
         for part in (model.vision_encoder, model.connector):
             part.requires_grad_(self.plan.vision > 0)
 

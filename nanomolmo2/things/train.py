@@ -132,6 +132,7 @@ def train_find(
     scale: str = "full",
     seed: int = 0,
     drawings: str = "",
+    start: str | Path = "tiny",
     resume: Resume = False,
     config: LoopConfig | None = None,
     world: World | None = None,
@@ -140,15 +141,17 @@ def train_find(
 
     Args:
         drawings: folder of the drawings to train on; empty: the emoji for training.
+        start: the `tiny` to start with.
         world: ranks share the pictures of a step; every one holds the whole model.
     Returns: whether the run finished (it may be stopped early by ``config.stop_after``).
-    Raises: ValueError for a folder without drawings, or with drawings that are held out.
+    Raises: ValueError for a folder without drawings, or with drawings that are held out; and for
+        another model than a `tiny`.
     """
     out, config, plans = Path(out), config or LoopConfig(), scale_of(scale)
     world = world or World()
     config = replace(config, evaluate_every=config.evaluate_every or EVALUATE_EVERY)
     Drawings.for_training(drawings)  # refused now rather than in a worker
-    find = FindModel(seed)
+    find = FindModel(seed, start=start)
     find.start_from_tiny()
     find.accelerate()
     plans = tuple(replace(p, source=with_drawings(p.source, drawings)) for p in plans)

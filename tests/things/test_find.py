@@ -15,18 +15,19 @@ import torch
 from safetensors.torch import load_file
 
 from nanomolmo2 import cli
+from nanomolmo2.convert.export import state_without_finder
 from nanomolmo2.convert.pretrained import load
 from nanomolmo2.data.example import Branch
 from nanomolmo2.emoji.questions import with_exact_points
 from nanomolmo2.emoji.sprites import CATEGORIES
 from nanomolmo2.emoji.vision_stages import render_scenes
 from nanomolmo2.emoji.vocabulary import build_tokenizer, vocab_size
-from nanomolmo2.models import preset
+from nanomolmo2.models import NanoMolmo2, preset
 from nanomolmo2.processor.point import Point
 from nanomolmo2.processor.tokenizer import Tokenizer
 from nanomolmo2.things import train
 from nanomolmo2.things.drawings import HELD_OUT_SETS
-from nanomolmo2.things.find_model import CONFIG, CROPS, FindModel, find_processor, tokens_of_tiny
+from nanomolmo2.things.find_model import CONFIG, CROPS, FindModel, find_processor
 from nanomolmo2.things.find_stage import FindBatch, FindPlan, FindStage, num_tokens, spaced
 from nanomolmo2.things.questions import make_branches
 from nanomolmo2.things.scenes import test_scene as scene_of_a_test
@@ -35,6 +36,7 @@ from nanomolmo2.things.train import SCALES, train_find
 from nanomolmo2.things.vocabulary import build_find_tokenizer, letter_pairs
 from nanomolmo2.training.distributed import World
 from nanomolmo2.training.loop import LoopConfig
+from tests.small_model import small_model, small_processor
 from tests.things import find_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +105,31 @@ def test_it_starts_with_all_that_tiny_knows() -> None:
     assert len(build_tokenizer().get_vocab()) < len(build_find_tokenizer().get_vocab())
 
 
+def test_it_starts_with_another_tiny(tmp_path: Path) -> None:
+    """Also where that has no finder yet, and with no other model."""
+    tiny, processor = load("tiny", dtype=torch.float32, device="cpu")
+    plain = NanoMolmo2(replace(tiny.config, finder_dim=None))
+    plain.load_state_dict(state_without_finder(tiny))
+    with torch.no_grad():
+        plain.connector.layers.image_projector.down_proj.weight.mul_(2)
+    plain.save_pretrained(tmp_path / "tiny", processor=processor)
+    find = FindModel(0, start=tmp_path / "tiny")
+    untaught = {name: value.clone() for name, value in find.model.finder.state_dict().items()}
+    find.start_from_tiny()
+    assert all(
+        torch.equal(value, find.model.finder.state_dict()[n]) for n, value in untaught.items()
+    )
+    made = find.put_into_tiny()[0].state_dict()
+    name = "connector.layers.image_projector.down_proj.weight"
+    assert torch.equal(made[name], 2 * tiny.state_dict()[name])
+    patches = torch.randn(1, 144, 768)
+    tokens = find.tokens_at_start()(patches)
+    torch.testing.assert_close(tokens, plain.encode_images(patches), rtol=1e-4, atol=1e-5)
+    small_model().save_pretrained(tmp_path / "other", processor=small_processor())
+    with pytest.raises(ValueError, match="is a model of other sizes than `tiny`"):
+        FindModel(0, start=tmp_path / "other").start_from_tiny()
+
+
 def test_points_start_as_a_search_for_what_was_learned_to_be_alike() -> None:
     find = FindModel(0)
     points, finder = find.model.point_predictor, find.model.finder
@@ -137,7 +164,7 @@ def test_visual_tokens_of_emoji_stay_near_those_of_tiny() -> None:
     (scene,) = render_scenes(0, stage.plan.stream, 0, 1)
     cut = CROPS(scene.image)["pixel_values"]
     assert cut.shape == (2, 144, 768) and np.allclose(cut[1], batch.kept[0], atol=1e-6)
-    assert tokens_of_tiny()(batch.kept).shape == (2, 36, 256)
+    assert find.tokens_at_start()(batch.kept).shape == (2, 36, 256)
 
 
 # ---- what a stage asks ----
