@@ -87,11 +87,12 @@ class Train(RecipeOptions):
         bool, arg(help="as --resume, but end with an error where there is no checkpoint")
     ] = False
     scale: Annotated[
-        Literal["full", "small", "smoke", "finder"],
+        Literal["full", "small", "smoke", "finder", "more"],
         arg(
             help="of tiny and find, how long: full is the whole recipe (ten hours of tiny on two "
             "cores), small shows that it learns, smoke only that everything runs; finder, of find "
-            "alone, leaves tiny what it is, with a finder: the shipped model"
+            "alone, leaves tiny what it is, with a finder: the shipped model; more has one that "
+            "finds already learn on"
         ),
     ] = "full"
     drawings: Annotated[

@@ -48,7 +48,6 @@ KINDS = {
     "w": "things without words, in some of the examples two pictures",
 }
 WORDLESS_MIX = FindMix(like=6, count_like=0, same=0, named=0, count_named=0)
-WORDLESS_PAIRS = 0.5  # share of the examples
 TERMS = ("text", "row", "slot", "cell")
 # Around a message, around a list of points, and of each of these.
 FRAME_TOKENS, LIST_TOKENS, TOKENS_A_POINT = 5, 10, 5
@@ -62,6 +61,7 @@ class FindPlan(Config):
     kinds: what the steps show in turn, see `KINDS`.
     pictures: of things in a step, half as many pairs; emoji: of emoji.
     source: how scenes of things look and what is asked; ``pairs`` and ``length`` say nothing.
+    pairs: share of the examples without words that have two pictures.
     max_crops: tiles of a picture, at most.
     capacity: tokens of the questions about a picture; what goes beyond is left out.
     same_weight: of a question with a short answer, beside one token of a list.
@@ -85,6 +85,7 @@ class FindPlan(Config):
     pictures: int = 12
     emoji: int = 16
     source: ThingsConfig = field(default_factory=lambda: ThingsConfig(sides=(192, 256, 320, 384)))
+    pairs: float = 0.5
     max_crops: int = 4
     capacity: int = 500
     same_weight: float = 4.0
@@ -153,7 +154,7 @@ class FindStage(Stage):
     def wordless(self, step: int) -> Wordless:
         """The pictures of a step with examples, for the finder alone."""
         rng = train_rng(self.seed, self.plan.stream, step)
-        config = replace(self.plan.source, pairs=WORDLESS_PAIRS)
+        config = replace(self.plan.source, pairs=self.plan.pairs)
         source = Things(config, int(rng.integers(2**31)))
         examples = []
         for i in self.world.share(range(self.plan.pictures)):

@@ -12,7 +12,8 @@ Stages:
 The scale `finder` has another end: `tiny` stays the model that it is, with this encoder and this
 finder, and a stage of a run of its own, in the folder `words`, lets its decoder learn the questions
 about emoji again for a while. Such a model finds, and answers what it answered before; questions by
-example are not among that.
+example are not among that. The scale `more` is that for a model that finds already: one stage like
+`looks`, and the decoder again.
 
 What was measured on the way is in docs/log.md.
 """
@@ -68,6 +69,17 @@ LOOKS = replace(
     final_ratio=0.03,
     keep_weight=10.0,
 )
+MORE = replace(
+    LOOKS,
+    name="more",
+    stream=52,
+    steps=1600,
+    source=replace(LOOKS.source, crowded=0.35),
+    pairs=0.6,
+    points=6e-4,
+    vision=0.002,
+    final_ratio=0.02,
+)
 ANSWERS = replace(
     LOOKS,
     name="answers",
@@ -104,11 +116,12 @@ WORDS = replace(
     claims=False,
 )
 # Steps of `WORDS`, of so many pictures; of scales that are not here it is no part.
-WORDS_STEPS: dict[str, tuple[int, int]] = {"finder": (100, 32)}
+WORDS_STEPS: dict[str, tuple[int, int]] = {"finder": (100, 32), "more": (600, 32)}
 # The stages of a run, by its name: how much is learned.
 SCALES: dict[str, tuple[FindPlan, ...]] = {
     "full": FULL,
     "finder": (SMALL, LOOKS),
+    "more": (MORE,),
     "small": tuple(replace(plan, steps=300) for plan in FULL),
     "smoke": tuple(map(_smoke, FULL)),
 }
