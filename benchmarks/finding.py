@@ -165,12 +165,12 @@ def measure(
     for name in names:
         path = out / name / RESULT
         if not path.is_file():
-            start = time.monotonic()
+            began = time.monotonic()
             (out / name).mkdir(parents=True, exist_ok=True)
             vlm = learn(out / name, VARIANTS[name], budget, drawings, start, workers)
             sets = ask(vlm, VARIANTS[name], budget)
             vlm.close()
-            minutes = round((time.monotonic() - start) / 60, 1)
+            minutes = round((time.monotonic() - began) / 60, 1)
             write_json(path, {"run": name, "minutes": minutes, "sets": sets})
         results[name] = json.loads(path.read_text(encoding="utf-8"))
         print(f"{name}: {results[name]['minutes']} minutes", file=sys.stderr, flush=True)

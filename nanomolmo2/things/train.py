@@ -73,7 +73,7 @@ MORE = replace(
     LOOKS,
     name="more",
     stream=52,
-    steps=1600,
+    steps=1300,
     source=replace(LOOKS.source, crowded=0.35),
     pairs=0.6,
     points=6e-4,
