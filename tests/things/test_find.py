@@ -369,6 +369,12 @@ def test_the_command_trains_by_stages(tmp_path, capsys) -> None:
     assert cli.main([*options, "--stop-after", "1"]) == 0
     said = capsys.readouterr().out
     assert f"nanomolmo2 train find --out {out} --resume --scale smoke" in said
+    folder = str(ROOT / "nanomolmo2/assets/tiny")  # a `tiny` by its folder: told where to go on
+    options[-1] = str(tmp_path / "of-folder")
+    assert cli.main([*options, "--stop-after", "1", "--model", folder]) == 0
+    assert f"--resume --scale smoke --model {folder}" in capsys.readouterr().out
+    assert cli.main([*options, "--resume", "--stop-after", "1", "--model", folder]) == 0
+    capsys.readouterr()
     for more, problem in (
         (["--data", "my.jsonl"], "are not for the recipe find"),
         (["--drawings", str(tmp_path)], "holds no drawings"),
@@ -383,9 +389,8 @@ def test_the_command_trains_by_stages(tmp_path, capsys) -> None:
 
 
 def test_unknown_scales_and_kinds_are_named() -> None:
-    with pytest.raises(
-        ValueError, match="scale is 'huge', expected one of full, finder, small, smoke"
-    ):
+    scales = "full, finder, more, small, smoke"
+    with pytest.raises(ValueError, match=f"scale is 'huge', expected one of {scales}"):
         train.scale_of("huge")
     with pytest.raises(ValueError, match="kinds are 'tx', expected letters of t, p, e"):
         FindPlan("point", 1, 1, kinds="tx")
