@@ -73,7 +73,7 @@ MORE = replace(
     LOOKS,
     name="more",
     stream=52,
-    steps=1300,
+    steps=1000,
     source=replace(LOOKS.source, crowded=0.35),
     pairs=0.6,
     points=6e-4,
@@ -110,13 +110,11 @@ WORDS = replace(
     name="words",
     stream=43,
     kinds="spscsssp",
-    llm_rate=1e-4,
-    llm_matrix_rate=0.001,
     vision_rate=0.0,
     claims=False,
 )
 # Steps of `WORDS`, of so many pictures; of scales that are not here it is no part.
-WORDS_STEPS: dict[str, tuple[int, int]] = {"finder": (100, 32), "more": (600, 32)}
+WORDS_STEPS: dict[str, tuple[int, int]] = {"finder": (100, 32), "more": (450, 32)}
 # The stages of a run, by its name: how much is learned.
 SCALES: dict[str, tuple[FindPlan, ...]] = {
     "full": FULL,
