@@ -114,7 +114,7 @@ WORDS = replace(
     claims=False,
 )
 # Steps of `WORDS`, of so many pictures; of scales that are not here it is no part.
-WORDS_STEPS: dict[str, tuple[int, int]] = {"finder": (100, 32), "more": (450, 32)}
+WORDS_STEPS: dict[str, tuple[int, int]] = {"finder": (100, 32), "more": (350, 32)}
 # The stages of a run, by its name: how much is learned.
 SCALES: dict[str, tuple[FindPlan, ...]] = {
     "full": FULL,
