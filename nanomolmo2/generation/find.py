@@ -36,7 +36,7 @@ from nanomolmo2.processor.points import NOTHING_THERE
 LABEL = "thing"  # what all that is found is called
 LEARNED = 60  # things of a kind that a picture of the training had at most
 SURE, MORE_EXAMPLES = 0.9, 5  # what is so sure to be like the examples is one, too
-MANY = 12  # things, of which a larger look is needed
+MANY, PERHAPS = 12, 0.3  # things of so much confidence, of which a larger look is needed
 MANY_CANDIDATES = 2 * CANDIDATES  # of these, judged together: a thing may have several
 FIND_MARGINS = (1, 1)  # patches by which crops overlap where the processor says nothing
 BARE = 0.3  # a place that no candidate of this confidence holds is bare ground
@@ -182,13 +182,14 @@ def _search_again(
     larger: Callable[[], list[Seen]],
 ) -> tuple[list[list[Seen]], list[list[Found]]]:
     """Search once more, with what the first search told: the surest things beside the examples, up
-    to `MORE_EXAMPLES` of them, are examples, too; and where there are more than `MANY`, they are
-    small or close to each other, and a larger look takes the place of the smallest.
+    to `MORE_EXAMPLES` of them, are examples, too; and where there may be more than `MANY`, they are
+    small or close to each other, and a larger look takes the place of the smallest. (Such things
+    may all be unsure: then they are the ones that need it most.)
 
     Returns: the looks, and what they found together.
     """
     sure = _sure_ones(asked, looks[len(looks) // 2], found[0])
-    many = sum(one.confidence >= finding.LIKELY for one in found[-1]) > MANY
+    many = sum(one.confidence >= PERHAPS for one in found[-1]) > MANY
     if many:
         looks = [*looks[1:], larger()]
     elif not sure:
