@@ -37,6 +37,7 @@ LABEL = "thing"  # what all that is found is called
 LEARNED = 60  # things of a kind that a picture of the training had at most
 SURE, MORE_EXAMPLES = 0.9, 5  # what is so sure to be like the examples is one, too
 MANY, PERHAPS = 12, 0.3  # things of so much confidence, of which a larger look is needed
+MANY_UNDERRATED = 0.7  # logit by which the mean of the looks at them is too low: each misses more
 MANY_CANDIDATES = 2 * CANDIDATES  # of these, judged together: a thing may have several
 FIND_MARGINS = (1, 1)  # patches by which crops overlap where the processor says nothing
 BARE = 0.3  # a place that no candidate of this confidence holds is bare ground
@@ -199,7 +200,7 @@ def _search_again(
     again = [
         finding.look_for(model, seen, like, asked.examples.unlike, candidates) for seen in looks
     ]
-    found = _together(again, looks)
+    found = _together(again, looks, MANY_UNDERRATED if many else finding.UNDERRATED)
     # That it was an example makes a thing no surer than it was.
     rest = [other for other in found[0] if not any(_is_near(one, other) for one in sure)]
     found[0] = sorted([*sure, *rest], key=lambda one: -one.confidence)
