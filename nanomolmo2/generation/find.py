@@ -184,12 +184,14 @@ def _search_again(
 ) -> tuple[list[list[Seen]], list[list[Found]]]:
     """Search once more, with what the first search told: the surest things beside the examples, up
     to `MORE_EXAMPLES` of them, are examples, too; and where there may be more than `MANY`, they are
-    small or close to each other, and a larger look takes the place of the smallest. (Such things
-    may all be unsure: then they are the ones that need it most.)
+    small or close to each other, and a larger look takes the place of the smallest. Where all of
+    them are unsure they need it most; but that may be a ground of bricks, so only things of which
+    many are likely are raised farther than few.
 
     Returns: the looks, and what they found together.
     """
     sure = _sure_ones(asked, looks[len(looks) // 2], found[0])
+    sure_of_many = sum(one.confidence >= finding.LIKELY for one in found[-1]) > MANY
     many = sum(one.confidence >= PERHAPS for one in found[-1]) > MANY
     if many:
         looks = [*looks[1:], larger()]
@@ -200,7 +202,7 @@ def _search_again(
     again = [
         finding.look_for(model, seen, like, asked.examples.unlike, candidates) for seen in looks
     ]
-    found = _together(again, looks, MANY_UNDERRATED if many else finding.UNDERRATED)
+    found = _together(again, looks, MANY_UNDERRATED if sure_of_many else finding.UNDERRATED)
     # That it was an example makes a thing no surer than it was.
     rest = [other for other in found[0] if not any(_is_near(one, other) for one in sure)]
     found[0] = sorted([*sure, *rest], key=lambda one: -one.confidence)

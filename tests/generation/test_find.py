@@ -668,7 +668,7 @@ def test_what_is_sure_is_an_example_of_a_second_search(
         (12, 0.8, False, 12),
         (13, 0.8, True, 13),
         (12, 0.4, False, 1),
-        (13, 0.4, True, 13),
+        (13, 0.4, True, 1),
         (13, 0.25, True, 1),
         (13, 0.22, False, 1),
     ],
@@ -677,8 +677,7 @@ def test_many_are_looked_at_in_a_larger_picture(
     vlm: VLM, picture, finds: Finds, number: int, confidence: float, are_many: bool, count: int
 ) -> None:
     """In place of the smallest look, with more of them judged beside each other; so, too, where
-    the model is sure of none: .25, the mean of several looks, is a confidence of .31. Of many the
-    mean is farther too low: .4 is a confidence of .57 then, and else of .47."""
+    the model is sure of none: .25, the mean of several looks, is a confidence of .31."""
     places = [(20 + 30 * (i % 12), 40 + 40 * (i // 12)) for i in range(number)]
     looks = finds([thing(*at, confidence if i else 0.8) for i, at in enumerate(places)])
     answer = vlm.find(picture, [(20, 40)])
@@ -691,6 +690,20 @@ def test_many_are_looked_at_in_a_larger_picture(
     looks.clear()
     assert vlm.find(picture, [(20, 40)], max_crops=6).count == (number if confidence > 0.5 else 1)
     assert len(looks) == 1
+
+
+@pytest.mark.several_looks
+@pytest.mark.parametrize(("number", "count"), [(11, 11), (13, 14)])
+def test_of_many_things_each_look_misses_more(
+    vlm: VLM, picture, finds: Finds, number: int, count: int
+) -> None:
+    """So the mean of .4 is a confidence of .57 there, and of .47 where there are few."""
+    places = [(20 + 30 * (i % 12), 40 + 40 * (i // 12)) for i in range(number)]
+    finds([*(thing(*at, 0.8) for at in places), thing(200, 200, 0.4)])
+    answer = vlm.find(picture, [(20, 40)], min_confidence=0)
+    least = min(point.confidence for point in answer.points)
+    assert least == pytest.approx(0.573 if count > number else 0.474, abs=1e-3)
+    assert vlm.find(picture, [(20, 40)]).count == count
 
 
 @pytest.mark.several_looks
