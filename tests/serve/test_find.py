@@ -255,14 +255,15 @@ def test_a_second_click_does_not_see_the_picture_again(
         first, second = (
             client.post("/v1/find", json={**SHOWN, "like": like}).json() for like in places
         )
-        assert first["usage"] == second["usage"] and seen == [1, 4, 9]
+        # Three looks and a larger one, since so small a net takes many places for things.
+        assert first["usage"] == second["usage"] and seen == [1, 4, 9, 16]
         with vlm.scheduler.seeing:  # as if another prompt was seen
             again = client.post("/v1/find", json={**SHOWN, **PLACE}).json()
-        assert again["points"] == first["points"] and len(seen) == 3
+        assert again["points"] == first["points"] and len(seen) == 4
         for like in places:
             body = {"image": file_url(tmp_path / "a.png"), "reference": SCENE_URL, "like": like}
             assert len(client.post("/v1/find", json=body).json()["images"]) == 2
-        assert len(seen) == 2 * 3
+        assert len(seen) == 4 + 3
 
 
 def test_its_time_is_limited(vlm: VLM, finder: Finder, monkeypatch: pytest.MonkeyPatch) -> None:
