@@ -191,7 +191,7 @@ def _search_again(
     Returns: the looks, and what they found together.
     """
     sure = _sure_ones(asked, looks[len(looks) // 2], found[0])
-    sure_of_many = sum(one.confidence >= finding.LIKELY for one in found[-1]) > MANY
+    likely_many = sum(one.confidence >= finding.LIKELY for one in found[-1]) > MANY
     many = sum(one.confidence >= PERHAPS for one in found[-1]) > MANY
     if many:
         looks = [*looks[1:], larger()]
@@ -202,7 +202,7 @@ def _search_again(
     again = [
         finding.look_for(model, seen, like, asked.examples.unlike, candidates) for seen in looks
     ]
-    found = _together(again, looks, MANY_UNDERRATED if sure_of_many else finding.UNDERRATED)
+    found = _together(again, looks, MANY_UNDERRATED if likely_many else finding.UNDERRATED)
     # That it was an example makes a thing no surer than it was.
     rest = [other for other in found[0] if not any(_is_near(one, other) for one in sure)]
     found[0] = sorted([*sure, *rest], key=lambda one: -one.confidence)
